@@ -1,0 +1,1 @@
+"""Export, execution and measurement of trained networks. Needs torch only to read a ``model.pt``."""

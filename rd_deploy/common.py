@@ -1,0 +1,126 @@
+"""What every command needs: one-line errors with exit code 2, atomic files, suggestions, lazy dependencies.
+
+Free of torch, so that deploying needs none; ``rd_train`` imports it too.
+"""
+
+import contextlib
+import difflib
+import errno
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+
+class UserError(Exception):
+    """A mistake in the input: its message is one line saying what is wrong and what to do."""
+
+
+class Interrupted(Exception):
+    """Work stopped by a signal after everything worth keeping was saved; ``code`` is the exit status."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def run_command(name: str, command: Callable[[], int | None]) -> int:
+    """Run a console command; a `UserError` or a full disk becomes one line on stderr and exit code 2."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"{name}: {_one_line(stop)}", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (``| head``): not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"{name}: error: {error.strerror}: {error.filename or 'output'}: free space or choose another --out",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: `` (did you mean 'x'?)`` or the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(known)})"
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say in one line which extra installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{module} is not usable here ({_one_line(error)}): pip install 'residual-distillation[{extra}]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it replaces ``path``, on failure nothing is left."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; outputs follow the user's umask
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON atomically; NaN and infinity are refused, since other readers do not take them."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def check_file(path: str | Path, what: str, max_bytes: int = 4 << 30) -> Path:
+    """The path of an existing, non-empty, not absurdly large regular file, or a `UserError`."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{what} {path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{what} {path} is not a file")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{what} {path} is empty; make it again")
+    if size > max_bytes:
+        raise UserError(f"{what} {path} has {size:,} bytes, more than the {max_bytes:,} that are read")
+    return path

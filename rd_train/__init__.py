@@ -1,0 +1,1 @@
+"""Training of shortcut-free CNNs by residual distillation. Produces one file, ``model.pt``."""

@@ -1,0 +1,137 @@
+"""The ``model.pt`` format: tensors and plain containers only, read with ``weights_only=True``, checked strictly."""
+
+import pickle
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rd_deploy.common import UserError, atomic_path, check_file
+from rd_deploy.preprocessing import Preprocessing
+from rd_train.networks import Arch, Network
+
+FORMAT = "residual-distillation/1"
+
+
+@dataclass
+class Checkpoint:
+    """The contents of a ``model.pt``."""
+
+    arch: Arch
+    state_dict: dict[str, Tensor]
+    preprocessing: Preprocessing
+    classes: list[str]
+    recipe: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+
+    def network(self) -> Network:
+        """Rebuild the network in evaluation mode, on the CPU, with exactly these weights."""
+        network = Network(self.arch)
+        load_strictly(network, self.state_dict, "checkpoint")
+        return network.eval()
+
+
+def check_state(own: dict[str, Tensor], state_dict: dict[str, Tensor], what: str) -> None:
+    """Compare weights with what a network expects; whatever is missing, extra, misshapen or NaN is a `UserError`."""
+    missing, extra = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own), key=str)
+    for problem, names in (("lacks", missing), ("has extra", extra)):
+        if names:
+            raise UserError(
+                f"{what} {problem} {', '.join(map(str, names[:3]))}{' ...' if len(names) > 3 else ''}: "
+                "it is not of this architecture"
+            )
+    for name, tensor in own.items():
+        value = state_dict[name]
+        if not isinstance(value, Tensor) or value.shape != tensor.shape:
+            raise UserError(
+                f"{what}: {name} has shape {tuple(getattr(value, 'shape', ()))}, "
+                f"the architecture needs {tuple(tensor.shape)}"
+            )
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{what}: {name} holds NaN or infinity; train again")
+
+
+def load_strictly(network: torch.nn.Module, state_dict: dict[str, Tensor], what: str) -> None:
+    """Load weights into a network after `check_state`."""
+    check_state(network.state_dict(), state_dict, what)
+    network.load_state_dict(state_dict, strict=True)
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write ``model.pt`` atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(
+            {
+                "format": FORMAT,
+                "arch": checkpoint.arch.to_dict(),
+                "state_dict": {
+                    name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()
+                },
+                "preprocessing": checkpoint.preprocessing.to_dict(),
+                "classes": list(checkpoint.classes),
+                "recipe": checkpoint.recipe,
+                "provenance": {
+                    "torch": str(torch.__version__),
+                    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    **checkpoint.provenance,
+                },
+            },
+            temporary,
+        )
+
+
+def load_plain(path: str | Path, what: str) -> object:
+    """``torch.load`` of a file that may be hostile: no code runs, and any failure is a one-line `UserError`."""
+    path = check_file(path, what)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{what} {path} is not a torch file, or it is truncated; make or copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        message = f"{what} {path} holds something other than tensors and plain containers; it was not loaded"
+        raise UserError(message) from error
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        OSError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        zipfile.BadZipFile,
+        AssertionError,
+        MemoryError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise UserError(f"{what} {path} is damaged ({reason}); make or copy it again") from error
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and validate a ``model.pt``; raises `UserError` for anything that is not exactly one."""
+    values = load_plain(path, "checkpoint")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f"{path} is a torch file but not a {FORMAT} checkpoint; make one with rd-train")
+    missing = {"arch", "state_dict", "preprocessing", "classes", "recipe", "provenance"} - set(values)
+    if missing:
+        raise UserError(f"checkpoint {path} lacks {', '.join(sorted(missing))}; train again")
+    arch = Arch.from_dict(values["arch"])
+    preprocessing = Preprocessing.from_dict(values["preprocessing"])
+    classes, state = values["classes"], values["state_dict"]
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(classes) != arch.classes:
+        raise UserError(f"checkpoint {path} must name its {arch.classes} classes")
+    if preprocessing.channels != arch.in_channels:
+        raise UserError(
+            f"checkpoint {path}: images have {preprocessing.channels} channels, the network {arch.in_channels}"
+        )
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} has no state_dict")
+    with torch.device("meta"):  # shapes without memory: an absurd architecture is refused before it is built
+        check_state(Network(arch).state_dict(), state, f"checkpoint {path}")
+    return Checkpoint(arch, state, preprocessing, classes, values["recipe"], values["provenance"])
