@@ -1,0 +1,42 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make their own .venv here first.
+# Variables, each settable on the command line:
+PYTHON ?= python3
+# Exact versions, as CI tests them; empty: the newest that pyproject.toml admits.
+CONSTRAINTS ?= constraints.txt
+# Where pip finds a CPU-only torch, e.g. https://download.pytorch.org/whl/cpu; empty: PyPI, whose torch brings CUDA.
+TORCH_INDEX ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := train,openvino,tensorboard,dev
+
+.PHONY: help setup demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) TORCH_INDEX=$(TORCH_INDEX) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS) DEMO=$(DEMO)"
+
+setup:  ## .venv with everything installed (quick when nothing changed)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS="$(EXTRAS)" CONSTRAINTS="$(CONSTRAINTS)" TORCH_INDEX="$(TORCH_INDEX)" \
+		PIP_FLAGS="$(PIP_FLAGS)" sh tools/setup_venv.sh
+
+demo: setup  ## train a small plain network, export it, bench it (about 4 minutes on 2 cores)
+	$(BIN)/rd-train digits --out $(DEMO)
+	$(BIN)/rd-export $(DEMO)/model.pt
+	$(BIN)/rd-bench $(DEMO)/model.pt --out $(DEMO)/bench
+	@echo "Made: $(DEMO)/"; ls $(DEMO) $(DEMO)/bench
+
+test: lint  ## everything that CI runs: lint, then the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup  ## ruff, and hadolint on the Dockerfiles
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/*.Dockerfile
+
+clean:  ## remove .venv, builds and caches (runs/ stays: it holds what you trained)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
