@@ -20,8 +20,8 @@ class UserError(Exception):
     """A mistake in the input: its message is one line saying what is wrong and what to do."""
 
 
-class Interrupted(Exception):
-    """Work stopped by a signal after everything worth keeping was saved; ``code`` is the exit status."""
+class Stopped(Exception):
+    """Work that ended early (a signal, a NaN loss) with everything worth keeping saved; ``code`` is the exit status."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -35,7 +35,7 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except Interrupted as stop:
+    except Stopped as stop:
         print(f"{name}: {_one_line(stop)}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:

@@ -1,0 +1,95 @@
+"""From a recipe to architectures, networks, a task and an optimiser."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rd_deploy.common import UserError
+from rd_train.checkpoint import FORMAT, load_checkpoint, load_plain, load_strictly
+from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
+from rd_train.networks import Arch, Network, parse_arch
+from rd_train.recipe import Recipe
+
+
+def student_arch(recipe: Recipe, in_channels: int, classes: int) -> Arch:
+    """The architecture that the recipe trains, for images of a data set."""
+    options = {name: getattr(recipe, name) for name in ("shortcuts", "stem") if getattr(recipe, name) is not None}
+    return parse_arch(recipe.arch, width=recipe.width, in_channels=in_channels, classes=classes, **options)
+
+
+def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
+    """The teacher's architecture: the student's ResNet, or the named one with the student's stem and width."""
+    if recipe.teacher == "auto":
+        return replace(student, shortcuts="all")
+    return replace(
+        parse_arch(recipe.teacher),
+        stem=student.stem,
+        width=student.width,
+        in_channels=student.in_channels,
+        classes=student.classes,
+    )
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether the method has a teacher."""
+    return recipe.method != "ce"
+
+
+def load_teacher(path: str | Path, arch: Arch) -> Network:
+    """A teacher from a ``model.pt`` (which knows its architecture) or a torchvision-style state_dict of ``arch``."""
+    values = load_plain(path, "teacher")
+    if isinstance(values, dict) and values.get("format") == FORMAT:
+        return load_checkpoint(path).network()
+    if (
+        not isinstance(values, dict)
+        or not values
+        or not all(isinstance(value, torch.Tensor) for value in values.values())
+    ):
+        raise UserError(f"teacher {path} is neither a model.pt nor a state_dict of tensors; train one with --method ce")
+    network = Network(arch)
+    load_strictly(network, values, f"teacher {path} (as {arch.name})")
+    return network.eval()
+
+
+def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.Module:
+    """The task of the recipe's method."""
+    common = {"label_smoothing": recipe.label_smoothing}
+    if recipe.method == "ce":
+        return CrossEntropy(student, **common)
+    if recipe.method == "kd":
+        return LogitDistillation(student, teacher, weight=recipe.kd_weight, temperature=recipe.kd_temperature, **common)
+    return ResidualDistillation(
+        student,
+        teacher,
+        train_teacher=recipe.teacher_mode == "joint",
+        splice_weight=recipe.splice_weight,
+        splice_weight_end=recipe.splice_weight_end,
+        splice_window=recipe.splice_window,
+        feature_weight=recipe.feature_weight,
+        feature_reduction=recipe.feature_reduction,
+        teacher_bn=recipe.teacher_bn,
+        **common,
+    )
+
+
+def meta_task(recipe: Recipe, student: Arch, teacher: Arch | None = None) -> nn.Module:
+    """The task without memory, for counting its cost; ``teacher`` where it is not the recipe's."""
+    with torch.device("meta"):
+        network = Network(teacher or teacher_arch(recipe, student)) if needs_teacher(recipe) else None
+        return build_task(recipe, Network(student), network)
+
+
+def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD:
+    """SGD with Nesterov momentum over the task's trainable parameters; BN and biases undecayed unless asked for."""
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1 or recipe.decay_bn_bias]
+    others = [parameter for parameter in trained if not (parameter.ndim > 1 or recipe.decay_bn_bias)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+    )

@@ -1,0 +1,90 @@
+"""What a finished run leaves for its reader: ``curves.png`` and ``report.md``, made from ``metrics.jsonl``."""
+
+import json
+from pathlib import Path
+
+from rd_deploy.common import atomic_path, write_text
+from rd_train.recipe import Recipe
+
+NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "images_per_second", "seconds", "val_loss"}
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of a run's log."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write(folder: Path, recipe: Recipe, result: dict) -> None:
+    """Write both files of a finished run."""
+    rows = read_rows(folder)
+    plot_curves(folder / "curves.png", rows, result)
+    write_text(folder / "report.md", _markdown(rows, recipe, result))
+
+
+def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
+    """Loss terms on the left, accuracy of student and teacher on the right, over epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    student = [row for row in rows if row["phase"] == "student"]
+    teacher = [row for row in rows if row["phase"] == "teacher"]
+    epochs = [row["epoch"] for row in student]
+    losses.plot(epochs, [row["loss"] for row in student], color="black", linewidth=2, label="loss")
+    for name in [name for name in student[0] if name not in NOT_TERMS and "accuracy" not in name]:
+        losses.plot(epochs, [row[name] for row in student], label=name.replace("_", " "), linewidth=1.2)
+    losses.plot(epochs, [row["val_loss"] for row in student], ":", color="black", label="validation cross-entropy")
+    losses.set(xlabel="epoch", ylabel="loss (student)", yscale="log")
+    for name, style in (("train_accuracy", "--"), ("val_accuracy", "-")):
+        accuracies.plot(epochs, [100 * row[name] for row in student], style, color="C0", label=_label("student", name))
+        if teacher:
+            epochs_teacher = [row["epoch"] for row in teacher]
+            values = [100 * row[name] for row in teacher]
+            accuracies.plot(epochs_teacher, values, style, color="C1", label=_label("teacher", name))
+    if "teacher_val_accuracy" in student[0]:
+        values = [100 * row["teacher_val_accuracy"] for row in student]
+        accuracies.plot(epochs, values, color="C1", label="teacher, validation")
+    accuracies.axhline(100 * result["test_accuracy"], color="C0", linewidth=0.8, alpha=0.6)
+    accuracies.set(xlabel="epoch", ylabel="accuracy, %")
+    title = f"{result['arch']}, {result['method']}, {result['data']}: test {result['test_accuracy']:.2%}"
+    if result["teacher_test_accuracy"] is not None:
+        title += f" (teacher {result['teacher_test_accuracy']:.2%})"
+    figure.suptitle(title)
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _label(who: str, name: str) -> str:
+    return f"{who}, {'training' if name.startswith('train') else 'validation'}"
+
+
+def _markdown(rows: list[dict], recipe: Recipe, result: dict) -> str:
+    teacher = result["teacher_test_accuracy"]
+    last = rows[-1]
+    lines = [
+        f"# {result['arch']} by {result['method']} on {result['data']}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| test accuracy | {result['test_accuracy']:.2%} of {result['test_images']:,} images |",
+        f"| teacher's test accuracy | {'none' if teacher is None else f'{teacher:.2%}'} |",
+        f"| validation accuracy | {result['val_accuracy']:.2%}, epoch {result['best_epoch']} of {result['epochs']} |",
+        f"| initialisation, seed | {result['init']}, {result['seed']} |",
+        f"| parameters, MACs per image | {result['parameters']:,}, {result['macs_per_image']:,} |",
+        f"| cost of a step | {result['step_cost']:.2f} x a plain cross-entropy step |",
+        f"| time | {result['seconds']:.0f} s, the teacher's own training {result['teacher_seconds']:.0f} s "
+        f"({recipe.device}, {recipe.threads} threads, {recipe.precision}, torch {result['torch']}) |",
+        f"| speed at the end | {last['images_per_second']:.0f} images/s |",
+        "",
+        "One run with one seed: differences of a point or two between such runs mean nothing.",
+        "",
+        "![curves](curves.png)",
+        "",
+        "Again with exactly this recipe: `rd-train recipe.yaml`. Next: `rd-export model.pt`.",
+        "",
+    ]
+    return "\n".join(lines)

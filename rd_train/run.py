@@ -1,0 +1,153 @@
+"""A whole run: plan, teacher phase if one is needed, student phase, test, report."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rd_deploy.common import UserError, write_json, write_text
+from rd_train import report
+from rd_train.build import build_task, load_teacher, meta_task, needs_teacher, student_arch, teacher_arch
+from rd_train.checkpoint import load_checkpoint
+from rd_train.cost import macs_per_image, relative_cost
+from rd_train.data import Dataset, load_dataset
+from rd_train.distill import CrossEntropy
+from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
+from rd_train.networks import Network, parameter_count
+from rd_train.recipe import Recipe, available_cpus, dump_yaml
+
+# Everything a run writes, but for TensorBoard's logs; a new run in the same folder starts without them.
+WRITTEN = (
+    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
+    *("result.json", "report.md", "curves.png"),
+)
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """Replace every ``auto`` and unset entry that depends on the machine, so that a resume does the same sums."""
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU; use --device cpu")
+    precision = recipe.precision
+    if precision == "auto":
+        precision = (
+            "bf16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()) else "fp32"
+        )
+    return replace(recipe, device=device, precision=precision, threads=recipe.threads or available_cpus())
+
+
+def _cpu_multiplies_bf16() -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & flags)  # "bf16" is Arm's name for its instructions
+
+
+def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
+    """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
+    if needs_teacher(recipe) and recipe.arch.startswith("resnet") and recipe.method == "jointrd":
+        print("note: the student has shortcuts of its own; residual distillation is meant for plain students")
+    torch.set_num_threads(recipe.threads)
+    dataset = load_dataset(
+        recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
+    )
+    teacher = _given_teacher(recipe, dataset)
+    plan = print_plan(recipe, dataset, teacher)
+    if not resume:
+        for name in WRITTEN:
+            (folder / name).unlink(missing_ok=True)
+    write_text(folder / "recipe.yaml", dump_yaml(recipe))
+    writer = tensorboard_writer(folder) if tensorboard else None
+    with stop_on_signals() as stop:
+        context = Context(
+            recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
+        )
+        return _phases(context, teacher, plan, resume)
+
+
+def _phases(context: Context, teacher: Network | None, plan: dict, resume: bool) -> dict:
+    recipe, dataset, folder = context.recipe, context.dataset, context.folder
+    student_shape = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+    teacher_seconds = 0.0
+    if needs_teacher(recipe) and teacher is None:
+        torch.manual_seed(recipe.seed)
+        teacher = context.to_device(Network(teacher_arch(recipe, student_shape)))
+        if recipe.teacher_mode == "frozen":
+            task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
+            best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
+            teacher_seconds = best["seconds"]
+            teacher = load_checkpoint(folder / "teacher.pt").network()
+    teacher = None if teacher is None else context.to_device(teacher)
+    torch.manual_seed(recipe.seed)
+    student = context.to_device(Network(student_shape, recipe.init, recipe.init_noise))
+    task = build_task(recipe, student, teacher)
+    best = fit("student", task, recipe.epochs, context, resume=resume)
+    return _finish(context, best, plan, teacher, teacher_seconds)
+
+
+def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, teacher_seconds: float) -> dict:
+    """Read the test split, once, and write the results."""
+    recipe, dataset, folder = context.recipe, context.dataset, context.folder
+    student = context.to_device(load_checkpoint(folder / "model.pt").network())
+    if recipe.teacher_mode == "joint" and teacher is not None:
+        teacher = context.to_device(load_checkpoint(folder / "teacher.pt").network())
+    result = {
+        "test_accuracy": evaluate(student, dataset.test, context)[0],
+        "teacher_test_accuracy": None if teacher is None else evaluate(teacher, dataset.test, context)[0],
+        "val_accuracy": best["val_accuracy"],
+        "best_epoch": best["epoch"],
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+        "method": recipe.method,
+        "init": recipe.init,
+        "arch": student.arch.name,
+        "data": dataset.name,
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
+        **plan,
+        "seconds": best["seconds"],
+        "teacher_seconds": teacher_seconds,
+        "precision": recipe.precision,
+        "threads": recipe.threads,
+        "torch": str(torch.__version__),
+    }
+    write_json(folder / "result.json", result)
+    report.write(folder, recipe, result)
+    return result
+
+
+def _given_teacher(recipe: Recipe, dataset: Dataset) -> Network | None:
+    if not needs_teacher(recipe) or recipe.teacher_weights is None:
+        return None
+    student = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+    return load_teacher(recipe.teacher_weights, teacher_arch(recipe, student))
+
+
+def print_plan(recipe: Recipe, dataset: Dataset, teacher: Network | None) -> dict:
+    """Say what will be trained on what and at which cost; returns the figures."""
+    size = dataset.preprocessing.size
+    arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+    task = meta_task(recipe, arch, teacher.arch if teacher is not None else None)
+    plan = {
+        "parameters": parameter_count(task.student),
+        "macs_per_image": macs_per_image(arch, size),
+        "step_cost": round(relative_cost(task, size), 4),
+    }
+    print(
+        f"data     {dataset.name}: {len(dataset.train):,} train, {len(dataset.val):,} validation, "
+        f"{len(dataset.test):,} test, {len(dataset.classes)} classes, {size}x{size}"
+    )
+    print(
+        f"network  {arch.name}: {plan['parameters']:,} parameters, {plan['macs_per_image']:,} MACs per image, "
+        f"init {recipe.init}"
+    )
+    cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
+    if needs_teacher(recipe):
+        origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
+        print(f"teacher  {task.teacher.arch.name} ({origin})")
+    print(f"method   {recipe.method}: {cost}; {recipe.epochs} epochs of {recipe.batch_size} images, seed {recipe.seed}")
+    print(f"machine  {recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
+    return plan
