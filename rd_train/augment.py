@@ -15,7 +15,7 @@ class Augment:
 
     ``crop_padding``: pad by so many black pixels and cut the original size at a random place (sets held in memory).
     ``flip``: mirror half of the images left to right.
-    ``smallest_crop``: random-resized crops of at least this share of the area (image folders); 1 is a whole image's.
+    ``smallest_crop``: random-resized crops of at least this share of the area (image folders); 1: none.
     """
 
     crop_padding: int = 0

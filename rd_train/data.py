@@ -10,15 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rd_deploy.common import UserError, nearest, require
+from rd_deploy.common import UserError, nearest
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.augment import Augment, shift_and_flip
-from rd_train.formats import find_idx, read_idx_pair
-
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
-FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
-FASHION_CLASSES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-SPLIT_SEED = 20  # fixed: splits never depend on a run's seed
+from rd_train.image_folder import folder_splits
+from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fashion, read_given_idx
+from rd_train.splits import check_labels, limited, stratified_order
 
 
 class Split(Protocol):
@@ -72,57 +69,7 @@ class MemorySplit:
         return torch.from_numpy(self.preprocessing.normalise(varied))
 
 
-# --- splits
-
-
-def stratified_order(labels: np.ndarray) -> np.ndarray:
-    """A fixed permutation whose every prefix holds the classes in their proportions.
-
-    Each class is shuffled, its k-th of n members gets the position (k + 1/2) / n, and all are sorted by position.
-    """
-    generator = np.random.default_rng(SPLIT_SEED)
-    position = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        position[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return np.argsort(position, kind="stable")
-
-
-def limited(labels: np.ndarray, limit: int | None) -> np.ndarray:
-    """Indices of the whole training split, or of its first ``limit`` images in stratified order."""
-    if limit is None:
-        return np.arange(len(labels))
-    if not 1 <= limit <= len(labels):
-        raise UserError(f"limit must be from 1 to the {len(labels):,} training images, not {limit}")
-    return stratified_order(labels)[:limit]
-
-
-def check_labels(labels: np.ndarray, classes: int, where: str, *, every: bool = False) -> None:
-    """Labels must lie in 0 .. classes - 1; with ``every``, each class must occur."""
-    if classes < 2:
-        raise UserError(f"{where} has fewer than 2 classes; there is nothing to learn")
-    if len(labels) == 0:
-        raise UserError(f"{where} has no images")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"{where} has labels outside 0 to {classes - 1}: {labels.min()} to {labels.max()}")
-    empty = np.setdiff1d(np.arange(classes), labels)
-    if every and len(empty):
-        raise UserError(f"{where} has no images of class {empty[0]}; every class needs some")
-
-
 # --- data sets held in memory
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """A data set as it was read: images uint8 (N, H, W, C) and labels int64 (N,), not split yet."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    validation: int  # how many of ``images`` are held out
-    classes: list[str]
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -167,67 +114,21 @@ def memory_dataset(name: str, data: Pixels, size: int | None, limit: int | None,
     )
 
 
-def read_digits() -> Pixels:
-    """scikit-learn's 1,797 scans of 8x8 pixels: 1,437 to train and validate with, 360 to test, stratified."""
-    digits = require("sklearn.datasets", "train").load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # 17 grey levels, 0 to 16
-    labels = digits.target.astype(np.int64)
-    order = stratified_order(labels)
-    test, rest = order[:360], order[360:]
-    return Pixels(images[rest], labels[rest], images[test], labels[test], 180, [str(digit) for digit in range(10)])
-
-
-def read_idx_folder(folder: Path, classes: list[str] | None) -> Pixels:
-    """Train and t10k IDX files; a twelfth of the training images is held out (5,000 of 60,000)."""
-    images, labels = read_idx_pair(folder, "train")
-    test_images, test_labels = read_idx_pair(folder, "t10k")
-    if images.shape[1:] != test_images.shape[1:]:
-        raise UserError(f"{folder}: training images are {images.shape[1:3]} pixels, test images are not")
-    classes = classes or [str(label) for label in range(int(labels.max()) + 1)]
-    return Pixels(images, labels, test_images, test_labels, max(1, len(labels) // 12), classes)
-
-
-def find_fashion(folder: Path | None, download: bool) -> Path:
-    """The folder of Fashion-MNIST's IDX files, downloaded if asked for and not there."""
-    places = [folder, folder / "FashionMNIST" / "raw"] if folder else [DEBIAN_FASHION]
-    found = next((place for place in places if find_idx(place, "train", "images")), None)
-    if found:
-        return found
-    if not download:
-        raise UserError(
-            f"Fashion-MNIST is not in {' or '.join(map(str, places))}: apt-get install dataset-fashion-mnist, "
-            "or give its folder with --data-dir, or --download it there"
-        )
-    if folder is None:
-        raise UserError("--download needs a folder to download to: give --data-dir")
-    _download(lambda: require("torchvision.datasets", "train").FashionMNIST(str(folder), download=True))
-    return places[1]
-
-
-def _download(fetch: Callable[[], object]) -> None:
-    try:
-        fetch()
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision says RuntimeError of a bad checksum
-        raise UserError(f"the download failed ({error}); check the network or give --data-dir") from error
-
-
-def _idx_folder(folder: Path | None) -> Path:
-    if folder is None:
-        raise UserError("data set 'idx' needs the folder of its IDX files: give --data-dir")
-    return folder
-
-
 READERS: dict[str, Callable[[Path | None, bool], Pixels]] = {
     "digits": lambda folder, download: read_digits(),
-    "fashion-mnist": lambda folder, download: read_idx_folder(find_fashion(folder, download), FASHION_CLASSES),
-    "idx": lambda folder, download: read_idx_folder(_idx_folder(folder), None),
+    "fashion-mnist": read_fashion,
+    "idx": lambda folder, download: read_given_idx(folder),
+    "cifar10": lambda folder, download: read_cifar(folder, download, 10),
+    "cifar100": lambda folder, download: read_cifar(folder, download, 100),
 }
 AUGMENTS = {
     "digits": Augment(crop_padding=1),
     "fashion-mnist": Augment(crop_padding=2, flip=True),
     "idx": Augment(crop_padding=2),
+    "cifar10": Augment(crop_padding=4, flip=True),
+    "cifar100": Augment(crop_padding=4, flip=True),
+    "folder": Augment(flip=True, smallest_crop=0.08),  # Szegedy et al. 2015
 }
-DOWNLOADS = ("fashion-mnist",)
 DATASETS = tuple(AUGMENTS)
 
 
@@ -253,6 +154,11 @@ def load_dataset(
     if folder is not None and not folder.is_dir() and not download:
         raise UserError(f"data folder {folder} does not exist; give an existing one with --data-dir")
     augment = augment or AUGMENTS[name]
+    if name == "folder":
+        if folder is None:
+            raise UserError("data set 'folder' needs the folder of its images: give --data-dir")
+        classes, preprocessing, splits = folder_splits(folder, 224 if size is None else size, limit, augment)
+        return Dataset(name, *splits, classes, preprocessing)
     return memory_dataset(name, READERS[name](folder, download), size, limit, augment)
 
 

@@ -1,11 +1,13 @@
 """Readers of the IDX and CIFAR files; the files come from outside, so sizes are checked before anything is read."""
 
 import gzip
+import io
 import math
+import pickle
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 
@@ -62,3 +64,84 @@ def read_idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     if len(images) != len(labels):
         raise UserError(f"{folder}: {len(images):,} {part} images but {len(labels):,} labels; download them again")
     return images[..., None], labels.astype(np.int64)
+
+
+class _Stored:
+    """Stands in for whatever a CIFAR pickle may construct: it keeps what it was given and runs nothing.
+
+    Having its own ``__setstate__`` also means that a pickle cannot set attributes of the class.
+    """
+
+    def __init__(self, *arguments: object):
+        self.arguments = arguments
+        self.state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Reads plain containers and the description of a NumPy array; any other name in the file is refused."""
+
+    ALLOWED: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    }
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+        return _Stored
+
+
+def read_cifar_pickle(path: str | Path) -> dict[str, object]:
+    """The dictionary in a file of CIFAR's Python version, its keys as text, its arrays not decoded yet.
+
+    Not even NumPy's own constructors run: arrays are checked and built by `read_cifar_batch`.
+    """
+    path = check_file(path, "CIFAR file", max_bytes=1 << 28)
+    try:
+        values = _CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except Exception as error:  # a hostile pickle can raise anything from the unpickler
+        raise UserError(f"CIFAR file {path} was refused ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a CIFAR file: it holds no dictionary; download it again")
+    return {_text(key): value for key, value in values.items()}
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def read_cifar_batch(path: Path, label_key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 32, 32, 3) and labels int64 (N,) from one batch file of CIFAR's Python version.
+
+    Format: https://www.cs.toronto.edu/~kriz/cifar.html (rows of 3072 bytes: red, green, blue plane, each 32 x 32).
+    """
+    values = read_cifar_pickle(path)
+    labels, pixels = values.get(label_key), _stored_bytes(values.get("data"))
+    whole = isinstance(labels, list) and all(type(label) is int and 0 <= label < 100 for label in labels)
+    if not whole or pixels is None or not labels or len(pixels) != 3072 * len(labels):
+        raise UserError(f"{path} is not a CIFAR batch: it needs '{label_key}' and 3072 bytes of 'data' for each")
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), np.array(labels, np.int64)
+
+
+def _stored_bytes(array: object) -> bytes | None:
+    """The bytes of a pickled uint8 array in C order (NumPy's state: version, shape, dtype, Fortran order, bytes)."""
+    state = getattr(array, "state", None)
+    if not isinstance(state, tuple) or len(state) != 5:
+        return None
+    _, _, dtype, fortran, data = state
+    kind = getattr(dtype, "arguments", ())[:1]
+    return data if kind in ((b"u1",), ("u1",)) and not fortran and isinstance(data, bytes) else None
+
+
+def read_cifar_names(path: Path, key: str) -> list[str]:
+    """The class names from ``batches.meta`` (CIFAR-10) or ``meta`` (CIFAR-100)."""
+    names = read_cifar_pickle(path).get(key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+        raise UserError(f"{path} does not list '{key}'; download it again")
+    return [_text(name) for name in names]
