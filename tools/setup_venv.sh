@@ -23,20 +23,20 @@ check_python() {
 }
 
 installed() { # what the environment holds: its interpreter and place, then the digest of what was installed
-    [ "$(sed -n "$1" "$VENV/.installed" 2>/dev/null)" = "$2" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1
+    [ "$(sed -n "$1" "$VENV/.installed" 2>/dev/null)" = "$2" ] && "$VENV/bin/python" -c '' 2>/dev/null
 }
 
 make_venv() {
     echo "set-up: making $VENV with Python $version"
+    if [ -z "$TORCH_INDEX" ] && ! command -v nvidia-smi >/dev/null 2>&1; then
+        echo "set-up: no NVIDIA GPU here, yet PyPI's torch for Linux brings CUDA (several GB)." \
+            "Smaller: make TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+    fi
     "$PYTHON" -m venv --clear "$VENV" || fail "could not make $VENV; the reason stands above"
 }
 
 install_packages() {
     echo "set-up: installing residual-distillation[$EXTRAS]${CONSTRAINTS:+ with the versions in $CONSTRAINTS}"
-    if [ -z "$TORCH_INDEX" ] && ! command -v nvidia-smi >/dev/null 2>&1; then
-        echo "set-up: no NVIDIA GPU here, yet PyPI's torch for Linux brings CUDA (several GB)." \
-            "Smaller: make TORCH_INDEX=https://download.pytorch.org/whl/cpu"
-    fi
     quiet=--quiet
     if [ -t 1 ]; then quiet=; fi # someone watches: show pip's progress
     # shellcheck disable=SC2086  # PIP_FLAGS holds several words
