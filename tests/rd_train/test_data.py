@@ -164,6 +164,13 @@ def test_seed_and_epoch_change_order_and_augmentation(digits):
     assert not torch.equal(digits.train.augmented(indices, 1), digits.train.augmented(indices, 2))
 
 
+def test_every_batch_is_augmented_with_a_seed_of_its_own(digits):
+    split = Counting(digits.train)
+    for epoch in range(2):
+        list(batches(split, 64, seed=0, epoch=epoch, train=True))
+    assert len(set(split.seeds)) == split.calls == 38
+
+
 def test_evaluation_is_complete_in_order_and_unvaried(digits):
     found = list(batches(digits.test, 100, seed=0, epoch=0, train=False))
     assert [len(labels) for _, labels in found] == [100, 100, 100, 60]
@@ -181,13 +188,15 @@ class Counting:
     """A split that counts what is asked of it and can fail."""
 
     def __init__(self, split, fail_at=None):
-        self.split, self.labels, self.calls, self.fail_at = split, split.labels, 0, fail_at
+        self.split, self.labels, self.fail_at = split, split.labels, fail_at
+        self.calls, self.seeds = 0, []
 
     def __len__(self):
         return len(self.split)
 
     def augmented(self, indices, seed):
         self.calls += 1
+        self.seeds.append(seed)
         if self.calls == self.fail_at:
             raise UserError("image 3 is bad")
         return self.split.augmented(indices, seed)

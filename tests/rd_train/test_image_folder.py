@@ -136,14 +136,13 @@ def png_bytes(tmp_path):
     return (tmp_path / "source" / "000.png").read_bytes()
 
 
-@pytest.mark.parametrize("case", ["empty", "text", "truncated", "bomb", "larger bomb", "svg", "tiff"])
+@pytest.mark.parametrize("case", ["empty", "text", "truncated", "larger bomb", "svg", "tiff"])
 def test_bad_image_is_named(tmp_path, case):
     good = png_bytes(tmp_path)
     data = {
         "empty": b"",
         "text": b"not an image",
         "truncated": good[: len(good) // 2],
-        "bomb": huge_png(9000, 9000),
         "larger bomb": huge_png(100_000, 100_000),
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "tiff": b"II*\0" + b"\0" * 64,
@@ -152,6 +151,12 @@ def test_bad_image_is_named(tmp_path, case):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"image .*bad\.png"):
         read_image(path)
+
+
+def test_image_bomb_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(huge_png(9000, 9000))
+    with pytest.raises(UserError, match="9000 x 9000 pixels; make it smaller"):
+        read_image(tmp_path / "bomb.png")
 
 
 def test_sixteen_bit_image_is_refused(tmp_path):
