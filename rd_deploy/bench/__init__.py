@@ -1,0 +1,1 @@
+"""Honest measurements: the timer, paired statistics, the environment, and verdicts in words."""

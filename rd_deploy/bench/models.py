@@ -1,0 +1,226 @@
+"""What can be benched: our architectures, a checkpoint, an ONNX file, torchvision's and timm's networks.
+
+Whatever it is, it becomes one ONNX model that every engine reads.
+"""
+
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from rd_deploy.common import UserError, nearest, require
+from rd_deploy.engines.base import image_input, image_shape
+from rd_deploy.memory import load_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to bench. ``shape``: (C, H, W); ``arch``: the fields of our `Arch`, None for a foreign network."""
+
+    name: str
+    source: str
+    model: onnx.ModelProto
+    arch: dict | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return image_shape(self.model)
+
+    @property
+    def classes(self) -> int | None:
+        """Logits per image, None if the file does not say."""
+        dims = self.model.graph.output[0].type.tensor_type.shape.dim
+        return (dims[-1].dim_value or None) if dims else None
+
+
+def load_subject(text: str, like: Subject | None = None, size: int | None = None, seed: int = 0) -> Subject:
+    """The network a user names: an architecture, ``model.pt``, ``model.onnx``, ``torchvision:NAME``, ``timm:NAME``.
+
+    ``like``: a named network takes its input shape and classes (and, if ours, its stem and width) from that one.
+    ``size``: pixels of named networks and of ONNX files that leave them open. Raises `UserError`.
+    """
+    suffix = Path(text).suffix.lower()
+    if suffix == ".onnx":
+        return _onnx_file(text, size)
+    if suffix == ".pt":
+        return _checkpoint(text, size)
+    library, colon, name = text.partition(":")
+    if colon and library in LIBRARIES:
+        return _foreign(library, name, like, size, seed)
+    if colon:
+        raise UserError(f"unknown library '{library}' in '{text}'{nearest(library, LIBRARIES)}")
+    return _named(text, like, size, seed)
+
+
+def counterpart(subject: Subject) -> str:
+    """The default of ``--compare``: a plain network's own ResNet, else resnet50."""
+    return f"resnet{subject.arch['depth']}" if subject.arch else "resnet50"
+
+
+def check_comparable(model: Subject, compare: Subject) -> None:
+    """Two networks are comparable when they take the same images and give as many logits."""
+    if model.shape != compare.shape:
+        raise UserError(
+            f"{model.name} takes images {model.shape}, {compare.name} {compare.shape} (channels, height, width): "
+            "compare networks of one input shape, or name an architecture after --compare"
+        )
+    if None not in (model.classes, compare.classes) and model.classes != compare.classes:
+        raise UserError(f"{model.name} has {model.classes} classes, {compare.name} {compare.classes}: not comparable")
+
+
+def _onnx_file(path: str, size: int | None) -> Subject:
+    model = load_model(path)
+    onnx.load_external_data_for_model(model, str(Path(path).resolve().parent))  # `load_model` checked where they lie
+    for dim in image_input(model).type.tensor_type.shape.dim[2:]:
+        if size is not None and not dim.dim_value:
+            dim.dim_value = size
+    subject = Subject(Path(path).stem, f"ONNX file {Path(path).name}", model)
+    _check_size(subject, size)
+    return subject
+
+
+def _checkpoint(path: str, size: int | None) -> Subject:
+    require("torch", "train")
+    from rd_deploy.export.onnx import to_onnx
+    from rd_deploy.export.source import source_from_checkpoint
+
+    source = source_from_checkpoint(path)
+    name = f"{source.checkpoint.arch.name} ({Path(path).name})"
+    arch = source.checkpoint.arch.to_dict()
+    subject = Subject(name, f"checkpoint {Path(path).name}", to_onnx(source.chain), arch)
+    _check_size(subject, size)
+    return subject
+
+
+def _check_size(subject: Subject, size: int | None) -> None:
+    if size is not None and subject.shape[1:] != (size, size):
+        raise UserError(
+            f"{subject.source} takes {subject.shape[1]}x{subject.shape[2]} images: leave --size {size} away"
+        )
+
+
+def _named(name: str, like: Subject | None, size: int | None, seed: int) -> Subject:
+    if Path(name).exists():
+        raise UserError(f"{name} is neither a .pt checkpoint nor an .onnx file")
+    require("torch", "train")
+    from rd_train.networks import ARCH_NAMES
+
+    if name in ARCH_NAMES:
+        return _architecture(name, like, size, seed)
+    installed = {library: names() for library, names in LIBRARIES.items()}
+    for library, names in installed.items():
+        if name in names:
+            return _foreign(library, name, like, size, seed)
+    known = [*ARCH_NAMES, *(f for names in installed.values() for f in names)]
+    hint = nearest(name, known)
+    raise UserError(f"unknown network '{name}'{hint if 'did you mean' in hint else nearest(name, ARCH_NAMES)}")
+
+
+def _architecture(name: str, like: Subject | None, size: int | None, seed: int) -> Subject:
+    from rd_deploy.export.onnx import to_onnx
+    from rd_deploy.export.source import source_from_name
+
+    changes = {}
+    if like is not None:
+        size = _square(like)
+        changes = {"in_channels": like.shape[0]} | ({"classes": like.classes} if like.classes else {})
+        if like.arch is not None:
+            changes |= {field: like.arch[field] for field in ("stem", "width")}
+    source = source_from_name(name, size, seed, **changes)
+    model = to_onnx(source.chain)
+    return Subject(name, f"architecture {name}, random weights (seed {seed})", model, source.network.arch.to_dict())
+
+
+def _square(like: Subject) -> int:
+    _, height, width = like.shape
+    if height != width:
+        raise UserError(f"{like.name} takes {height}x{width} images; named architectures are built for square ones")
+    return height
+
+
+def _foreign(library: str, name: str, like: Subject | None, size: int | None, seed: int) -> Subject:
+    """A torchvision or timm network with random weights and calibrated BN, exported by torch."""
+    torch = require("torch", "train")
+    package = require(library, "train") if library == "torchvision" else require_timm()
+    names = LIBRARIES[library]()
+    if name not in names:
+        raise UserError(f"{library} has no network '{name}'{_close(name, names)}")
+    channels, size = (like.shape[0], _square(like)) if like is not None else (3, size or 224)
+    if channels != 3:
+        raise UserError(f"{library}'s {name} takes 3 channels, {like.name} {channels}: name one of our architectures")
+    classes = (like.classes if like is not None else None) or 1000
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if library == "torchvision":
+            network = package.models.get_model(name, weights=None, num_classes=classes)
+        else:
+            network = package.create_model(name, pretrained=False, num_classes=classes)
+        _calibrate(network, size)
+    model = _torch_export(network.eval(), size, f"{library}:{name}")
+    return Subject(name, f"{library} {name}, random weights (seed {seed})", model)
+
+
+def _close(name: str, names: list[str]) -> str:
+    hint = nearest(name, names)
+    return hint if "did you mean" in hint else f"; it has {len(names)} others"
+
+
+def _calibrate(network, size: int) -> None:
+    """Give every BN the statistics of random images, so that activations neither vanish nor explode."""
+    import torch
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # a cumulative average: after one batch, that batch's statistics
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, size, size))
+
+
+def _torch_export(network, size: int, name: str) -> onnx.ModelProto:
+    """torch's TorchScript exporter, traced at batch 2 with a free batch: it needs no further package."""
+    import torch
+
+    images = torch.randn(2, 3, size, size)
+    free = {"images": {0: "batch"}, "logits": {0: "batch"}}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = str(Path(folder) / "model.onnx")
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        try:
+            torch.onnx.export(network, (images,), path, dynamo=False, dynamic_axes=free, opset_version=17, **names)
+        except Exception as error:  # whatever a foreign network makes the exporter raise
+            reason = str(error).strip().splitlines()[0][:120]
+            raise UserError(
+                f"torch cannot export {name} to ONNX ({reason}): export it yourself, give the file"
+            ) from error
+        return load_model(path)
+
+
+def _torchvision_names() -> list[str]:
+    try:
+        import torchvision
+    except ImportError:
+        return []
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _timm_names() -> list[str]:
+    try:
+        import timm
+    except ImportError:
+        return []
+    return timm.list_models()
+
+
+def require_timm():
+    """timm is in none of our extras: nothing but this option uses it."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError("timm is not installed: pip install timm, or leave 'timm:' away") from error
+    return timm
+
+
+LIBRARIES = {"torchvision": _torchvision_names, "timm": _timm_names}

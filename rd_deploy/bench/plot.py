@@ -1,0 +1,118 @@
+"""The picture of a benchmark: latency, ratios, and feature maps over the layers of both networks."""
+
+from pathlib import Path
+
+from rd_deploy.bench.claims import SPEED
+from rd_deploy.common import atomic_path, require
+from rd_deploy.memory import Ledger
+
+COLOURS = ("#1f77b4", "#d95f02")  # the model, what it is compared with
+
+
+def plot_bench(path: str | Path, document: dict, ledgers: dict[str, Ledger]) -> None:
+    """Write one PNG: latency bars (median, 95% interval), ratio per setting, live bytes over the steps.
+
+    ``document``: the content of bench.json. ``ledgers``: one per network, of one policy and precision.
+    """
+    require("matplotlib", "dev")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = len(document["ratios"]) + len(document["best"])
+    figure = Figure(figsize=(11, 3.2 + 0.42 * rows + 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, height_ratios=[1 + 0.42 * rows, 3.2])
+    latency = figure.add_subplot(grid[0, 0])
+    _latency(latency, document)
+    _ratios(figure.add_subplot(grid[0, 1]), document)
+    _ledgers(figure.add_subplot(grid[1, :]), ledgers)
+    cpu = document["environment"]["cpu"]["model"] or "unknown CPU"
+    threads = document["environment"]["threads"]
+    figure.suptitle(
+        f"{document['model']} against {document['compare']} · {cpu}, {threads} thread{'s' if threads != 1 else ''}"
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _setting(row: dict) -> str:
+    return f"{row['engine']}\n{row['precision']}, batch {row['batch']}"
+
+
+def _latency(axes, document: dict) -> None:
+    """Horizontal bars, two per setting; time per image, so that batches share one axis."""
+    settings = list(dict.fromkeys(_setting(row) for row in document["results"]))
+    for side, name in enumerate((document["model"], document["compare"])):
+        rows = [row for row in document["results"] if row["model"] == name]
+        places = [settings.index(_setting(row)) + (side - 0.5) * 0.38 for row in rows]
+        values = [row["median_ms"] / row["batch"] for row in rows]
+        below = [value - row["low_ms"] / row["batch"] for value, row in zip(values, rows, strict=True)]
+        above = [row["high_ms"] / row["batch"] - value for value, row in zip(values, rows, strict=True)]
+        axes.barh(places, values, 0.36, xerr=(below, above), color=COLOURS[side], label=name, capsize=2)
+        for place, value, high in zip(places, values, above, strict=True):
+            axes.annotate(
+                f"{value:.3g}", (value + high, place), (4, 0), textcoords="offset points", va="center", size=8
+            )
+    axes.set_yticks(range(len(settings)), settings, size=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("ms per image, host to host (median, 95% interval)")
+    axes.set_title("Latency: shorter is better", size=10)
+    axes.legend(fontsize=8, loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _beside(axes, text: str, x: float, y: float) -> None:
+    axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", size=8)
+
+
+def _ratios(axes, document: dict) -> None:
+    """Points with intervals against the lines of no difference and of the claim."""
+    rows = [(_setting(row), row) for row in document["ratios"]]
+    rows += [
+        (f"best: {row['model_engine']} vs {row['compare_engine']}\n{row['precision']}, batch {row['batch']}", row)
+        for row in document["best"]
+    ]
+    for place, (_, row) in enumerate(rows):
+        error = ([row["ratio"] - row["low"]], [row["high"] - row["ratio"]])
+        best = "model_engine" in row
+        axes.errorbar(row["ratio"], place, xerr=error, fmt="D" if best else "o", color="black", capsize=3, markersize=5)
+        axes.annotate(
+            f"{row['ratio']:.2f}x", (row["high"], place), (5, 0), textcoords="offset points", va="center", size=8
+        )
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.axvline(SPEED, color="green", linewidth=1, linestyle="--")
+    for place, label, colour in ((1, "equal", "grey"), (SPEED, f"claim {SPEED}x", "green")):
+        where = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(label, (place, 1), (2, -2), va="top", size=8, color=colour, **where)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], size=8)
+    axes.set_ylim(len(rows) - 0.5, -0.9)
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"time of {document['compare']} / time of {document['model']} (95% interval)")
+    axes.set_title(f"How many times faster {document['model']} is", size=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _ledgers(axes, ledgers: dict[str, Ledger]) -> None:
+    """Live bytes over each network's steps; the part that only shortcuts hold is shaded."""
+    longest = max(len(counted.steps) for counted in ledgers.values())
+    for colour, (label, counted) in zip(COLOURS, ledgers.items(), strict=True):
+        live = [step.live_bytes / 2**20 for step in counted.steps]
+        held = [(step.live_bytes - step.shortcut_bytes) / 2**20 for step in counted.steps]
+        places = [(place + 0.5) / len(live) for place in range(len(live))]
+        peak = counted.peak_bytes / 2**20
+        axes.step(places, live, where="mid", color=colour, label=f"{label}: peak {peak:.2f} MiB at {counted.peak_step}")
+        if any(step.shortcut_bytes for step in counted.steps):
+            axes.fill_between(places, held, live, step="mid", color=colour, alpha=0.25, label=f"{label}: shortcuts")
+    policy = next(iter(ledgers.values()))
+    axes.set_xlabel(f"execution, from images to logits (up to {longest} fused steps)")
+    axes.set_xticks([])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, None)
+    axes.set_ylabel("live feature maps, MiB")
+    axes.set_title(
+        f"Feature maps by the ledger: {policy.policy} policy, batch {policy.batch}, {policy.element_bytes} bytes each",
+        size=10,
+    )
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

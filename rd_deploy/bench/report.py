@@ -1,0 +1,141 @@
+"""The terminal's tables and verdicts, from the content of ``bench.json``."""
+
+from collections.abc import Sequence
+
+WORDS = {"speed": "{target:g}x faster", "memory": "{target:g}x less memory", "share": "about {target:.0%} shortcuts"}
+
+
+def render(document: dict) -> str:
+    """The whole report as text."""
+    parts = [
+        _machine(document["environment"]),
+        "Latency, host to host (NumPy images in, NumPy logits out), ms per batch",
+        _latency(document),
+        f"Speed: time of {document['compare']} / time of {document['model']} (above 1: {document['model']} is faster)",
+        _ratios(document),
+        "Feature maps (ledgers are counted, engines' figures are their own; never RSS)",
+        _memory(document),
+        "Claims",
+        "\n".join(f"  {line}" for line in verdicts(document["claims"])),
+    ]
+    if document["skipped"]:
+        parts += ["Skipped", "\n".join(f"  {_place(entry)}: {entry['reason']}" for entry in document["skipped"])]
+    if document["warnings"]:
+        parts += ["Warnings", "\n".join(f"  {text}" for text in document["warnings"])]
+    return "\n\n".join(_join(parts))
+
+
+def verdicts(claims: Sequence[dict]) -> list[str]:
+    """One line per claim: what was claimed, and what came out."""
+    words = {
+        "speed": "{target:g}x faster",
+        "memory": "{target:g}x less memory",
+        "share": "about {target:.0%} shortcuts",
+    }
+    labels = [f"{claim['name']}: {words[claim['name'].split('/')[0]].format(**claim)}" for claim in claims]
+    width = max(map(len, labels), default=0)
+    return [f"{label:{width}}  {claim['text']}" for label, claim in zip(labels, claims, strict=True)]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need; those whose cells all start with a digit or a dash are set right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  " + "  ".join(_cell(cell, *shape) for cell, *shape in zip(line, widths, right, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _cell(text: str, width: int, right: bool) -> str:
+    return text.rjust(width) if right else text.ljust(width)
+
+
+def _join(parts: list[str]) -> list[str]:
+    """A heading stays with what follows it: the machine's line first, then pairs."""
+    return [parts[0], *(f"{heading}\n{body}" for heading, body in zip(parts[1::2], parts[2::2], strict=True))]
+
+
+def _machine(machine: dict) -> str:
+    cpu = machine["cpu"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    steal = machine.get("steal_share")
+    load = machine["load_average"]
+    return (
+        f"{cpu['model'] or 'unknown CPU'} ({cpu['architecture']}), {machine['threads']} threads of "
+        f"{len(cpu['affinity'])} CPUs, load {'?' if load is None else format(load[0], '.2f')} at the start, "
+        f"steal {'?' if steal is None else format(steal, '.1%')}\n{packages}"
+    )
+
+
+def _latency(document: dict) -> str:
+    header = ("model", "engine", "precision", "batch", "median", "95% interval", "p90", "p99", "cv", "samples")
+    return table(
+        header,
+        [
+            (
+                row["model"],
+                row["engine"],
+                row["precision"],
+                str(row["batch"]),
+                f"{row['median_ms']:.2f}",
+                f"{row['low_ms']:.2f} to {row['high_ms']:.2f}",
+                f"{row['p90_ms']:.2f}",
+                f"{row['p99_ms']:.2f}",
+                f"{row['cv']:.1%}",
+                str(len(row["samples_ms"])),
+            )
+            for row in document["results"]
+        ],
+    )
+
+
+def _ratios(document: dict) -> str:
+    rows = [(row["engine"], row) for row in document["ratios"]]
+    rows += [(f"best: {row['model_engine']} vs {row['compare_engine']}", row) for row in document["best"]]
+    header = ("engine", "precision", "batch", "ratio", "95% interval", "")
+    return table(
+        header,
+        [
+            (
+                label,
+                row["precision"],
+                str(row["batch"]),
+                f"{row['ratio']:.3f}",
+                f"{row['low']:.3f} to {row['high']:.3f}",
+                "no difference" if row["no_difference"] else "",
+            )
+            for label, row in rows
+        ],
+    )
+
+
+def _memory(document: dict) -> str:
+    header = ("model", "precision", "batch", "by", "peak MiB", "shortcuts MiB", "share", "traffic MiB")
+    return table(
+        header,
+        [
+            (
+                row["model"],
+                row["precision"],
+                str(row["batch"]),
+                row["engine"] or f"ledger, {row['policy']}",
+                _mebibytes(row["peak_bytes"]),
+                _mebibytes(row["shortcut_peak_bytes"]),
+                "-" if row["shortcut_share"] is None else f"{row['shortcut_share']:.1%}",
+                _mebibytes(row["traffic_bytes"]),
+            )
+            for row in sorted(document["memory"], key=lambda row: (row["precision"], row["batch"]))
+        ],
+    )
+
+
+def _mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.2f}"
+
+
+def _place(entry: dict) -> str:
+    where = [entry["engine"], entry["precision"], None if entry["batch"] is None else f"batch {entry['batch']}"]
+    return " ".join(part for part in where if part)

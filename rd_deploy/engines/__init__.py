@@ -1,0 +1,18 @@
+"""The engines a benchmark can run, each in one file behind one interface (`rd_deploy.engines.base`)."""
+
+from rd_deploy.common import UserError, nearest
+from rd_deploy.engines.base import Engine, Session, Unsupported
+from rd_deploy.engines.onnxruntime import OnnxRuntime
+from rd_deploy.engines.openvino import OpenVino
+from rd_deploy.engines.torch import Torch
+
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Torch, OnnxRuntime, OpenVino)}
+
+__all__ = ["ENGINES", "Engine", "Session", "Unsupported", "get_engine"]
+
+
+def get_engine(name: str) -> Engine:
+    """The engine of a name; an unknown name is a `UserError` with the nearest one."""
+    if name not in ENGINES:
+        raise UserError(f"unknown engine '{name}'{nearest(name, ENGINES)}")
+    return ENGINES[name]()

@@ -1,0 +1,287 @@
+"""PyTorch eager on the CPU: a small interpreter that runs an ONNX graph with torch's own operators.
+
+The graph is translated once into a list of calls. Convolution weights are channels-last; an activation or an addition
+writes into its operand when nothing else reads it, which is what ``nn.ReLU(inplace=True)`` and ``x += shortcut`` do in
+a hand-written network; a tensor is let go after its last reader.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from rd_deploy.common import require
+from rd_deploy.engines.base import Engine, Session, Unsupported, image_input
+
+
+@dataclass(frozen=True)
+class Call:
+    """``outputs = function(*inputs)``; ``dying`` are the names nobody reads afterwards."""
+
+    function: Callable
+    inputs: tuple[str, ...]
+    output: str
+    dying: tuple[str, ...]
+
+
+class TorchSession(Session):
+    """An ONNX graph as a list of torch calls in float32 or bfloat16 (weights and activations)."""
+
+    def __init__(self, engine: Engine, model: onnx.ModelProto, precision: str, threads: int, batch: int):
+        super().__init__(engine, model, precision, threads, batch)
+        self._torch = _torch()
+        self._dtype = self._torch.bfloat16 if precision == "bf16" else self._torch.float32
+        self._input, self._output = image_input(model).name, model.graph.output[0].name
+        self._calls = translate(model, self._dtype)
+        self._run(np.zeros(self.shape, np.float32))  # a graph torch cannot run is refused here, not while timing
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        torch = self._torch
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            x = torch.from_numpy(images).to(self._dtype, memory_format=torch.channels_last)
+            return self._forward({self._input: x}).float().numpy()
+
+    def _forward(self, live: dict):
+        for call in self._calls:
+            live[call.output] = call.function(*(live[name] for name in call.inputs))
+            for name in call.dying:
+                live.pop(name)
+        return live[self._output]
+
+    def _feature_maps(self) -> tuple[int | None, str]:
+        """Sum torch's own record of allocations and frees; the input is the caller's and not in it."""
+        torch = self._torch
+        x = torch.zeros(self.shape, dtype=self._dtype).contiguous(memory_format=torch.channels_last)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.inference_mode(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            logits = self._forward({self._input: x})
+        del logits
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        if not changes:
+            return None, "this torch's profiler recorded no allocations"
+        return int(np.cumsum(changes).max()), "profiler: most bytes allocated and not freed in a run, scratch included"
+
+
+class Torch(Engine):
+    """PyTorch eager, channels-last."""
+
+    name = "torch"
+    package = "torch"
+    extra = "train"
+
+    def version(self) -> str:
+        return _torch().__version__
+
+    def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session:
+        try:
+            return TorchSession(self, model, precision, threads, batch)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise Unsupported(f"torch cannot run the graph: {str(error).splitlines()[0][:160]}") from error
+
+
+def _torch():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise reports missing GPUs on stderr
+    return require("torch", "train")
+
+
+def translate(model: onnx.ModelProto, dtype) -> list[Call]:
+    """An ONNX graph as calls; an operator or attribute without a translation raises `Unsupported`."""
+    graph = model.graph
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Constant":
+            weights[node.output[0]] = _constant(node)
+        elif node.op_type == "Identity" and node.input[0] in weights:  # exporters share equal weights this way
+            weights[node.output[0]] = weights[node.input[0]]
+        else:
+            nodes.append(node)
+    readers = Counter(name for node in nodes for name in set(node.input) if name and name not in weights)
+    readers[graph.output[0].name] += 1
+    owned: set[str] = set()  # buffers no one else may see: an in-place call may overwrite them
+    calls = []
+    for node in nodes:
+        calls.append(_call(node, weights, readers, owned, dtype))
+    return calls
+
+
+def _call(node, weights: dict, readers: Counter, owned: set[str], dtype) -> Call:
+    if node.op_type not in TRANSLATIONS:
+        raise Unsupported(f"the torch engine does not translate the ONNX operator {node.op_type}")
+    if len([name for name in node.output if name]) != 1:
+        raise Unsupported(f"the torch engine takes one output of {node.op_type}")
+    dynamic = tuple(name for name in node.input if name and name not in weights)
+    for name in set(dynamic):
+        readers[name] -= 1
+    free = [name for name in dynamic if readers[name] == 0 and name in owned]
+    function = TRANSLATIONS[node.op_type](_Node(node, weights, dtype), dynamic, free)
+    if node.op_type not in VIEWS or free:
+        owned.add(node.output[0])
+    else:  # two live names for one buffer: neither may be overwritten
+        owned.difference_update(dynamic)
+    return Call(function, dynamic, node.output[0], tuple(name for name in set(dynamic) if readers[name] == 0))
+
+
+def _constant(node) -> np.ndarray:
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return numpy_helper.to_array(attribute.t)
+    raise Unsupported("the torch engine reads Constant nodes with a tensor value only")
+
+
+class _Node:
+    """Attributes and constant operands of one ONNX node."""
+
+    def __init__(self, node, weights: dict, dtype):
+        self.inputs, self.weights, self.dtype = list(node.input), weights, dtype
+        self.attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        self.op_type = node.op_type
+
+    def get(self, name: str, default=None):
+        return self.attributes.get(name, default)
+
+    def only(self, name: str, allowed: tuple) -> None:
+        """Refuse an attribute whose value is not among the translated ones; None stands for absent."""
+        value = self.get(name)
+        if value not in allowed:
+            raise Unsupported(f"the torch engine does not translate {self.op_type} with {name}={value}")
+
+    def has(self, index: int) -> bool:
+        return len(self.inputs) > index and bool(self.inputs[index])
+
+    def array(self, index: int) -> np.ndarray:
+        if not self.has(index) or self.inputs[index] not in self.weights:
+            raise Unsupported(f"the torch engine needs input {index} of {self.op_type} to be constant")
+        return self.weights[self.inputs[index]]
+
+    def tensor(self, index: int):
+        return _torch().from_numpy(np.array(self.array(index))).to(self.dtype)
+
+    def pads(self) -> list[int]:
+        """Symmetric spatial padding (torch's form); ONNX lists all begins, then all ends."""
+        self.only("auto_pad", (None, b"NOTSET"))
+        pads = list(self.get("pads", [0, 0, 0, 0]))
+        if pads[:2] != pads[2:]:
+            raise Unsupported(f"the torch engine does not translate {self.op_type} with asymmetric padding {pads}")
+        return pads[:2]
+
+
+def _conv(node: _Node, dynamic, free):
+    torch = _torch()
+    weight = node.tensor(1).contiguous(memory_format=torch.channels_last)
+    bias = node.tensor(2) if node.has(2) else None
+    stride, dilation, groups = node.get("strides", [1, 1]), node.get("dilations", [1, 1]), node.get("group", 1)
+    padding, conv2d = node.pads(), torch.nn.functional.conv2d
+    return lambda x: conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _batch_norm(node: _Node, dynamic, free):
+    """Inference statistics as one scale and shift per channel, computed in float64."""
+    node.only("training_mode", (None, 0))
+    scale, shift, mean, variance = (node.array(index).astype(np.float64) for index in (1, 2, 3, 4))
+    scale = scale / np.sqrt(variance + node.get("epsilon", 1e-5))
+    torch = _torch()
+    factor, offset = (
+        torch.from_numpy(values.reshape(1, -1, 1, 1)).to(node.dtype) for values in (scale, shift - mean * scale)
+    )
+    return lambda x: torch.addcmul(offset, x, factor)
+
+
+def _relu(node: _Node, dynamic, free):
+    return _torch().relu_ if free else _torch().relu
+
+
+def _add(node: _Node, dynamic, free):
+    torch = _torch()
+    if len(dynamic) == 1:
+        constant = node.tensor(0 if node.inputs[1] == dynamic[0] else 1)
+        return lambda x: x + constant
+    first, second = dynamic
+    if first in free:
+        return lambda x, y: x.add_(y) if x.shape == y.shape else x + y
+    if second in free:
+        return lambda x, y: y.add_(x) if x.shape == y.shape else x + y
+    return torch.add
+
+
+def _max_pool(node: _Node, dynamic, free):
+    node.only("ceil_mode", (None, 0))
+    kernel, stride, padding = node.get("kernel_shape"), node.get("strides", [1, 1]), node.pads()
+    dilation, pool = node.get("dilations", [1, 1]), _torch().nn.functional.max_pool2d
+    return lambda x: pool(x, kernel, stride, padding, dilation)
+
+
+def _average_pool(node: _Node, dynamic, free):
+    node.only("ceil_mode", (None, 0))
+    kernel, stride, padding = node.get("kernel_shape"), node.get("strides", [1, 1]), node.pads()
+    counted, pool = bool(node.get("count_include_pad", 0)), _torch().nn.functional.avg_pool2d
+    return lambda x: pool(x, kernel, stride, padding, False, counted)
+
+
+def _global_average_pool(node: _Node, dynamic, free):
+    return lambda x: x.mean(dim=(2, 3), keepdim=True)
+
+
+def _reduce_mean(node: _Node, dynamic, free):
+    axes = [int(axis) for axis in (node.array(1) if node.has(1) else node.get("axes", ()))]
+    if not axes:
+        raise Unsupported("the torch engine needs the axes of ReduceMean")
+    keep = bool(node.get("keepdims", 1))
+    return lambda x: x.mean(dim=axes, keepdim=keep)
+
+
+def _flatten(node: _Node, dynamic, free):
+    node.only("axis", (None, 1))
+    return lambda x: x.flatten(1)
+
+
+def _reshape(node: _Node, dynamic, free):
+    """Only (N, ...) to (N, -1): the batch may be written as 0 (copy), or as a number next to a -1."""
+    shape = [int(size) for size in node.array(1)]
+    if len(shape) != 2:
+        raise Unsupported(f"the torch engine translates Reshape to two dimensions only, not {shape}")
+    return lambda x: x.reshape([x.shape[0] if size == 0 else size for size in shape])
+
+
+def _gemm(node: _Node, dynamic, free):
+    node.only("transA", (None, 0))
+    node.only("alpha", (None, 1.0))
+    node.only("beta", (None, 1.0))
+    weight = node.tensor(1) if node.get("transB", 0) else node.tensor(1).t().contiguous()
+    bias, linear = node.tensor(2).reshape(-1) if node.has(2) else None, _torch().nn.functional.linear
+    return lambda x: linear(x, weight, bias)
+
+
+def _matmul(node: _Node, dynamic, free):
+    weight, linear = node.tensor(1).t().contiguous(), _torch().nn.functional.linear
+    return lambda x: linear(x, weight)
+
+
+def _identity(node: _Node, dynamic, free):
+    return lambda x: x
+
+
+VIEWS = ("Flatten", "Reshape", "Identity", "Dropout")
+TRANSLATIONS = {
+    "Conv": _conv,
+    "BatchNormalization": _batch_norm,
+    "Relu": _relu,
+    "Add": _add,
+    "MaxPool": _max_pool,
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": _global_average_pool,
+    "ReduceMean": _reduce_mean,
+    "Flatten": _flatten,
+    "Reshape": _reshape,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Identity": _identity,
+    "Dropout": _identity,
+}
