@@ -50,8 +50,8 @@ PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}  # what pointwise operato
 # fmt: off
 UNARY = {
     "Abs", "BatchNormalization", "Ceil", "Celu", "Clip", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
-    "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softplus",
-    "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
+    "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign",
+    "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
 }
 # fmt: on
 # Unary when all operands but one are constants.
@@ -100,7 +100,7 @@ class Ledger:
 
     @property
     def peak_step(self) -> str:
-        """Name of the first step that needs `peak_bytes`; of several, one where shortcuts hold least (no overstatement)."""
+        """Name of the step that needs `peak_bytes`; of several, the first of those where shortcuts hold least."""
         return self._peak.name
 
     @property
@@ -241,6 +241,7 @@ def _infer(model: onnx.ModelProto, batch: int) -> tuple[onnx.GraphProto, list[on
     inputs = [_at_batch(value, fixed, batch) for value in _runtime_inputs(model)]
     try:
         light = _shapes_only(model, inputs)
+        light.graph.value_info.extend(_foreign_shapes(model, batch))
         if light.functions:
             light = onnx.inliner.inline_local_functions(light)
         return onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True).graph, inputs
@@ -257,6 +258,20 @@ def _at_batch(value: onnx.ValueInfoProto, fixed: int | None, batch: int) -> onnx
         if dim.dim_value in (0, fixed):
             dim.dim_value = batch
     return changed
+
+
+def _foreign_shapes(model: onnx.ModelProto, batch: int) -> Iterator[onnx.ValueInfoProto]:
+    """The stored shapes of what operators of other domains make: nothing infers them. Only those led by the batch."""
+    names = {name for node in model.graph.node if not _is_standard(node) for name in node.output}
+    own = _runtime_inputs(model)[0].type.tensor_type.shape.dim
+    for value in model.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in names and own and dims and dims[0] == own[0] and dims[0].WhichOneof("value"):
+            yield _at_batch(value, own[0].dim_value or None, batch)
+
+
+def _is_standard(node: onnx.NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx")
 
 
 def _shapes_only(model: onnx.ModelProto, inputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
@@ -325,8 +340,7 @@ class _Node:
     @property
     def op(self) -> str:
         """The operator; one of another domain keeps its domain in front, so that no rule here mistakes it."""
-        standard = self.proto.domain in ("", "ai.onnx")
-        return self.proto.op_type if standard else f"{self.proto.domain}.{self.proto.op_type}"
+        return self.proto.op_type if _is_standard(self.proto) else f"{self.proto.domain}.{self.proto.op_type}"
 
 
 @dataclass
