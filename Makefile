@@ -7,25 +7,25 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
-DEMO ?= runs/demo
 
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,openvino,tensorboard,dev
+DEMO := runs/demo
 
 .PHONY: help setup demo test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) TORCH_INDEX=$(TORCH_INDEX) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS) DEMO=$(DEMO)"
+	@echo "Variables: PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) TORCH_INDEX=$(TORCH_INDEX) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS)"
 
 setup:  ## .venv with everything installed (quick when nothing changed)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS="$(EXTRAS)" CONSTRAINTS="$(CONSTRAINTS)" TORCH_INDEX="$(TORCH_INDEX)" \
 		PIP_FLAGS="$(PIP_FLAGS)" sh tools/setup_venv.sh
 
 demo: setup  ## train a small plain network, export it, bench it (about 4 minutes on 2 cores)
-	$(BIN)/rd-train digits --out $(DEMO)
+	$(BIN)/rd-train digits --out $(DEMO) --overwrite
 	$(BIN)/rd-export $(DEMO)/model.pt
 	$(BIN)/rd-bench $(DEMO)/model.pt --out $(DEMO)/bench
 	@echo "Made: $(DEMO)/"; ls $(DEMO) $(DEMO)/bench
