@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rd_deploy.common import UserError
-from rd_train.losses import logit_distillation, margin_relu_distance, negative_margin
+from rd_train.losses import at_least_float32, logit_distillation, margin_relu_distance, negative_margin
 from rd_train.networks import Network
 from rd_train.schedules import cosine_decay
 
@@ -28,7 +28,7 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def ce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=self.label_smoothing)
 
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict:
         logits = self.student(images)

@@ -1,0 +1,59 @@
+"""Counted costs against the published ones and against what must follow from leaving work out."""
+
+import pytest
+import torch
+
+from rd_train.cost import macs_per_image, relative_cost, step_macs
+from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
+from rd_train.networks import Network, parse_arch
+
+
+def on_meta(make, *names):
+    with torch.device("meta"):
+        return make(*(Network(parse_arch(name)) for name in names))
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("resnet18", 1.81), ("resnet34", 3.66), ("resnet50", 4.09)])
+def test_macs_are_the_published_ones(name, gmacs):
+    assert macs_per_image(parse_arch(name), 224) / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+def test_ordinary_training_costs_three_forwards_but_for_the_gradient_of_the_images():
+    task = on_meta(CrossEntropy, "plain18")
+    stem = 3 * 64 * 49 * 112 * 112
+    assert step_macs(task, 224) == 3 * macs_per_image(task.student.arch, 224) - stem
+    assert relative_cost(task, 224) == 1.0
+
+
+def test_a_clean_teacher_forward_costs_a_third():
+    task = on_meta(lambda s, t: LogitDistillation(s, t, weight=0.5, temperature=4.0), "plain50", "resnet50")
+    assert relative_cost(task, 224) == pytest.approx(1.34, abs=0.04)
+
+
+def test_splices_through_a_frozen_teacher_compute_no_weight_gradients():
+    def cost(**options):
+        make = lambda s, t: ResidualDistillation(s, t, feature_weight=0.0, **options)  # noqa: E731
+        return step_macs(on_meta(make, "plain18", "resnet18"), 224)
+
+    plain = cost(splice_weight=0.0, splice_weight_end=0.0)
+    resnet = parse_arch("resnet18")
+    whole = macs_per_image(resnet, 224)
+    with torch.device("meta"):
+        network = Network(resnet)
+    # Stage costs by hand: basic blocks at 56, 28, 14 and 7 pixels; each later stage has one projection.
+    stage = [4 * 9 * 64 * 64 * 56**2] + [
+        (9 * (c // 2) * c + 3 * 9 * c * c + (c // 2) * c) * (56 * 64 // c) ** 2 for c in (128, 256, 512)
+    ]
+    stem, fc = 3 * 64 * 49 * 112**2, network.fc.weight.numel()
+    assert stem + sum(stage) + fc == whole
+    # Splice k runs stages k+1..4 and the classifier: forward and gradient of the input, no gradient of weights.
+    expected = sum(2 * (sum(stage[k:]) + fc) for k in (1, 2, 3))
+    assert cost() - plain == expected
+
+
+def test_joint_training_adds_an_ordinary_step_of_the_teacher():
+    def cost(train_teacher):
+        make = lambda s, t: ResidualDistillation(s, t, feature_weight=0.0, train_teacher=train_teacher)  # noqa: E731
+        return step_macs(on_meta(make, "plain18", "resnet18"), 224)
+
+    assert cost(True) - cost(False) == step_macs(on_meta(CrossEntropy, "resnet18"), 224)
