@@ -1,0 +1,78 @@
+"""The images that an export is judged on: the data set's test images, a folder of the user's, or random ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rd_deploy.common import UserError, require
+from rd_deploy.preprocessing import Preprocessing
+from rd_deploy.random_weights import random_images
+
+ESCAPE = "pass --images FOLDER (any images of the kind), or --no-parity"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Preprocessed images, float32 (N, C, size, size), and in words where they come from."""
+
+    values: np.ndarray
+    origin: str
+
+
+def spread(count: int, available: int) -> np.ndarray:
+    """Up to ``count`` indices evenly spread over ``available``, since files and test sets are often sorted by class."""
+    return np.linspace(0, available - 1, min(count, available)).round().astype(np.int64)
+
+
+def random_source(count: int, preprocessing: Preprocessing, seed: int) -> Images:
+    """For networks without a data set."""
+    values = random_images(count, preprocessing.channels, preprocessing.size, seed)
+    return Images(values, f"seeded random images (seed {seed}; no real data, since the weights are random too)")
+
+
+def test_images(checkpoint, data_dir: str | None, count: int) -> Images:
+    """Images of the test split that a checkpoint was made with; ``data_dir`` says where the data is now."""
+    recipe = checkpoint.recipe if isinstance(checkpoint.recipe, dict) else {}
+    name, folder, size = recipe.get("data"), data_dir or recipe.get("data_dir"), recipe.get("size")
+    if not isinstance(name, str) or not isinstance(folder, str | None) or not isinstance(size, int | None):
+        raise UserError(f"the checkpoint does not say which data it was trained on; {ESCAPE}")
+    from rd_train.data import load_dataset
+
+    try:
+        dataset = load_dataset(name, folder, size=size)
+    except UserError as error:
+        raise UserError(f"no test images for the parity check ({error}); pass --data-dir, or {ESCAPE}") from error
+    if dataset.preprocessing != checkpoint.preprocessing:
+        where = folder or "the installed data set"
+        raise UserError(
+            f"{name} in {where} is not the data this checkpoint was trained on; pass --data-dir, or {ESCAPE}"
+        )
+    torch = require("torch", "train")
+    chosen = dataset.test.images(torch.from_numpy(spread(count, len(dataset.test))))
+    return Images(chosen.numpy(), f"test images of {name}")
+
+
+def folder_images(folder: str | Path, preprocessing: Preprocessing, count: int) -> Images:
+    """Image files anywhere below a folder, decoded by Pillow and preprocessed as in deployment."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--images {folder} is not a folder; name one with image files")
+    image_module = require("PIL.Image", "train")
+    known = set(image_module.registered_extensions())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    if len(files) < 2:
+        raise UserError(f"--images {folder} holds {len(files)} image files; parity needs at least 2")
+    pixels = [_decode(files[index], preprocessing.channels) for index in spread(count, len(files))]
+    return Images(np.concatenate([preprocessing.apply(image) for image in pixels]), f"images in {folder}")
+
+
+def _decode(path: Path, channels: int) -> np.ndarray:
+    """uint8 (H, W, channels) of an image file; one channel is luminance."""
+    from rd_train.image_folder import read_image
+
+    image = read_image(path)
+    if channels not in (1, 3):
+        raise UserError(f"--images gives grey or colour images, but the network takes {channels} channels")
+    pixels = np.asarray(image.convert("L") if channels == 1 else image)
+    return pixels[:, :, None] if channels == 1 else pixels

@@ -1,0 +1,264 @@
+"""ONNX files, built node by node from the chain: no tracer, so the batch is exactly dynamic and no BN can remain.
+
+The graph takes ``images`` (batch, C, H, W) float32 and gives ``logits`` (batch, classes) float32, whatever the
+precision inside. The same chain gives the same bytes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool, Step, weights
+from rd_deploy.common import UserError, atomic_path, nearest
+from rd_deploy.preprocessing import Preprocessing
+
+FORMAT = "residual-distillation-onnx/1"
+SIDECAR_FORMAT = "residual-distillation-sidecar/1"
+OUTPUT = "logits"
+# Opset 17 with IR 8 (2022): read by ONNX Runtime >= 1.12, TensorRT >= 8.6 and every OpenVINO 2023+.
+OPSET, IR_VERSION = 17, 8
+# A protobuf message ends at 2 GiB; a little is left for names and metadata.
+MAX_WEIGHT_BYTES = (2 << 30) - (16 << 20)
+DTYPES = {"fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16)}
+PRECISIONS = tuple(DTYPES)
+KEY = "residual_distillation."
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What travels inside the ONNX file. ``weights_sha256`` is `Chain.sha256`, the same in every precision."""
+
+    name: str
+    arch: dict
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    precision: str
+    weights_sha256: str
+
+
+# --- writing
+
+
+def to_onnx(chain: Chain, precision: str = "fp32") -> onnx.ModelProto:
+    """The checked ONNX model of a chain.
+
+    ``fp16``: weights, activations and arithmetic are float16 between a cast of the images and a cast of the logits,
+    so that callers feed and read float32 either way. Raises `UserError` when a weight is out of float16's range, or
+    the weights exceed what one ONNX file holds.
+    """
+    if precision not in DTYPES:
+        raise UserError(f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}")
+    dtype, element = DTYPES[precision]
+    size = weight_bytes(chain, precision)
+    if size > MAX_WEIGHT_BYTES:
+        raise UserError(f"{size / 2**30:.1f} GiB of weights exceed the 2 GiB of one ONNX file; use a smaller width")
+    chain.check()
+    graph = helper.make_graph(
+        _nodes(chain, precision),
+        chain.name,
+        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", *chain.input_shape])],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", len(chain.classes)])],
+        [_initializer(step, part, values, dtype) for step in chain.steps for part, values in weights(step)],
+        value_info=_value_infos(chain, element),
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="residual-distillation",
+    )
+    helper.set_model_props(model, _metadata_props(chain, precision))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def weight_bytes(chain: Chain, precision: str) -> int:
+    """Bytes of all weights and biases in a precision."""
+    return chain.parameters() * np.dtype(DTYPES[precision][0]).itemsize
+
+
+def _initializer(step: Step, part: str, values: np.ndarray, dtype: type) -> TensorProto:
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise UserError(
+            f"{step.name}.{part} reaches {np.abs(values).max():.3g}, more than {np.dtype(dtype).name} holds "
+            f"({np.finfo(dtype).max:.3g}); export with --precision fp32"
+        )
+    return numpy_helper.from_array(rounded, f"{step.name}.{part}")
+
+
+def _nodes(chain: Chain, precision: str) -> list[onnx.NodeProto]:
+    """The nodes of all steps; in fp16 the steps run between two casts."""
+    if precision == "fp32":
+        names = {chain.steps[-1].name: OUTPUT}
+        return [node for step in chain.steps for node in _step_nodes(step, names)]
+    half, last = f"{INPUT}_fp16", chain.steps[-1].name
+    return [
+        helper.make_node("Cast", [INPUT], [half], half, to=TensorProto.FLOAT16),
+        *(node for step in chain.steps for node in _step_nodes(step, {INPUT: half})),
+        helper.make_node("Cast", [last], [OUTPUT], OUTPUT, to=TensorProto.FLOAT),
+    ]
+
+
+def _step_nodes(step: Step, names: dict[str, str]) -> list[onnx.NodeProto]:
+    """One step as ONNX nodes; ``names`` renames tensors. The step's last node writes the tensor of its name."""
+    source, output = names.get(step.source, step.source), names.get(step.name, step.name)
+    if isinstance(step, Conv):
+        return _conv_nodes(step, source, names.get(step.add, step.add), output)
+    if isinstance(step, MaxPool):
+        return [helper.make_node("MaxPool", [source], [output], step.name, **_window(step, step.kernel, step.kernel))]
+    if isinstance(step, GlobalAveragePool):
+        pooled = f"{step.name}/pool"
+        return [
+            helper.make_node("GlobalAveragePool", [source], [pooled], pooled),
+            helper.make_node("Flatten", [pooled], [output], step.name, axis=1),
+        ]
+    inputs = [source, f"{step.name}.weight", f"{step.name}.bias"]
+    return [helper.make_node("Gemm", inputs, [output], step.name, transB=1)]
+
+
+def _conv_nodes(step: Conv, source: str, added: str | None, output: str) -> list[onnx.NodeProto]:
+    operators = ["Conv", *(["Add"] if added else []), *(["Relu"] if step.relu else [])]
+    nodes, tensor = [], source
+    for operator in operators:
+        inputs = {"Conv": [f"{step.name}.weight", f"{step.name}.bias"], "Add": [added], "Relu": []}[operator]
+        attributes = _window(step, *step.weight.shape[2:]) if operator == "Conv" else {}
+        name = f"{step.name}/{operator.lower()}"
+        result = output if operator == operators[-1] else name
+        nodes.append(helper.make_node(operator, [tensor, *inputs], [result], name, **attributes))
+        tensor = result
+    return nodes
+
+
+def _window(step: Conv | MaxPool, height: int, width: int) -> dict:
+    return {"kernel_shape": [height, width], "strides": [step.stride] * 2, "pads": [step.padding] * 4}
+
+
+def _value_infos(chain: Chain, element: int) -> list[onnx.ValueInfoProto]:
+    """Shapes of the steps' tensors, which the checker compares with its own."""
+    shapes = chain.shapes()
+    return [
+        helper.make_tensor_value_info(step.name, element, ["batch", *shapes[step.name]]) for step in chain.steps[:-1]
+    ]
+
+
+def _metadata_props(chain: Chain, precision: str) -> dict[str, str]:
+    values = {
+        "arch": json.dumps(chain.arch, sort_keys=True),
+        "classes": json.dumps(list(chain.classes)),
+        "format": FORMAT,
+        "name": chain.name,
+        "precision": precision,
+        "preprocessing": json.dumps(chain.preprocessing.to_dict(), sort_keys=True),
+        "weights_sha256": chain.sha256(),
+    }
+    return {KEY + name: value for name, value in values.items()}
+
+
+def export_onnx(
+    path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
+) -> dict:
+    """Write ``path`` (.onnx) and beside it the sidecar (.json); both replace older files atomically.
+
+    ``verify`` gets the file's bytes before anything is written; what it returns becomes the sidecar's ``parity``, and
+    when it raises, nothing is written. Returns the sidecar.
+    """
+    path = check_target(path)
+    content = to_onnx(chain, precision).SerializeToString(deterministic=True)
+    parity = None if verify is None else verify(content)
+    values = sidecar(path.name, content, chain, precision, parity)
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    with atomic_path(path) as model_file, atomic_path(path.with_suffix(".json")) as json_file:
+        model_file.write_bytes(content)
+        json_file.write_text(text, encoding="utf-8")
+    return values
+
+
+def check_target(path: str | Path) -> Path:
+    """The output path, if it ends in .onnx and no folder or file is in the way: known before the work is done."""
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise UserError(f"output {path} must end in .onnx")
+    for target in (path, path.with_suffix(".json")):
+        if target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder; choose another output path")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write {path}: {existing} is not a folder; choose another output path")
+    return path
+
+
+def sidecar(file_name: str, content: bytes, chain: Chain, precision: str, parity: dict | None) -> dict:
+    """What is known about an ONNX file, as plain containers; ``sha256`` ties it to the file's bytes."""
+    return {
+        "format": SIDECAR_FORMAT,
+        "model": file_name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "name": chain.name,
+        "precision": precision,
+        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", *chain.input_shape]},
+        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(chain.classes)]},
+        "opset": OPSET,
+        "preprocessing": chain.preprocessing.to_dict(),
+        "classes": list(chain.classes),
+        "arch": chain.arch,
+        "macs": chain.macs(),
+        "parameters": chain.parameters(),
+        "weight_bytes": weight_bytes(chain, precision),
+        "weights_sha256": chain.sha256(),
+        "parity": parity,
+        "provenance": chain.provenance,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions of what took part; None for what is not installed."""
+    found = {}
+    for package in ("residual-distillation", "numpy", "onnx", "onnxruntime", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+# --- reading
+
+
+def read_metadata(model: onnx.ModelProto) -> Metadata:
+    """What `to_onnx` put into a model, validated; `UserError` for a model that is not ours or was damaged."""
+    values = {entry.key.removeprefix(KEY): entry.value for entry in model.metadata_props if entry.key.startswith(KEY)}
+    if values.get("format") != FORMAT:
+        raise UserError(f"the ONNX model carries no {FORMAT} metadata; make it with rd-export")
+    names = ("arch", "classes", "name", "precision", "preprocessing", "weights_sha256")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserError(f"the ONNX model's metadata lacks {', '.join(missing)}; export it again")
+    arch, classes = _json(values, "arch", dict), _json(values, "classes", list)
+    if not (classes and all(isinstance(name, str) for name in classes)):
+        raise UserError("the ONNX model's class names must be strings; export it again")
+    if values["precision"] not in PRECISIONS or not re.fullmatch("[0-9a-f]{64}", values["weights_sha256"]):
+        raise UserError("the ONNX model's precision or hash of the weights is damaged; export it again")
+    preprocessing = Preprocessing.from_dict(_json(values, "preprocessing", dict))
+    return Metadata(values["name"], arch, preprocessing, tuple(classes), values["precision"], values["weights_sha256"])
+
+
+def _json(values: dict[str, str], name: str, kind: type) -> dict | list:
+    try:
+        value = json.loads(values[name])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the ONNX model's metadata '{name}' is not JSON; export it again") from error
+    if not isinstance(value, kind):
+        raise UserError(f"the ONNX model's metadata '{name}' is not a JSON {kind.__name__}; export it again")
+    return value

@@ -1,0 +1,77 @@
+"""Where the network to export comes from: a checkpoint, or an architecture's name with random weights."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rd_deploy.chain import Chain
+from rd_deploy.common import UserError
+from rd_deploy.fold import fold
+from rd_deploy.random_weights import random_network
+from rd_train.checkpoint import Checkpoint, load_checkpoint
+from rd_train.networks import Arch, Network, parse_arch
+
+DEFAULT_SIZE = {"imagenet": 224, "small": 32}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The unfolded float32 network in evaluation mode, its chain, and the checkpoint it came from, if any."""
+
+    network: Network
+    chain: Chain
+    checkpoint: Checkpoint | None = None
+
+
+def source_from_name(name: str, size: int | None = None, seed: int = 0, **changes) -> Source:
+    """One of our architectures with calibrated random weights; ``changes`` are fields of `Arch`.
+
+    ``size``: pixels, by default 224 for the ImageNet stem and 32 for the small one.
+    """
+    arch = parse_arch(name, **changes)
+    size = DEFAULT_SIZE[arch.stem] if size is None else size
+    _check_buildable(arch, size)
+    network = random_network(arch, size, seed)
+    return Source(network, fold(network, size, provenance={"weights": f"random, seed {seed}"}))
+
+
+def _check_buildable(arch: Arch, size: int) -> None:
+    """Refuse what no machine of a user holds, before memory is asked for."""
+    if not 1 <= size <= 4096:
+        raise UserError(f"image size {size} must be from 1 to 4096 pixels")
+    if arch.widths[-1] > 4096:
+        raise UserError(f"width {arch.width} gives {arch.widths[-1]} channels, more than 4096; use a smaller one")
+
+
+def source_from_checkpoint(path: str | Path) -> Source:
+    """The network of a ``model.pt``."""
+    checkpoint = load_checkpoint(path)
+    network = checkpoint.network()
+    provenance = {
+        "checkpoint": Path(path).name,
+        "checkpoint_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "recipe": _plain(checkpoint.recipe, "recipe"),
+        "training": _plain(checkpoint.provenance, "provenance"),
+    }
+    preprocessing = checkpoint.preprocessing
+    chain = fold(network, preprocessing.size, preprocessing, checkpoint.classes, provenance)
+    return Source(network, chain, checkpoint)
+
+
+def _plain(values: object, what: str) -> object:
+    """Values that JSON can hold, as they stand in the sidecar."""
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the checkpoint's {what} holds more than plain values; train again") from error
+
+
+def chain_from_name(name: str, size: int | None = None, seed: int = 0, classes: int = 1000) -> Chain:
+    """The chain of one of our architectures with calibrated random weights."""
+    return source_from_name(name, size, seed, classes=classes).chain
+
+
+def chain_from_checkpoint(path: str | Path) -> Chain:
+    """The chain of a ``model.pt``, for images of its preprocessing's size."""
+    return source_from_checkpoint(path).chain

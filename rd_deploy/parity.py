@@ -1,0 +1,160 @@
+"""Does an exported model compute what the trained network computes? Measured, not assumed.
+
+The reference is the UNFOLDED torch network in float32, the candidate the ONNX file in ONNX Runtime. Errors are judged
+relative to the standard deviation of the reference's logits, so that one tolerance means the same for every network.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from rd_deploy.common import UserError, require
+
+# Of the largest error, in standard deviations of the logits.
+# fp32 rounds at 6e-8. Over 20 to 110 layers that becomes 1e-5 to 1e-4 in networks that are not chaotic; a wrong graph
+# gives 1e-1 and more.
+# fp16 rounds at 5e-4, 8,000 times as coarse: 0.02 to 0.05 over 20 to 110 layers, far below what decides a class.
+TOLERANCES = {"fp32": 1e-3, "fp16": 1e-1}
+SMALL_BATCHES = (1, 3)
+SMALL_BATCH_IMAGES = 8
+# Below this share of the logits' deviation, what differs between images is rounding.
+SAME = 1e-5
+
+
+class ParityError(Exception):
+    """The exported model is not what was trained, or nothing can be said about it; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Errors of a candidate's logits in standard deviations of the reference's (``deviation``, in logits).
+
+    ``top1_agreement``: share of images whose largest logit is the same. NaN in the candidate makes errors infinite.
+    """
+
+    images: int
+    max_error: float
+    p999_error: float
+    mean_error: float
+    top1_agreement: float
+    deviation: float
+    tolerance: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether the largest error is within the tolerance (an infinite one never is)."""
+        return math.isfinite(self.max_error) and self.max_error <= self.tolerance
+
+    @property
+    def minimum_tolerance(self) -> float:
+        """The smallest tolerance of two digits that would pass; infinite when none would."""
+        return round_up(self.max_error)
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "max_abs_error": self.max_error * self.deviation}
+
+
+def round_up(value: float) -> float:
+    """The next number with two significant digits, for a tolerance that can be typed."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    exponent = math.floor(math.log10(value)) - 1
+    candidates = (float(f"{math.floor(value / 10.0**exponent) + step}e{exponent}") for step in range(-1, 3))
+    return next(candidate for candidate in candidates if candidate >= value)
+
+
+def compare(reference: np.ndarray, candidate: np.ndarray, tolerance: float) -> Parity:
+    """Compare logits (N, classes). Raises `ParityError` when the reference itself is degenerate.
+
+    Degenerate: NaN or infinity, the same logits for all classes, or the same logits for all of several images. A dead
+    network would otherwise pass every comparison.
+    """
+    if reference.shape != candidate.shape:
+        raise ParityError(f"the exported model gives logits {candidate.shape}, the network {reference.shape}")
+    reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
+    deviation = _deviation(reference)
+    if not np.isfinite(candidate).all():
+        return Parity(len(reference), math.inf, math.inf, math.inf, 0.0, deviation, tolerance)
+    error = np.abs(candidate - reference) / deviation
+    return Parity(
+        images=len(reference),
+        max_error=float(error.max()),
+        p999_error=float(np.quantile(error, 0.999)),
+        mean_error=float(error.mean()),
+        top1_agreement=float((reference.argmax(axis=1) == candidate.argmax(axis=1)).mean()),
+        deviation=deviation,
+        tolerance=tolerance,
+    )
+
+
+def _deviation(reference: np.ndarray) -> float:
+    """Standard deviation of the logits over images and classes, of a reference that means something."""
+    if not np.isfinite(reference).all():
+        raise ParityError("the trained network itself gives NaN or infinity; train again")
+    deviation = float(reference.std())
+    over_classes = float(reference.std(axis=1).max())
+    over_images = float(reference.std(axis=0).max())
+    if over_classes <= SAME * float(np.abs(reference).max()):
+        raise ParityError(
+            "the trained network gives the same logit to every class: it is dead, and parity says nothing"
+        )
+    if len(reference) > 1 and over_images <= SAME * deviation:
+        raise ParityError("the trained network gives the same logits for every image: it is dead; train again")
+    return deviation
+
+
+def check_parity(network, model: bytes, images: np.ndarray, tolerance: float, max_batch: int) -> dict[int, Parity]:
+    """Run the unfolded torch ``network`` and the ONNX ``model`` and compare, at batch 1, 3 and ``max_batch``.
+
+    ``images``: at least two, float32 (N, C, H, W), different from each other; they are repeated to fill the largest
+    batch. Returns the figures per batch size, and raises `ParityError` when any is over the tolerance, naming the
+    smallest tolerance that would pass.
+    """
+    if len(images) < 2:
+        raise UserError("parity needs at least 2 different images; add images or pass --no-parity")
+    images = images[np.arange(max(max_batch, SMALL_BATCH_IMAGES)) % len(images)]
+    reference, run = torch_logits(network, images, max_batch), onnx_runner(model)
+    figures = {}
+    for batch in sorted({*SMALL_BATCHES, max_batch}):
+        count = max(batch, SMALL_BATCH_IMAGES)
+        logits = np.concatenate([run(images[at : min(at + batch, count)]) for at in range(0, count, batch)])
+        figures[batch] = compare(reference[:count], logits, tolerance)
+    if not all(parity.passes for parity in figures.values()):
+        raise ParityError(_failure(figures))
+    return figures
+
+
+def _failure(figures: dict[int, Parity]) -> str:
+    batch, worst = max(figures.items(), key=lambda item: item[1].max_error)
+    found = f"largest error {worst.max_error:.3g} standard deviations of the logits at batch {batch}"
+    if not math.isfinite(worst.max_error):
+        return f"parity failed: the exported model gives NaN or infinity at batch {batch}; no tolerance would pass"
+    return (
+        f"parity failed: {found}, tolerance {worst.tolerance:g}, top-1 agreement {worst.top1_agreement:.1%}; "
+        f"--tolerance {worst.minimum_tolerance:g} is the smallest that would pass"
+    )
+
+
+def torch_logits(network, images: np.ndarray, batch: int) -> np.ndarray:
+    """Logits of a torch network in evaluation mode and float32 on the CPU, (N, classes); the network is not changed."""
+    torch = require("torch", "train")
+    frozen = copy.deepcopy(network).cpu().float().eval()
+    with torch.inference_mode():
+        parts = [frozen(torch.from_numpy(images[at : at + batch])) for at in range(0, len(images), batch)]
+    return torch.cat(parts).numpy()
+
+
+def onnx_runner(model: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from images (N, C, H, W), any N, to logits, by ONNX Runtime on the CPU (``threads`` 0: all cores)."""
+    ort = require("onnxruntime", "dev")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception classes share no public base
+        raise ParityError(f"ONNX Runtime refuses the exported model: {str(error).splitlines()[0][:160]}") from error
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
