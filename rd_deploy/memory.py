@@ -32,9 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
+import onnx.numpy_helper
+from google.protobuf.message import DecodeError, Message
 
 from rd_deploy.common import UserError, check_file
 
@@ -46,6 +48,13 @@ KEPT_WEIGHTS = 1024  # initializers of up to this many elements may decide shape
 
 VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"}
 SHAPE_ONLY = {"Shape", "Size"}  # they read no data, and with a fixed batch their results are constants
+# What exporters compute shapes with; none of them makes much out of little (but for ConstantOfShape, checked there).
+# fmt: off
+SHAPE_MATHS = SHAPE_ONLY | {
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Floor", "Gather", "Identity", "Max", "Min",
+    "Mod", "Mul", "Neg", "ReduceProd", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Unsqueeze", "Where",
+}
+# fmt: on
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}  # what pointwise operators and additions are fused into
 # fmt: off
 UNARY = {
@@ -150,6 +159,8 @@ def load_model(path: str | Path) -> onnx.ModelProto:
         raise UserError(f"{path} is not an ONNX file, or it is truncated; export or copy it again") from error
     if not model.graph.node or not model.graph.output:
         raise UserError(f"ONNX file {path} has no {'nodes' if model.graph.output else 'outputs'}; export it again")
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise UserError(f"ONNX file {path} holds names that are not text; it is damaged, export or copy it again")
     for tensor in _stored_tensors(model):
         _check_external(tensor, path)
     try:
@@ -163,6 +174,16 @@ def load_model(path: str | Path) -> onnx.ModelProto:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:160] if lines else type(error).__name__
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """Every string in a protobuf message; those that are not UTF-8 come out as bytes."""
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
+        elif kind.type == kind.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _texts(part)
 
 
 def _stored_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -244,10 +265,67 @@ def _infer(model: onnx.ModelProto, batch: int) -> tuple[onnx.GraphProto, list[on
         light.graph.value_info.extend(_foreign_shapes(model, batch))
         if light.functions:
             light = onnx.inliner.inline_local_functions(light)
-        return onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True).graph, inputs
+        return _infer_folding(light), inputs
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         advice = f"its batch is fixed at {fixed}: export it with a dynamic one" if fixed else "export it again"
         raise UserError(f"shapes do not fit at batch {batch} ({_first_line(error)}); {advice}") from error
+
+
+def _infer_folding(model: onnx.ModelProto) -> onnx.GraphProto:
+    """Shape inference that also works where shapes are computed by nodes (what tracing exporters write).
+
+    ONNX's own inference does not know all arithmetic, so while shapes are missing, what is known is computed here.
+    """
+    while True:
+        graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        shapes = _Shapes(graph, 1)
+        if all(shapes.known(value.name) for value in graph.value_info) or not _fold(model, shapes):
+            return graph
+
+
+def _fold(model: onnx.ModelProto, shapes: "_Shapes") -> bool:
+    """Replace the nodes whose small results are already known by constants; False if there are none."""
+    graph = model.graph
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    left = []
+    for node in graph.node:
+        value = _constant_value(node, known, shapes, model.opset_import)
+        if value is None or value.size > KEPT_WEIGHTS:
+            left.append(node)
+        else:
+            known[node.output[0]] = value
+            graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
+    changed = len(left) < len(graph.node)
+    del graph.node[:]
+    graph.node.extend(left)
+    return changed
+
+
+def _constant_value(node: onnx.NodeProto, known: dict[str, np.ndarray], shapes: "_Shapes", opsets) -> np.ndarray | None:
+    """The result of a node that does arithmetic on shapes, if it is known."""
+    if not _is_standard(node) or node.op_type not in SHAPE_MATHS or len(node.output) != 1:
+        return None
+    if node.op_type in SHAPE_ONLY and shapes.known(node.input[0]):
+        # The operator reads the shape only: a view of one element has it, and no memory.
+        inputs = [np.broadcast_to(np.float32(0), shapes.dims(node.input[0]))]
+    elif all(name in known for name in node.input if name):
+        inputs = [known[name] for name in node.input if name]
+    else:
+        return None
+    if node.op_type == "ConstantOfShape" and math.prod(inputs[0].tolist()) > KEPT_WEIGHTS:
+        return None
+    from onnx.reference import ReferenceEvaluator
+
+    names = [name for name in node.input if name]
+    values = [_declared(name, onnx.TensorProto.UNDEFINED, None) for name in names]
+    single = onnx.helper.make_graph(
+        [node], "one", values, [_declared(node.output[0], onnx.TensorProto.UNDEFINED, None)]
+    )
+    try:
+        model = onnx.helper.make_model(single, opset_imports=list(opsets))
+        return np.asarray(ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))[0])
+    except Exception:  # the evaluator raises anything; the shape then stays unknown, which is reported as such
+        return None
 
 
 def _at_batch(value: onnx.ValueInfoProto, fixed: int | None, batch: int) -> onnx.ValueInfoProto:
@@ -306,14 +384,19 @@ class _Shapes:
         self._types = {value.name: value.type for value in (*graph.input, *graph.value_info, *graph.output)}
         self._element_bytes = element_bytes
 
+    def known(self, name: str) -> bool:
+        """Whether every dimension is known before running."""
+        kind = self._types.get(name)
+        if not kind or not kind.tensor_type.HasField("shape"):
+            return False
+        return all(dim.HasField("dim_value") and dim.dim_value >= 0 for dim in kind.tensor_type.shape.dim)
+
     def dims(self, name: str) -> tuple[int, ...]:
         """The shape, or a `UserError` if it is not known before running."""
-        kind = self._types.get(name)
-        dims = kind.tensor_type.shape.dim if kind and kind.tensor_type.HasField("shape") else None
-        if dims is None or not all(dim.HasField("dim_value") and dim.dim_value >= 0 for dim in dims):
+        if not self.known(name):
             advice = "fold its constants (onnxsim) or export it with fixed shapes"
             raise UserError(f"the shape of tensor '{name}' cannot be known before the network runs; {advice}")
-        return tuple(dim.dim_value for dim in dims)
+        return tuple(dim.dim_value for dim in self._types[name].tensor_type.shape.dim)
 
     def elements(self, name: str) -> int:
         return math.prod(self.dims(name))

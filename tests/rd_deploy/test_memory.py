@@ -1,5 +1,6 @@
 """The feature-map ledger against hand counts, a brute-force simulation and hostile files."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
@@ -234,6 +235,19 @@ def test_integers_keep_their_size_and_shapes_computed_from_shapes_are_constants(
     assert [(step.op, step.live_bytes) for step in found.steps] == [("ArgMax", 2 * (4 * 9 * 2 + 9 * 8))]
 
 
+def test_shapes_computed_by_arithmetic_that_onnx_does_not_infer_are_folded():
+    """Reshape to (N, 2, C / 2, 3, 3), as a traced channel shuffle writes it; ONNX infers no division."""
+    builder = Builder()
+    shape = builder.op("Shape", builder.op("Relu", "image"))
+    batch, channels = (builder.op("Gather", shape, builder.op("Constant", value_ints=[axis])) for axis in (0, 1))
+    half = builder.op("Div", channels, builder.op("Constant", value_ints=[2]))
+    size = builder.op("Constant", value_ints=[3, 3])
+    target = builder.op("Concat", batch, builder.op("Constant", value_ints=[2]), half, size, axis=0)
+    x = builder.op("Transpose", builder.op("Reshape", "t0", target), perm=[0, 2, 1, 3, 4])
+    found = ledger(builder.model(["N", 6, 3, 3], x), batch=2, element_bytes=1)
+    assert [(step.op, step.live_bytes) for step in found.steps] == [("Relu", 216), ("Transpose", 216)]
+
+
 def test_an_operator_of_another_domain_is_a_step_with_the_shape_that_the_file_gives():
     builder = Builder()
     model = builder.model(["N", 4], builder.op("Relu", "y"))
@@ -451,6 +465,18 @@ def test_files_that_are_no_onnx_network_are_refused(tmp_path):
         huge.truncate(3 << 30)  # sparse: takes no space
     with pytest.raises(UserError, match="more than"):
         load_model(tmp_path / "huge.onnx")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files_raise_nothing_but_user_errors(tmp_path, data):
+    content = bytearray(with_external_weight("w.bin").SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "w.bin").write_bytes(bytes(96))
+    (tmp_path / "net.onnx").write_bytes(content)
+    with contextlib.suppress(UserError):  # any other exception would be a traceback for the user
+        ledger(load_model(tmp_path / "net.onnx"))
 
 
 def test_networks_that_cannot_be_counted_are_refused(tmp_path):
