@@ -1,6 +1,5 @@
 """``rd-bench``: is the plain network faster and smaller than the ResNet, on this machine, on every engine?"""
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ DESCRIPTION = """Compare a network's latency and feature-map memory with another
 Times are host to host: NumPy images in, NumPy logits out. The two networks are measured interleaved (A B B A)."""
 PRECISIONS = ("fp32", "bf16")
 QUICK_SECONDS = 0.2
+QUICK_QUADS = 3
 
 
 def _parser() -> ArgumentParser:
@@ -41,9 +41,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--batch", type=str, default="1,8", help="batch sizes (default: 1,8)")
     parser.add_argument("--precision", type=str, default="fp32,bf16", help="precisions (default: fp32,bf16)")
     parser.add_argument("--threads", type=int | None, default=None, help="default: the CPUs this process may use")
-    parser.add_argument(
-        "--size", type=int | None, default=None, help="pixels, for named networks and ONNX files that leave it open"
-    )
+    parser.add_argument("--size", type=int | None, default=None, help="pixels, for named networks (default: 224 or 32)")
     parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights, images and the bootstrap (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: short sampling, no conclusions")
@@ -136,6 +134,7 @@ def _subjects(options: Namespace) -> tuple:
 def _plan(options: Namespace, engines: list):
     from rd_deploy.bench.environment import available_threads
     from rd_deploy.bench.measure import Plan
+    from rd_deploy.bench.timer import MIN_QUADS
 
     return Plan(
         engines=engines,
@@ -144,6 +143,7 @@ def _plan(options: Namespace, engines: list):
         threads=options.threads or available_threads(),
         seconds=min(options.seconds, QUICK_SECONDS) if options.quick else options.seconds,
         warm_up=1.0 if options.quick else 10.0,
+        min_quads=QUICK_QUADS if options.quick else MIN_QUADS,
         seed=options.seed,
     )
 
@@ -159,7 +159,6 @@ def run(options: Namespace, say: Callable[[str], None] = _say) -> dict:
 
     engines, skipped = _engines(options.engines)
     plan = _plan(options, engines)
-    os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # before torch makes its pool
     model, compare = _subjects(options)
     folder = _folder(options.out)
     machine, before = environment.capture(plan.threads), environment.cpu_ticks()
@@ -173,7 +172,7 @@ def run(options: Namespace, say: Callable[[str], None] = _say) -> dict:
 
 
 def _write(folder: Path, result: dict, subjects: tuple, plan) -> None:
-    from rd_deploy.bench.measure import BYTES
+    from rd_deploy.bench.feature_maps import BYTES, POLICIES
     from rd_deploy.bench.memory_plot import plot_ledgers
     from rd_deploy.bench.plot import plot_bench
     from rd_deploy.memory import ledger
@@ -181,11 +180,11 @@ def _write(folder: Path, result: dict, subjects: tuple, plan) -> None:
     precision, batch = plan.precisions[0], plan.batches[0]
     counted = {
         policy: {subject.name: ledger(subject.model, batch, BYTES[precision], policy) for subject in subjects}
-        for policy in ("separate", "in-place")
+        for policy in POLICIES
     }
     both = {f"{name}, {policy}": one for policy, pair in counted.items() for name, one in pair.items()}
     write_json(folder / "bench.json", result)
-    plot_bench(folder / "bench.png", result, counted["in-place"])
+    plot_bench(folder / "bench.png", result, counted)
     plot_ledgers(folder / "memory.png", both)
 
 

@@ -25,6 +25,11 @@ class Claim:
         return asdict(self)
 
 
+def claim_name(kind: str, who: str, precision: str, batch: int) -> str:
+    """``speed/torch/fp32/batch-1``"""
+    return f"{kind}/{who}/{precision}/batch-{batch}"
+
+
 def at_least(name: str, target: float, value: float, low: float, high: float, note: str = "") -> Claim:
     """Judge "at least ``target``": it holds when the whole interval reaches it, and fails when none of it does."""
     exact = low == high

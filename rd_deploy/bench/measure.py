@@ -5,16 +5,15 @@ from dataclasses import asdict, dataclass, field
 
 from rd_deploy.bench import claims as judge
 from rd_deploy.bench.agreement import Reference, compare, random_images, reference
+from rd_deploy.bench.claims import claim_name
+from rd_deploy.bench.feature_maps import count_memory, engine_row, judge_memory
 from rd_deploy.bench.models import Subject
-from rd_deploy.bench.statistics import Ratio, instability, paired_ratio, summarise
-from rd_deploy.bench.timer import PairedSamples, time_pair
+from rd_deploy.bench.statistics import Ratio, Summary, instability, paired_ratio, summarise
+from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, time_pair
 from rd_deploy.common import UserError
 from rd_deploy.engines import Engine, Session, Unsupported
-from rd_deploy.memory import Ledger, ledger
 
 FORMAT = "residual-distillation/bench/1"
-POLICIES = ("separate", "in-place")
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Plan:
     threads: int
     seconds: float
     warm_up: float
+    min_quads: int = MIN_QUADS
     seed: int = 0
 
 
@@ -67,8 +67,9 @@ def measure(model: Subject, against: Subject, plan: Plan, skipped: list[dict], s
     if not report.results:
         reasons = "; ".join(sorted({f"{entry['engine']}: {entry['reason']}" for entry in report.skipped}))
         raise UserError(f"nothing could be measured: {reasons}")
-    count_memory(model, against, plan, report)
-    judge_memory(model, against, report)
+    subjects = (model, against)
+    report.memory += count_memory(subjects, plan.precisions, plan.batches)
+    report.claims += judge_memory(model.name, against.name, report.memory)
     return report
 
 
@@ -113,7 +114,7 @@ def _setting(model, against, truths, precision: str, batch: int, plan: Plan, rep
         except Unsupported as reason:
             report.skipped.append(_skip(engine.name, precision, batch, str(reason)))
             report.claims.append(
-                judge.not_measured(_claim("speed", engine.name, precision, batch), judge.SPEED, str(reason))
+                judge.not_measured(claim_name("speed", engine.name, precision, batch), judge.SPEED, str(reason))
             )
             say(f"{label}: skipped: {reason}")
             continue
@@ -121,6 +122,9 @@ def _setting(model, against, truths, precision: str, batch: int, plan: Plan, rep
         pairs[engine.name] = _time(sessions, (model.name, against.name), label, plan, report)
     if pairs:
         _best_against_best(model, against, pairs, plan, report, say)
+    else:
+        name = claim_name("speed", "best", precision, batch)
+        report.claims.append(judge.not_measured(name, judge.SPEED, "no engine could"))
 
 
 def _load(engine: Engine, subjects, truths, precision: str, batch: int, plan: Plan, report: Report):
@@ -145,12 +149,12 @@ def _time(sessions: tuple[Session, Session], names: tuple[str, str], label: str,
     ):
         times = {f"{key}_ms": getattr(summary, key) for key in ("median", "low", "high", "p90", "p99")}
         steady = {"cv": summary.cv, "inner": inner, "warm_up": asdict(warm)}
-        report.results.append({"model": name, **where, **times, **steady, "samples_ms": values})
+        rounded = [round(value, 6) for value in values]  # to the clock's nanosecond
+        report.results.append({"model": name, **where, **times, **steady, "samples_ms": rounded})
     report.ratios.append({**where, **_ratio(ratio)})
-    report.warnings += [f"{label}: {text}" for text in instability(dict(zip(names, summaries, strict=True)), ratio)]
-    report.warnings += _not_steady(samples, names, label)
-    report.memory += [_engine_row(name, session) for name, session in zip(names, sessions, strict=True)]
-    name = _claim("speed", where["engine"], where["precision"], where["batch"])
+    report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
+    report.memory += [engine_row(name, session) for name, session in zip(names, sessions, strict=True)]
+    name = claim_name("speed", where["engine"], where["precision"], where["batch"])
     report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high))
     return Pair(sessions, (summaries[0].median, summaries[1].median), ratio)
 
@@ -169,99 +173,31 @@ def _best_against_best(model, against, pairs: dict[str, Pair], plan: Plan, repor
             f"{name} on {engine}": summarise(values, plan.seed)
             for name, engine, values in zip((model.name, against.name), fastest, (samples.a, samples.b), strict=True)
         }
-        report.warnings += [f"{label}: {text}" for text in instability(summaries, ratio)]
-        report.warnings += _not_steady(samples, tuple(summaries), label)
+        report.warnings += _warnings(label, summaries, samples, ratio)
     engines = {"model_engine": fastest[0], "compare_engine": fastest[1]}
     report.best.append({**setting, **engines, **_ratio(ratio)})
     note = f": {model.name} on {fastest[0]} against {against.name} on {fastest[1]}"
-    name = _claim("speed", "best", **setting)
+    name = claim_name("speed", "best", **setting)
     report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high, note))
 
 
 def _interleave(sessions: tuple[Session, Session], plan: Plan) -> tuple[PairedSamples, Ratio]:
     images = random_images(sessions[0].batch, sessions[0].shape[1:], plan.seed)
     first, second = (lambda: sessions[0].run(images)), (lambda: sessions[1].run(images))
-    samples = time_pair(first, second, seconds=plan.seconds, max_warm_up=plan.warm_up)
+    samples = time_pair(first, second, seconds=plan.seconds, min_quads=plan.min_quads, max_warm_up=plan.warm_up)
     return samples, paired_ratio(samples.a, samples.b, plan.seed)
 
 
-def _not_steady(samples: PairedSamples, names: tuple[str, str], label: str) -> list[str]:
-    return [
-        f"{label}: {name} was not steady after {warm.seconds:.1f} s of warm-up (still changing by {warm.change:.0%})"
-        for name, warm in zip(names, samples.warm_up, strict=True)
+def _warnings(label: str, summaries: dict[str, Summary], samples: PairedSamples, ratio: Ratio) -> list[str]:
+    """Reasons to doubt a measurement, each with the setting it is about."""
+    shaky = instability(summaries, ratio)
+    texts = [shaky] if shaky else []
+    texts += [
+        f"{name} was not steady after {warm.seconds:.1f} s of warm-up (still changing by {warm.change:.0%})"
+        for name, warm in zip(summaries, samples.warm_up, strict=True)
         if not warm.steady
     ]
-
-
-def count_memory(model: Subject, against: Subject, plan: Plan, report: Report) -> None:
-    """Ledger rows for both networks and policies at every precision and batch; engines' rows stand already."""
-    for subject in (model, against):
-        for precision in plan.precisions:
-            for batch in plan.batches:
-                for policy in POLICIES:
-                    counted = ledger(subject.model, batch, BYTES[precision], policy)
-                    report.memory.append(_ledger_row(subject.name, precision, batch, counted))
-
-
-def _ledger_row(name: str, precision: str, batch: int, counted: Ledger) -> dict:
-    return {
-        "model": name,
-        "precision": precision,
-        "batch": batch,
-        "engine": None,
-        "policy": counted.policy,
-        "peak_bytes": counted.peak_bytes,
-        "shortcut_peak_bytes": counted.shortcut_peak_bytes,
-        "shortcut_share": counted.shortcut_share,
-        "traffic_bytes": counted.traffic_bytes,
-        "how": f"ledger, {counted.policy}: counted over the fused graph",
-    }
-
-
-def _engine_row(name: str, session: Session) -> dict:
-    info = session.info()
-    return {
-        "model": name,
-        "precision": session.precision,
-        "batch": session.batch,
-        "engine": session.engine.name,
-        "policy": None,
-        "peak_bytes": info.feature_map_bytes,
-        "shortcut_peak_bytes": None,
-        "shortcut_share": None,
-        "traffic_bytes": None,
-        "how": f"{session.engine.name}: {info.feature_map_how}",
-    }
-
-
-def judge_memory(model: Subject, against: Subject, report: Report) -> None:
-    """Claims on memory: once per policy (ratios do not depend on batch or precision), and per engine's own figure."""
-    seen: set[str] = set()
-    for ours in [row for row in report.memory if row["model"] == model.name]:
-        where = (ours["precision"], ours["batch"])
-        name = f"memory/{ours['policy']}" if ours["policy"] else _claim("memory", ours["engine"], *where)
-        if name in seen:
-            continue
-        seen.add(name)
-        theirs = next(row for row in report.memory if row["model"] == against.name and _same(row, ours))
-        report.claims.append(_memory_claim(name, ours, theirs))
-        if ours["policy"]:
-            report.claims.append(judge.share_claim(f"share/{ours['policy']}", theirs["shortcut_share"]))
-
-
-def _same(row: dict, other: dict) -> bool:
-    return all(row[key] == other[key] for key in ("policy", "engine", "precision", "batch"))
-
-
-def _memory_claim(name: str, ours: dict, theirs: dict) -> judge.Claim:
-    if not ours["peak_bytes"] or not theirs["peak_bytes"]:
-        return judge.not_measured(name, judge.MEMORY, ours["how"].partition(": ")[2])
-    ratio = theirs["peak_bytes"] / ours["peak_bytes"]
-    return judge.at_least(name, judge.MEMORY, ratio, ratio, ratio)
-
-
-def _claim(kind: str, who: str, precision: str, batch: int) -> str:
-    return f"{kind}/{who}/{precision}/batch-{batch}"
+    return [f"{label}: {text}" for text in texts]
 
 
 def _skip(engine: str, precision: str | None, batch: int | None, reason: str) -> dict:

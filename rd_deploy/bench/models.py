@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 
 from rd_deploy.common import UserError, nearest, require
-from rd_deploy.engines.base import image_input, image_shape
+from rd_deploy.engines.base import image_shape
 from rd_deploy.memory import load_model
 
 
@@ -39,7 +39,7 @@ def load_subject(text: str, like: Subject | None = None, size: int | None = None
     """The network a user names: an architecture, ``model.pt``, ``model.onnx``, ``torchvision:NAME``, ``timm:NAME``.
 
     ``like``: a named network takes its input shape and classes (and, if ours, its stem and width) from that one.
-    ``size``: pixels of named networks and of ONNX files that leave them open. Raises `UserError`.
+    ``size``: pixels of a named network's images; a file has its own. Raises `UserError`.
     """
     suffix = Path(text).suffix.lower()
     if suffix == ".onnx":
@@ -73,9 +73,6 @@ def check_comparable(model: Subject, compare: Subject) -> None:
 def _onnx_file(path: str, size: int | None) -> Subject:
     model = load_model(path)
     onnx.load_external_data_for_model(model, str(Path(path).resolve().parent))  # `load_model` checked where they lie
-    for dim in image_input(model).type.tensor_type.shape.dim[2:]:
-        if size is not None and not dim.dim_value:
-            dim.dim_value = size
     subject = Subject(Path(path).stem, f"ONNX file {Path(path).name}", model)
     _check_size(subject, size)
     return subject

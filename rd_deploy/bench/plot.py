@@ -3,18 +3,17 @@
 from pathlib import Path
 
 from rd_deploy.bench.claims import SPEED
-from rd_deploy.common import atomic_path, require
+from rd_deploy.common import atomic_path
 from rd_deploy.memory import Ledger
 
-COLOURS = ("#1f77b4", "#d95f02")  # the model, what it is compared with
+COLOURS = ("#D55E00", "#0072B2")  # the model, what it is compared with (Okabe and Ito; as in memory_plot)
 
 
-def plot_bench(path: str | Path, document: dict, ledgers: dict[str, Ledger]) -> None:
+def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Ledger]]) -> None:
     """Write one PNG: latency bars (median, 95% interval), ratio per setting, live bytes over the steps.
 
-    ``document``: the content of bench.json. ``ledgers``: one per network, of one policy and precision.
+    ``document``: the content of bench.json. ``ledgers``: policy to network to ledger.
     """
-    require("matplotlib", "dev")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +24,10 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, Ledger]) -> 
     latency = figure.add_subplot(grid[0, 0])
     _latency(latency, document)
     _ratios(figure.add_subplot(grid[0, 1]), document)
-    _ledgers(figure.add_subplot(grid[1, :]), ledgers)
+    shared = None
+    for column, pair in enumerate(ledgers.values()):
+        shared = figure.add_subplot(grid[1, column], sharey=shared)
+        _ledgers(shared, pair)
     cpu = document["environment"]["cpu"]["model"] or "unknown CPU"
     threads = document["environment"]["threads"]
     figure.suptitle(
@@ -36,7 +38,11 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, Ledger]) -> 
 
 
 def _setting(row: dict) -> str:
-    return f"{row['engine']}\n{row['precision']}, batch {row['batch']}"
+    return f"{row['engine']}\n{_where(row)}"
+
+
+def _where(row: dict) -> str:
+    return f"{row['precision']}, batch {row['batch']}"
 
 
 def _latency(axes, document: dict) -> None:
@@ -54,7 +60,7 @@ def _latency(axes, document: dict) -> None:
                 f"{value:.3g}", (value + high, place), (4, 0), textcoords="offset points", va="center", size=8
             )
     axes.set_yticks(range(len(settings)), settings, size=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(settings) - 0.4, -0.6)
     axes.margins(x=0.15)
     axes.set_xlabel("ms per image, host to host (median, 95% interval)")
     axes.set_title("Latency: shorter is better", size=10)
@@ -69,10 +75,9 @@ def _beside(axes, text: str, x: float, y: float) -> None:
 def _ratios(axes, document: dict) -> None:
     """Points with intervals against the lines of no difference and of the claim."""
     rows = [(_setting(row), row) for row in document["ratios"]]
-    rows += [
-        (f"best: {row['model_engine']} vs {row['compare_engine']}\n{row['precision']}, batch {row['batch']}", row)
-        for row in document["best"]
-    ]
+    rows += [(f"best: {row['model_engine']} / {row['compare_engine']}\n{_where(row)}", row) for row in document["best"]]
+    order = list(dict.fromkeys(_where(row) for row in document["ratios"]))
+    rows.sort(key=lambda entry: order.index(_where(entry[1])))
     for place, (_, row) in enumerate(rows):
         error = ([row["ratio"] - row["low"]], [row["high"] - row["ratio"]])
         best = "model_engine" in row
@@ -101,17 +106,17 @@ def _ledgers(axes, ledgers: dict[str, Ledger]) -> None:
         held = [(step.live_bytes - step.shortcut_bytes) / 2**20 for step in counted.steps]
         places = [(place + 0.5) / len(live) for place in range(len(live))]
         peak = counted.peak_bytes / 2**20
-        axes.step(places, live, where="mid", color=colour, label=f"{label}: peak {peak:.2f} MiB at {counted.peak_step}")
+        axes.step(places, live, where="mid", color=colour, label=f"{label}: peak {peak:.2f} MiB")
         if any(step.shortcut_bytes for step in counted.steps):
             axes.fill_between(places, held, live, step="mid", color=colour, alpha=0.25, label=f"{label}: shortcuts")
     policy = next(iter(ledgers.values()))
-    axes.set_xlabel(f"execution, from images to logits (up to {longest} fused steps)")
+    axes.set_xlabel(f"from images to logits ({longest} fused steps at most)")
     axes.set_xticks([])
     axes.set_xlim(0, 1)
     axes.set_ylim(0, None)
     axes.set_ylabel("live feature maps, MiB")
     axes.set_title(
-        f"Feature maps by the ledger: {policy.policy} policy, batch {policy.batch}, {policy.element_bytes} bytes each",
+        f"Feature maps, {policy.policy} policy (batch {policy.batch}, {policy.element_bytes} bytes each)",
         size=10,
     )
     axes.legend(fontsize=8)

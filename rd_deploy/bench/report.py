@@ -1,8 +1,10 @@
 """The terminal's tables and verdicts, from the content of ``bench.json``."""
 
+import re
 from collections.abc import Sequence
 
-WORDS = {"speed": "{target:g}x faster", "memory": "{target:g}x less memory", "share": "about {target:.0%} shortcuts"}
+NUMBER = re.compile(r"-|[0-9.]+%?")
+WORDS = {"speed": "{target:g}x faster", "memory": "{target:g}x smaller", "share": "about {target:.0%}"}
 
 
 def render(document: dict) -> str:
@@ -16,7 +18,7 @@ def render(document: dict) -> str:
         "Feature maps (ledgers are counted, engines' figures are their own; never RSS)",
         _memory(document),
         "Claims",
-        "\n".join(f"  {line}" for line in verdicts(document["claims"])),
+        verdicts(document["claims"]),
     ]
     if document["skipped"]:
         parts += ["Skipped", "\n".join(f"  {_place(entry)}: {entry['reason']}" for entry in document["skipped"])]
@@ -25,23 +27,17 @@ def render(document: dict) -> str:
     return "\n\n".join(_join(parts))
 
 
-def verdicts(claims: Sequence[dict]) -> list[str]:
-    """One line per claim: what was claimed, and what came out."""
-    words = {
-        "speed": "{target:g}x faster",
-        "memory": "{target:g}x less memory",
-        "share": "about {target:.0%} shortcuts",
-    }
-    labels = [f"{claim['name']}: {words[claim['name'].split('/')[0]].format(**claim)}" for claim in claims]
-    width = max(map(len, labels), default=0)
-    return [f"{label:{width}}  {claim['text']}" for label, claim in zip(labels, claims, strict=True)]
+def verdicts(claims: Sequence[dict]) -> str:
+    """One line per claim: its name, what was claimed, and what came out."""
+    rows = [(claim["name"], WORDS[claim["name"].split("/")[0]].format(**claim), claim["text"]) for claim in claims]
+    return table(("claim", "target", "verdict"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need; those whose cells all start with a digit or a dash are set right."""
+    """Columns as wide as they need; numbers are set right."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    right = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+    right = [all(NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "  " + "  ".join(_cell(cell, *shape) for cell, *shape in zip(line, widths, right, strict=True)).rstrip()

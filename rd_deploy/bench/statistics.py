@@ -99,14 +99,10 @@ def _expanded_tail(blocks: float) -> float:
     return normal.cdf(-student * (blocks / freedom) ** 0.5)
 
 
-def instability(summaries: dict[str, Summary], ratio: Ratio) -> list[str]:
-    """Warnings in words when samples vary or the interval is wide; empty when the measurement is steady."""
-    warnings = [
-        f"{name}: coefficient of variation {summary.cv:.0%} (over {UNSTABLE_CV:.0%}): other load on this machine?"
-        for name, summary in summaries.items()
-        if summary.cv > UNSTABLE_CV
-    ]
+def instability(summaries: dict[str, Summary], ratio: Ratio) -> str | None:
+    """A warning in words when samples vary or the interval is wide; None when the measurement is steady."""
+    shaky = [f"{name} {summary.cv:.0%}" for name, summary in summaries.items() if summary.cv > UNSTABLE_CV]
     width = (ratio.high - ratio.low) / ratio.value
-    if width > UNSTABLE_WIDTH:
-        warnings.append(f"the ratio's interval is {width:.0%} wide (over {UNSTABLE_WIDTH:.0%}): measure longer")
-    return warnings
+    parts = [f"coefficient of variation {', '.join(shaky)} (over {UNSTABLE_CV:.0%})"] if shaky else []
+    parts += [f"ratio's interval {width:.0%} wide (over {UNSTABLE_WIDTH:.0%})"] if width > UNSTABLE_WIDTH else []
+    return f"unstable: {'; '.join(parts)}: quiet the machine or raise --seconds" if parts else None

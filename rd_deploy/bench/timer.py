@@ -48,7 +48,7 @@ def time_pair(
     seconds: float,
     min_quads: int = MIN_QUADS,
     max_warm_up: float = 10.0,
-    min_sample_ms: float = 2.0,
+    min_sample_ms: float = 5.0,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> PairedSamples:
     """Measure two callables interleaved (A B B A) for about ``seconds`` and at least ``min_quads`` quads.

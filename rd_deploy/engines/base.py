@@ -81,17 +81,21 @@ class Session(ABC):
 
 
 class Engine(ABC):
-    """A way to run an ONNX file. Subclasses set ``name``, ``package`` and the ``extra`` that installs it."""
+    """A way to run an ONNX file.
+
+    Subclasses set ``name``, ``package`` and the ``extra`` that installs it (None: a core dependency).
+    """
 
     name: str
     package: str
-    extra: str
+    extra: str | None
 
     def missing(self) -> str | None:
         """None if the engine's package is installed, else one line saying how to get it."""
         if importlib.util.find_spec(self.package) is not None:
             return None
-        return f"{self.package} is not installed: pip install 'residual-distillation[{self.extra}]'"
+        extra = f"[{self.extra}]" if self.extra else ""
+        return f"{self.package} is not installed: pip install 'residual-distillation{extra}'"
 
     @abstractmethod
     def version(self) -> str:
@@ -110,10 +114,30 @@ class Engine(ABC):
         reason = self.missing()
         if reason:
             raise UserError(reason)
-        return self._load(with_batch(model, batch), precision, threads, batch)
+        session = self._load(with_batch(model, batch), precision, threads, batch)
+        _try(session)
+        return session
 
     @abstractmethod
     def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session: ...
+
+
+def _try(session: Session) -> None:
+    """Run once: a graph the engine cannot execute is refused here, and not in the middle of a measurement."""
+    try:
+        logits = session.run(np.zeros(session.shape, np.float32))
+    except Exception as error:  # engines raise classes of their own
+        raise Unsupported(f"{session.engine.name} cannot run the model: {first_line(error)}") from error
+    if logits.ndim != 2 or logits.shape[0] != session.batch or logits.dtype != np.float32:
+        raise UserError(
+            f"the model gives {logits.dtype} {logits.shape} for {session.batch} images, not float32 logits (N, classes)"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """What an engine's exception says, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
@@ -133,7 +157,7 @@ def image_shape(model: onnx.ModelProto) -> tuple[int, int, int]:
     dims = image_input(model).type.tensor_type.shape.dim[1:]
     shape = tuple(dim.dim_value for dim in dims)
     if any(size < 1 for size in shape):
-        raise UserError("the ONNX model leaves channels, height or width open; give --size")
+        raise UserError("the ONNX model leaves channels, height or width open; export it with a fixed image size")
     return shape
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from rd_deploy.common import require
-from rd_deploy.engines.base import Engine, Session, Unsupported
+from rd_deploy.engines.base import Engine, Session, Unsupported, first_line
 
 
 class OnnxRuntimeSession(Session):
@@ -52,10 +51,12 @@ class OnnxRuntime(Engine):
 
     name = "onnxruntime"
     package = "onnxruntime"
-    extra = "dev"  # a core dependency: only a broken installation lacks it
+    extra = None
 
     def version(self) -> str:
-        return require("onnxruntime", self.extra).__version__
+        import onnxruntime
+
+        return onnxruntime.__version__
 
     def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session:
         if precision != "fp32":
@@ -64,7 +65,8 @@ class OnnxRuntime(Engine):
 
 
 def _options(threads: int):
-    ort = require("onnxruntime", "dev")
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -74,8 +76,9 @@ def _options(threads: int):
 
 
 def _session(model: bytes, options):
-    ort = require("onnxruntime", "dev")
+    import onnxruntime as ort
+
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exception classes share no public base
-        raise Unsupported(f"ONNX Runtime refuses the model: {str(error).splitlines()[0][:160]}") from error
+        raise Unsupported(f"ONNX Runtime refuses the model: {first_line(error)}") from error

@@ -1,0 +1,345 @@
+"""``rd-bench`` end to end on tiny networks, its output against the schema, and every kind of bad input."""
+
+import json
+from importlib import resources
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from rd_deploy import cli_bench
+from rd_deploy.bench import measure
+from rd_deploy.bench.models import load_subject
+from rd_deploy.common import UserError, run_command
+from rd_deploy.preprocessing import Preprocessing
+from rd_train.checkpoint import Checkpoint, save_checkpoint
+from rd_train.networks import Network, parse_arch
+
+FAST = ["--quick", "--seconds", "0.01", "--threads", "1"]
+
+
+def save_onnx(path, shape=(1, 8, 8), batch="N", classes=3, seed=0) -> str:
+    """A convolution, global pool and classifier."""
+    rng = np.random.default_rng(seed)
+    weights = {"w": rng.standard_normal((4, shape[0], 3, 3)), "wf": rng.standard_normal((4, classes))}
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["c"], kernel_shape=[3, 3], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("GlobalAveragePool", ["r"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Gemm", ["f", "wf"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, *shape])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, classes])],
+        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return str(path)
+
+
+def save_digits_plain20(path) -> str:
+    """A checkpoint as the digits preset makes it, with a narrow network."""
+    arch = parse_arch("plain20", in_channels=1, classes=10, width=0.25)
+    preprocessing = Preprocessing(8, 8, 1, (0.3,), (0.4,))
+    classes = [str(digit) for digit in range(10)]
+    save_checkpoint(path, Checkpoint(arch, Network(arch).state_dict(), preprocessing, classes))
+    return str(path)
+
+
+def bench(*arguments) -> int:
+    return run_command("rd-bench", lambda: cli_bench.command([str(argument) for argument in arguments]))
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "bench.json").read_text())
+
+
+def schema() -> dict:
+    return json.loads(resources.files("rd_deploy.bench").joinpath("schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoint_run(tmp_path_factory):
+    """One run with everything in it: a checkpoint against its own ResNet on all engines, precisions, two batches."""
+    folder = tmp_path_factory.mktemp("run")
+    model = save_digits_plain20(folder / "model.pt")
+    assert bench(model, "--batch", "1,3", "--out", folder / "out", *FAST) == 0
+    return folder / "out"
+
+
+def test_bench_json_follows_the_schema(checkpoint_run):
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(read(checkpoint_run), schema())
+
+
+def test_the_schema_notices_a_missing_key(checkpoint_run):
+    document = read(checkpoint_run)
+    del document["results"][0]["p99_ms"]
+    with pytest.raises(jsonschema.ValidationError, match="p99_ms"):
+        jsonschema.validate(document, schema())
+
+
+def test_a_checkpoint_meets_its_own_resnet(checkpoint_run):
+    plain, resnet = read(checkpoint_run)["networks"]
+    assert plain["name"] == "plain20 (model.pt)"
+    assert resnet["name"] == "resnet20"
+    assert plain["input"] == resnet["input"] == [1, 8, 8]
+    assert plain["classes"] == resnet["classes"] == 10
+
+
+def test_every_engine_precision_and_batch_is_measured_or_skipped(checkpoint_run):
+    document = read(checkpoint_run)
+    for engine in ("torch", "onnxruntime", "openvino"):
+        for precision in ("fp32", "bf16"):
+            for batch in (1, 3):
+                where = {"engine": engine, "precision": precision, "batch": batch}
+                measured = [row["model"] for row in document["results"] if where.items() <= row.items()]
+                skipped = [row["reason"] for row in document["skipped"] if where.items() <= row.items()]
+                assert (len(measured), len(skipped)) in ((2, 0), (0, 1))
+                assert precision == "bf16" or measured
+
+
+def test_ratios_are_compare_over_model(checkpoint_run):
+    document = read(checkpoint_run)
+    for ratio in document["ratios"]:
+        where = {key: ratio[key] for key in ("engine", "precision", "batch")}
+        samples = {row["model"]: row["samples_ms"] for row in document["results"] if where.items() <= row.items()}
+        ours, theirs = (np.reshape(samples[document[key]], (-1, 2)).sum(axis=1) for key in ("model", "compare"))
+        assert ratio["ratio"] == pytest.approx(np.median(theirs / ours), rel=1e-4)
+        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+        assert ratio["no_difference"] == (ratio["low"] <= 1 <= ratio["high"])
+
+
+def test_memory_rows_and_claims(checkpoint_run):
+    """Ledgers scale with batch and element size; the claims judge their ratios, and every engine's own figure."""
+    document = read(checkpoint_run)
+    ledger = {
+        (row["model"], row["policy"], row["precision"], row["batch"]): row["peak_bytes"]
+        for row in document["memory"]
+        if row["policy"]
+    }
+    plain, resnet = document["model"], document["compare"]
+    claims = {claim["name"]: claim for claim in document["claims"]}
+    for policy in ("separate", "in-place"):
+        peak = ledger[plain, policy, "fp32", 1]
+        assert ledger[plain, policy, "bf16", 1] * 2 == peak
+        assert ledger[plain, policy, "fp32", 3] == 3 * peak
+        assert claims[f"memory/{policy}"]["value"] == ledger[resnet, policy, "fp32", 1] / peak
+        assert f"share/{policy}" in claims
+    assert claims["memory/separate"]["holds"] is True  # a basic block of stage 1: three maps instead of two
+    assert claims["memory/openvino/fp32/batch-1"]["holds"] is None
+    assert {"speed/best/fp32/batch-1", "speed/best/bf16/batch-3", "memory/torch/bf16/batch-3"} <= set(claims)
+    for row in document["memory"]:
+        assert row["peak_bytes"] is not None or row["engine"]
+        assert "rss" not in row["how"].lower()
+
+
+def test_engines_agree_before_they_are_timed(checkpoint_run):
+    agreement = read(checkpoint_run)["agreement"]
+    assert len(agreement) == len(read(checkpoint_run)["results"])
+    assert all(row["agrees"] and row["images"] >= 3 for row in agreement)
+    assert all(row["max_error"] < 1e-4 for row in agreement if row["precision"] == "fp32")
+
+
+def test_pictures_are_pngs(checkpoint_run):
+    for name in ("bench.png", "memory.png"):
+        assert (checkpoint_run / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_tables_and_verdicts_are_printed(tmp_path, capsys):
+    model = save_onnx(tmp_path / "a.onnx")
+    assert bench(model, "--compare", model, "--batch", 1, "--precision", "fp32", "--out", tmp_path / "o", *FAST) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "Latency, host to host",
+        "a (compare)",
+        "95% interval",
+        "ledger, in-place",
+        "memory/separate",
+        "wrote",
+    ):
+        assert text in shown
+    assert "does not hold here: no difference (1.00x)" in shown  # memory of a network against itself
+
+
+def test_a_gate_that_is_not_met_exits_1_with_everything_written(tmp_path, capsys):
+    model = save_onnx(tmp_path / "a.onnx")
+    common = [model, "--compare", model, "--batch", 1, "--precision", "fp32", "--engines", "onnxruntime", *FAST]
+    assert bench(*common, "--out", tmp_path / "o", "--require", "memory=1.25") == 1
+    assert "memory=1.25 is not met: memory/in-place is 1.00x" in capsys.readouterr().err
+    assert read(tmp_path / "o")["claims"]
+    assert bench(*common, "--out", tmp_path / "o", "--require", "memory=1", "--require", "speed=0.001") == 0
+
+
+def test_a_wrong_engine_is_not_timed(tmp_path, monkeypatch, capsys):
+    from rd_deploy.engines.openvino import OpenVinoSession
+
+    run = OpenVinoSession._run
+    monkeypatch.setattr(OpenVinoSession, "_run", lambda self, images: run(self, images) * 1.01)
+    model = save_onnx(tmp_path / "a.onnx")
+    arguments = [model, "--compare", model, "--batch", 1, "--precision", "fp32", *FAST]
+    assert bench(*arguments, "--engines", "onnxruntime,openvino", "--out", tmp_path / "o") == 0
+    document = read(tmp_path / "o")
+    assert {row["engine"] for row in document["results"]} == {"onnxruntime"}
+    assert "differ" in document["skipped"][0]["reason"]
+    assert bench(*arguments, "--engines", "openvino", "--out", tmp_path / "p") == 2
+    assert "nothing could be measured: openvino" in capsys.readouterr().err
+    assert not (tmp_path / "p" / "bench.json").exists()
+
+
+def test_engines_that_are_not_installed_are_listed_or_refused(tmp_path, monkeypatch, capsys):
+    from rd_deploy.engines.openvino import OpenVino
+
+    monkeypatch.setattr(OpenVino, "package", "no_such_package")
+    model = save_onnx(tmp_path / "a.onnx")
+    arguments = [model, "--compare", model, "--batch", 1, "--precision", "fp32", "--out", tmp_path / "o", *FAST]
+    assert bench(*arguments) == 0
+    (skipped,) = read(tmp_path / "o")["skipped"]
+    assert skipped["engine"] == "openvino"
+    assert "residual-distillation[openvino]" in skipped["reason"]
+    assert bench(*arguments, "--engines", "openvino") == 2
+    assert "pip install 'residual-distillation[openvino]'" in capsys.readouterr().err
+
+
+def test_best_against_best_on_different_engines_is_measured_interleaved(tmp_path, monkeypatch):
+    """Torch is made slow for the model, ONNX Runtime for the other: the winners differ and meet in a third timing."""
+    pairs = []
+    time_pair = measure.time_pair
+
+    def spy(a, b, **options):
+        samples = time_pair(a, b, **options)
+        pairs.append(samples)
+        if len(pairs) <= 2:
+            slow = (30.0, 1.0) if len(pairs) == 1 else (1.0, 30.0)
+            faked = (
+                [time * factor for time in side] for side, factor in zip((samples.a, samples.b), slow, strict=True)
+            )
+            samples = type(samples)(*faked, samples.inner, samples.warm_up)
+        return samples
+
+    monkeypatch.setattr(measure, "time_pair", spy)
+    model = save_onnx(tmp_path / "a.onnx")
+    arguments = [model, "--compare", model, "--batch", 1, "--precision", "fp32", "--engines", "torch,onnxruntime"]
+    assert bench(*arguments, "--out", tmp_path / "o", *FAST) == 0
+    (best,) = read(tmp_path / "o")["best"]
+    assert (best["model_engine"], best["compare_engine"]) == ("onnxruntime", "torch")
+    assert len(pairs) == 3
+
+
+# Naming networks -------------------------------------------------------------------------------------------------
+
+
+def test_a_named_network_takes_input_classes_stem_and_width_of_the_model(tmp_path):
+    ours = load_subject(save_digits_plain20(tmp_path / "model.pt"))
+    other = load_subject("resnet32", like=ours)
+    assert (other.shape, other.classes) == ((1, 8, 8), 10)
+    assert (other.arch["stem"], other.arch["width"]) == ("small", 0.25)
+    foreign = load_subject(save_onnx(tmp_path / "a.onnx", shape=(2, 32, 32)))
+    other = load_subject("resnet20", like=foreign)
+    assert (other.shape, other.classes) == ((2, 32, 32), 3)
+
+
+def test_torchvision_networks_by_prefix_and_by_plain_name(tmp_path):
+    ours = load_subject("plain20", size=64)
+    named = load_subject("torchvision:resnet18", like=ours)
+    assert (named.shape, named.classes) == ((3, 64, 64), 1000)
+    assert load_subject("squeezenet1_1", size=64).source.startswith("torchvision squeezenet1_1")
+    grey = load_subject(save_onnx(tmp_path / "a.onnx", shape=(1, 64, 64)))
+    with pytest.raises(UserError, match="takes 3 channels"):
+        load_subject("torchvision:resnet18", like=grey)
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resnet5"], "did you mean 'resnet50'"),
+        (["torchvision:resnet19"], "did you mean 'resnet1"),
+        (["torchvison:resnet18"], "unknown library 'torchvison'"),
+        (["nothing.pt"], "does not exist"),
+        (["nothing.onnx"], "does not exist"),
+        (["plain20", "--batch", "0"], "--batch 0"),
+        (["plain20", "--batch", "1,x"], "--batch 1,x"),
+        (["plain20", "--precision", "fp33"], "did you mean 'fp32'"),
+        (["plain20", "--engines", "onnxrunime"], "did you mean 'onnxruntime'"),
+        (["plain20", "--threads", "0"], "--threads 0"),
+        (["plain20", "--size", "0"], "--size 0"),
+        (["plain20", "--seconds", "nan"], "seconds"),
+        (["plain20", "--require", "speed"], "write NAME=NUMBER"),
+        (["plain20", "--require", "sped=1"], "did you mean 'speed'"),
+        (["plain20", "--threads", "two"], "threads"),
+        (["plain20", "--no-such-option"], "no-such-option"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(arguments, said, tmp_path, capsys):
+    assert bench(*arguments, "--out", tmp_path / "o") == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_damaged_files(content, suffix, tmp_path, capsys):
+    path = tmp_path / f"model{suffix}"
+    if content is None:  # truncated
+        whole = save_digits_plain20(path) if suffix == ".pt" else save_onnx(path)
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        assert whole == str(path)
+    else:
+        path.write_bytes(content)
+    assert bench(path, "--out", tmp_path / "o") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("rd-bench: error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_files_that_do_not_fit(tmp_path, capsys):
+    small, large = save_onnx(tmp_path / "s.onnx"), save_onnx(tmp_path / "l.onnx", shape=(1, 9, 9))
+    assert bench(small, "--compare", large, "--out", tmp_path / "o") == 2
+    assert "s takes images (1, 8, 8), l (1, 9, 9)" in capsys.readouterr().err
+    other = save_onnx(tmp_path / "c.onnx", classes=4)
+    assert bench(small, "--compare", other, "--out", tmp_path / "o") == 2
+    assert "s has 3 classes, c 4" in capsys.readouterr().err
+    assert bench(small, "--compare", small, "--size", 16, "--out", tmp_path / "o") == 2
+    assert "leave --size 16 away" in capsys.readouterr().err
+    fixed = save_onnx(tmp_path / "f.onnx", batch=2)
+    assert bench(fixed, "--compare", fixed, "--batch", 1, "--out", tmp_path / "o", *FAST) == 2
+    assert "fixed to batch 2" in capsys.readouterr().err
+    other = tmp_path / "weights.bin"
+    other.write_bytes(b"x")
+    assert bench(other, "--out", tmp_path / "o") == 2
+    assert "neither a .pt checkpoint nor an .onnx file" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_found_before_measuring(tmp_path, capsys):
+    model = save_onnx(tmp_path / "a.onnx")
+    (tmp_path / "file").write_text("")
+    assert bench(model, "--compare", model, "--out", tmp_path / "file" / "o") == 2
+    captured = capsys.readouterr()
+    assert "cannot write to --out" in captured.err
+    assert "timing" not in captured.err
+
+
+def test_help_needs_none_of_the_heavy_packages():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; import rd_deploy.cli_bench as c\n"
+        "try: c._parser().parse_args(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'openvino', 'onnxruntime', 'matplotlib') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--require" in shown
+    assert shown.strip().endswith("[]")
