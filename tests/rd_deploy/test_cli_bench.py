@@ -260,7 +260,7 @@ def test_torchvision_networks_by_prefix_and_by_plain_name(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["resnet5"], "did you mean 'resnet50'"),
+        (["plan20"], "did you mean 'plain20'"),
         (["torchvision:resnet19"], "did you mean 'resnet1"),
         (["torchvison:resnet18"], "unknown library 'torchvison'"),
         (["nothing.pt"], "does not exist"),
