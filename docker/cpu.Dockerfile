@@ -1,7 +1,8 @@
 # Runs and measures exported models on a CPU with ONNX Runtime and OpenVINO, without torch. From the checkout's root:
 #   docker build -f docker/cpu.Dockerfile -t residual-distillation:cpu .
-#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" residual-distillation:cpu runs/demo/model.onnx
-# The entry point is rd-bench, its working directory /work. With torch too, for rd-train and rd-export:
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" residual-distillation:cpu a.onnx --compare b.onnx
+# The entry point is rd-bench, its working directory /work. Both networks are ONNX files, as rd-export writes them:
+# building one from model.pt or from a name takes torch. With torch, for rd-train and rd-export too:
 #   docker build -f docker/cpu.Dockerfile -t residual-distillation:cpu-train \
 #     --build-arg EXTRAS=openvino,train --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" --entrypoint rd-train residual-distillation:cpu-train
