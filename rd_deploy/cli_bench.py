@@ -23,29 +23,29 @@ def _parser() -> ArgumentParser:
         nargs="?",
         default="plain50",
         metavar="MODEL",
-        help="an architecture (plain50), model.pt, model.onnx, torchvision:NAME or timm:NAME (default: plain50)",
+        help="an architecture (plain50), model.pt, model.onnx, torchvision:NAME or timm:NAME",
     )
     parser.add_argument(
         "--compare",
         type=str | None,
         default=None,
         metavar="MODEL",
-        help="likewise; a name takes MODEL's input, classes, stem and width (default: MODEL's ResNet, else resnet50)",
+        help="likewise; a name takes MODEL's input, classes, stem and width (null: MODEL's ResNet, else resnet50)",
     )
     parser.add_argument(
         "--engines",
         type=str | None,
         default=None,
-        help="torch,onnxruntime,openvino (default: those installed)",
+        help="torch,onnxruntime,openvino; null: those installed",
     )
-    parser.add_argument("--batch", type=str, default="1,8", help="batch sizes (default: 1,8)")
-    parser.add_argument("--precision", type=str, default="fp32,bf16", help="precisions (default: fp32,bf16)")
-    parser.add_argument("--threads", type=int | None, default=None, help="default: the CPUs this process may use")
-    parser.add_argument("--size", type=int | None, default=None, help="pixels, for named networks (default: 224 or 32)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, images and the bootstrap (default: 0)")
+    parser.add_argument("--batch", type=str, default="1,8", help="batch sizes")
+    parser.add_argument("--precision", type=str, default="fp32,bf16", help="precisions")
+    parser.add_argument("--threads", type=int | None, default=None, help="null: the CPUs this process may use")
+    parser.add_argument("--size", type=int | None, default=None, help="pixels, for named networks; null: 224 or 32")
+    parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights, images and the bootstrap")
     parser.add_argument("--quick", action="store_true", help="a smoke run: short sampling, no conclusions")
-    parser.add_argument("--out", type=str, default="bench", help="folder of the results (default: bench)")
+    parser.add_argument("--out", type=str, default="bench", help="folder of the results")
     parser.add_argument(
         "--require",
         action="append",

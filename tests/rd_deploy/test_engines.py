@@ -10,6 +10,7 @@ from rd_deploy.common import UserError
 from rd_deploy.engines import ENGINES, Unsupported, get_engine
 from rd_deploy.engines import onnxruntime as ort_engine
 from rd_deploy.engines.base import image_shape, weight_elements, with_batch
+from rd_deploy.export.onnx import to_onnx
 
 
 def network(nodes, weights, shape=(3, 8, 8), batch="N", classes=5) -> onnx.ModelProto:
@@ -241,6 +242,16 @@ def test_torch_memory_is_the_peak_of_its_allocations(precision):
     maps = 2 * 16 * (64 * 64 + 32 * 32) * (4 if precision == "fp32" else 2)
     assert maps <= info.feature_map_bytes <= 1.1 * maps
     assert info.weight_bytes == (16 * 3 + 256 + 80) * (4 if precision == "fp32" else 2)
+
+
+@pytest.mark.parametrize(("name", "maps"), [("plain20", 2), ("resnet20", 3)])
+def test_torch_keeps_the_maps_that_the_architecture_needs(name, maps):
+    """In stage 1 of the CIFAR family a plain block needs input and output, a residual block its shortcut as well."""
+    from rd_deploy.export.source import chain_from_name
+
+    model = to_onnx(chain_from_name(name, size=32, classes=10))
+    info = get_engine("torch").load(model, "fp32", 1, 2).info()
+    assert info.feature_map_bytes == 2 * maps * 16 * 32 * 32 * 4
 
 
 def test_arena_peak_is_above_what_lived_before_the_run():
