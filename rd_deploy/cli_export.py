@@ -86,13 +86,13 @@ def _source(options: argparse.Namespace):
 
 
 def _images(options: argparse.Namespace, source, count: int):
-    from rd_deploy.export.images import folder_images, random_source, test_images
+    from rd_deploy.export.images import folder_images, random_source, split_images
 
     if options.images is not None:
         return folder_images(options.images, source.chain.preprocessing, count)
     if source.checkpoint is None:
         return random_source(count, source.chain.preprocessing, seed=(options.seed or 0) + 1)
-    return test_images(source.checkpoint, options.data_dir, count)
+    return split_images(source.checkpoint, options.data_dir, count)
 
 
 def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callable[[bytes], dict] | None:
@@ -107,25 +107,29 @@ def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callabl
     images = _images(options, source, max_batch)
 
     def verify(model: bytes) -> dict:
-        figures = check_parity(source.network, model, images.values, tolerance, max_batch)
-        report.extend(_table(figures, images.origin, tolerance))
-        batches = [{"batch": batch, **parity.to_dict()} for batch, parity in figures.items()]
-        return {"reference": "torch, unfolded, fp32", "engine": "onnxruntime", "images": images.origin, "runs": batches}
+        runs = check_parity(source.network, model, images.values, tolerance, max_batch, options.precision)
+        report.extend(_table(runs, images.origin, tolerance))
+        return {
+            "reference": "torch, unfolded, fp32",
+            "images": images.origin,
+            "tolerance": tolerance,
+            "runs": [run.to_dict() for run in runs],
+        }
 
     return verify
 
 
-def _table(figures: dict, origin: str, tolerance: float) -> list[str]:
-    return [
+def _table(runs: list, origin: str, tolerance: float) -> list[str]:
+    lines = [
         f"parity with the unfolded torch network on {origin};",
         f"errors in standard deviations of the logits, tolerance {tolerance:g}:",
-        "  batch  images       max     p99.9      mean   top-1",
-        *(
-            f"  {batch:5d}  {p.images:6d}  {p.max_error:8.1e}  {p.p999_error:8.1e}  {p.mean_error:8.1e}  "
-            f"{p.top1_agreement:6.1%}"
-            for batch, p in figures.items()
-        ),
+        "  batch  images       max     p99.9      mean   top-1  run by",
     ]
+    for run in runs:
+        p = run.parity
+        errors = f"{p.max_error:8.1e}  {p.p999_error:8.1e}  {p.mean_error:8.1e}"
+        lines.append(f"  {run.batch:5d}  {p.images:6d}  {errors}  {p.top1_agreement:6.1%}  {run.engine}")
+    return lines
 
 
 def _default_path(options: argparse.Namespace, name: str) -> Path:

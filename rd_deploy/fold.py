@@ -7,6 +7,7 @@ applies it once, in the step that makes the tensor.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -53,8 +54,7 @@ def fold(
         raise UserError(
             f"folding changed the network: relative error {errors[worst]:.1e} at {worst}, allowed {FOLD_BOUND:.0e}"
         )
-    chain.provenance.update(provenance or {}, fold_errors=errors)
-    return chain
+    return replace(chain, provenance={**(provenance or {}), "fold_errors": errors})
 
 
 def default_preprocessing(size: int, channels: int = 3) -> Preprocessing:
@@ -121,7 +121,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def fold_errors(network: Network, chain: Chain, seed: int = 0) -> dict[str, float]:
-    """Largest error of each step against the unfolded float64 network, relative to the step's largest term.
+    """Largest error of each step against the unfolded float64 network, relative to its channel's largest term.
 
     Two normally distributed images. Each step is given what the network gives its counterpart, so that a chaotic
     network (which multiplies rounding errors from layer to layer) is not mistaken for a wrong fold; steps that are
@@ -137,11 +137,19 @@ def _step_error(step: Step, expected: dict[str, np.ndarray]) -> float:
     reference = expected[step.name]
     if not np.isfinite(reference).all():
         raise UserError(f"the network gives NaN or infinity at {step.name}: the weights are damaged")
-    # The folded bias holds the term that cancels when a BN's mean is far larger than its deviation.
-    terms = [reference, *(values for part, values in weights(step) if part == "bias")]
-    largest = max(float(np.abs(term).max()) for term in terms)
-    error = float(np.abs(run_step(step, expected) - reference).max()) / (largest or 1.0)
-    return error if np.isfinite(error) else np.inf
+    # Channel by channel, since one loud channel would hide the others. The folded bias holds the term that cancels
+    # when a BN's mean is far larger than its deviation.
+    largest = _channel_maximum(reference)
+    for values in (values for part, values in weights(step) if part == "bias"):
+        largest = np.maximum(largest, np.abs(values))
+    error = _channel_maximum(run_step(step, expected) - reference)
+    worst = float((error / np.where(largest > 0, largest, 1.0)).max())
+    return worst if np.isfinite(worst) else np.inf
+
+
+def _channel_maximum(values: np.ndarray) -> np.ndarray:
+    """Largest magnitude per channel of (N, C, ...), as (C,)."""
+    return np.abs(values).max(axis=(0, *range(2, values.ndim)))
 
 
 def _expected_outputs(network: Network, images: Tensor) -> dict[str, np.ndarray]:

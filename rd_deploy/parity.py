@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import onnx
 
 from rd_deploy.common import UserError, require
+from rd_deploy.export.fp16 import with_fp16_storage
 
 # Of the largest error, in standard deviations of the logits.
 # fp32 rounds at 6e-8. Over 20 to 110 layers that becomes 1e-5 to 1e-4 in networks that are not chaotic; a wrong graph
 # gives 1e-1 and more.
 # fp16 rounds at 5e-4, 8,000 times as coarse: 0.02 to 0.05 over 20 to 110 layers, far below what decides a class.
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-1}
+ENGINE = "onnxruntime"
 SMALL_BATCHES = (1, 3)
 SMALL_BATCH_IMAGES = 8
 # Below this share of the logits' deviation, what differs between images is rounding.
@@ -55,6 +58,18 @@ class Parity:
 
     def to_dict(self) -> dict:
         return {**asdict(self), "max_abs_error": self.max_error * self.deviation}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The figures of one way to run the exported model."""
+
+    engine: str
+    batch: int
+    parity: Parity
+
+    def to_dict(self) -> dict:
+        return {"engine": self.engine, "batch": self.batch, **self.parity.to_dict()}
 
 
 def round_up(value: float) -> float:
@@ -98,43 +113,50 @@ def _deviation(reference: np.ndarray) -> float:
     over_classes = float(reference.std(axis=1).max())
     over_images = float(reference.std(axis=0).max())
     if over_classes <= SAME * float(np.abs(reference).max()):
-        raise ParityError(
-            "the trained network gives the same logit to every class: it is dead, and parity says nothing"
-        )
+        raise ParityError("the trained network gives the same logit to every class: it is dead; train again")
     if len(reference) > 1 and over_images <= SAME * deviation:
         raise ParityError("the trained network gives the same logits for every image: it is dead; train again")
     return deviation
 
 
-def check_parity(network, model: bytes, images: np.ndarray, tolerance: float, max_batch: int) -> dict[int, Parity]:
+def check_parity(
+    network, model: bytes, images: np.ndarray, tolerance: float, max_batch: int, precision: str = "fp32"
+) -> list[Run]:
     """Run the unfolded torch ``network`` and the ONNX ``model`` and compare, at batch 1, 3 and ``max_batch``.
 
     ``images``: at least two, float32 (N, C, H, W), different from each other; they are repeated to fill the largest
-    batch. Returns the figures per batch size, and raises `ParityError` when any is over the tolerance, naming the
-    smallest tolerance that would pass.
+    batch. For ``fp16`` one more run rounds all activations, see `rd_deploy.export.fp16`. Raises `ParityError` when a
+    run is over the tolerance, naming the smallest tolerance that would pass.
     """
     if len(images) < 2:
         raise UserError("parity needs at least 2 different images; add images or pass --no-parity")
     images = images[np.arange(max(max_batch, SMALL_BATCH_IMAGES)) % len(images)]
-    reference, run = torch_logits(network, images, max_batch), onnx_runner(model)
-    figures = {}
-    for batch in sorted({*SMALL_BATCHES, max_batch}):
-        count = max(batch, SMALL_BATCH_IMAGES)
-        logits = np.concatenate([run(images[at : min(at + batch, count)]) for at in range(0, count, batch)])
-        figures[batch] = compare(reference[:count], logits, tolerance)
-    if not all(parity.passes for parity in figures.values()):
-        raise ParityError(_failure(figures))
-    return figures
+    reference = torch_logits(network, images, max_batch)
+    plan = [(model, batch, ENGINE) for batch in sorted({*SMALL_BATCHES, max_batch})]
+    if precision == "fp16":
+        stored = with_fp16_storage(onnx.load_from_string(model)).SerializeToString()
+        plan.append((stored, max_batch, f"{ENGINE}, activations rounded to fp16"))
+    runs = []
+    for content, batch, engine in plan:
+        logits = _in_batches(onnx_runner(content), images[: max(batch, SMALL_BATCH_IMAGES)], batch)
+        runs.append(Run(engine, batch, compare(reference[: len(logits)], logits, tolerance)))
+    if not all(run.parity.passes for run in runs):
+        raise ParityError(_failure(max(runs, key=lambda run: run.parity.max_error)))
+    return runs
 
 
-def _failure(figures: dict[int, Parity]) -> str:
-    batch, worst = max(figures.items(), key=lambda item: item[1].max_error)
-    found = f"largest error {worst.max_error:.3g} standard deviations of the logits at batch {batch}"
-    if not math.isfinite(worst.max_error):
-        return f"parity failed: the exported model gives NaN or infinity at batch {batch}; no tolerance would pass"
+def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
+    return np.concatenate([run(images[at : at + batch]) for at in range(0, len(images), batch)])
+
+
+def _failure(worst: Run) -> str:
+    where, parity = f"at batch {worst.batch} ({worst.engine})", worst.parity
+    if not math.isfinite(parity.max_error):
+        return f"parity failed: the exported model gives NaN or infinity {where}; no tolerance would pass"
     return (
-        f"parity failed: {found}, tolerance {worst.tolerance:g}, top-1 agreement {worst.top1_agreement:.1%}; "
-        f"--tolerance {worst.minimum_tolerance:g} is the smallest that would pass"
+        f"parity failed: largest error {parity.max_error:.3g} standard deviations of the logits {where}, tolerance "
+        f"{parity.tolerance:g}, top-1 agreement {parity.top1_agreement:.1%}; "
+        f"--tolerance {parity.minimum_tolerance:g} is the smallest that would pass"
     )
 
 

@@ -41,8 +41,9 @@ def random_images(count: int, channels: int, size: int, seed: int = 0) -> np.nda
 def random_network(arch: Arch, size: int, seed: int = 0) -> Network:
     """A network in evaluation mode, the same for the same ``arch``, ``size`` and ``seed``.
 
-    Kaiming-normal convolutions, with a Dirac share in plain blocks; BN statistics and the classifier are calibrated in one pass over random images, so
-    that BN outputs have unit variance there and logits vary over images with unit variance around zero.
+    Kaiming-normal convolutions, with a Dirac share in plain blocks. BN statistics and the classifier are calibrated in
+    one pass over random images: there, channels have unit variance, and logits vary over images with unit variance
+    around zero.
     """
     if not 1 <= size <= 4096:
         raise UserError(f"image size {size} must be from 1 to 4096")

@@ -1,6 +1,6 @@
 """The images that an export is judged on: the data set's test images, a folder of the user's, or random ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ def random_source(count: int, preprocessing: Preprocessing, seed: int) -> Images
     return Images(values, f"seeded random images (seed {seed}; no real data, since the weights are random too)")
 
 
-def test_images(checkpoint, data_dir: str | None, count: int) -> Images:
+def split_images(checkpoint, data_dir: str | None, count: int) -> Images:
     """Images of the test split that a checkpoint was made with; ``data_dir`` says where the data is now."""
     recipe = checkpoint.recipe if isinstance(checkpoint.recipe, dict) else {}
     name, folder, size = recipe.get("data"), data_dir or recipe.get("data_dir"), recipe.get("size")
@@ -43,24 +43,27 @@ def test_images(checkpoint, data_dir: str | None, count: int) -> Images:
         dataset = load_dataset(name, folder, size=size)
     except UserError as error:
         raise UserError(f"no test images for the parity check ({error}); pass --data-dir, or {ESCAPE}") from error
-    if dataset.preprocessing != checkpoint.preprocessing:
-        where = folder or "the installed data set"
-        raise UserError(
-            f"{name} in {where} is not the data this checkpoint was trained on; pass --data-dir, or {ESCAPE}"
-        )
+    if not _same(dataset.preprocessing, checkpoint.preprocessing):
+        raise UserError(f"{name} here is not the data that the checkpoint was trained on; pass --data-dir, or {ESCAPE}")
     torch = require("torch", "train")
     chosen = dataset.test.images(torch.from_numpy(spread(count, len(dataset.test))))
     return Images(chosen.numpy(), f"test images of {name}")
 
 
+def _same(one: Preprocessing, other: Preprocessing) -> bool:
+    """Equal up to the rounding of means and deviations, which depends on the machine."""
+    plain = replace(one, mean=other.mean, std=other.std) if one.channels == other.channels else one
+    return plain == other and np.allclose((one.mean, one.std), (other.mean, other.std), rtol=1e-6)
+
+
 def folder_images(folder: str | Path, preprocessing: Preprocessing, count: int) -> Images:
-    """Image files anywhere below a folder, decoded by Pillow and preprocessed as in deployment."""
+    """Image files (by suffix) anywhere below a folder, preprocessed as in deployment."""
+    from rd_train.image_folder import SUFFIXES
+
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder; name one with image files")
-    image_module = require("PIL.Image", "train")
-    known = set(image_module.registered_extensions())
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(files) < 2:
         raise UserError(f"--images {folder} holds {len(files)} image files; parity needs at least 2")
     pixels = [_decode(files[index], preprocessing.channels) for index in spread(count, len(files))]

@@ -89,9 +89,10 @@ def _initializer(step: Step, part: str, values: np.ndarray, dtype: type) -> Tens
     with np.errstate(over="ignore"):
         rounded = values.astype(dtype)
     if not np.isfinite(rounded).all():
+        advice = "export with --precision fp32" if dtype is np.float16 else "train again"
         raise UserError(
             f"{step.name}.{part} reaches {np.abs(values).max():.3g}, more than {np.dtype(dtype).name} holds "
-            f"({np.finfo(dtype).max:.3g}); export with --precision fp32"
+            f"({np.finfo(dtype).max:.3g}); {advice}"
         )
     return numpy_helper.from_array(rounded, f"{step.name}.{part}")
 

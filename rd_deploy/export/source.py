@@ -5,13 +5,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError
 from rd_deploy.fold import fold
 from rd_deploy.random_weights import random_network
 from rd_train.checkpoint import Checkpoint, load_checkpoint
-from rd_train.networks import Arch, Network, parse_arch
+from rd_train.networks import Arch, Network, parameter_count, parse_arch
 
+# 2 GiB of float32, the most one ONNX file holds.
+MAX_PARAMETERS = 1 << 29
 DEFAULT_SIZE = {"imagenet": 224, "small": 32}
 
 
@@ -31,26 +35,31 @@ def source_from_name(name: str, size: int | None = None, seed: int = 0, **change
     """
     arch = parse_arch(name, **changes)
     size = DEFAULT_SIZE[arch.stem] if size is None else size
-    _check_buildable(arch, size)
+    _check_buildable(arch)
     network = random_network(arch, size, seed)
     return Source(network, fold(network, size, provenance={"weights": f"random, seed {seed}"}))
 
 
-def _check_buildable(arch: Arch, size: int) -> None:
-    """Refuse what no machine of a user holds, before memory is asked for."""
-    if not 1 <= size <= 4096:
-        raise UserError(f"image size {size} must be from 1 to 4096 pixels")
-    if arch.widths[-1] > 4096:
-        raise UserError(f"width {arch.width} gives {arch.widths[-1]} channels, more than 4096; use a smaller one")
+def _check_buildable(arch: Arch) -> None:
+    """Refuse what one ONNX file cannot hold before memory is asked for it."""
+    with torch.device("meta"):  # shapes without memory
+        parameters = parameter_count(Network(arch))
+    if parameters > MAX_PARAMETERS:
+        raise UserError(
+            f"{arch.name} of width {arch.width:g} has {parameters / 1e6:,.0f} M parameters, "
+            f"more than {MAX_PARAMETERS / 1e6:,.0f} M; use a smaller --width"
+        )
 
 
 def source_from_checkpoint(path: str | Path) -> Source:
     """The network of a ``model.pt``."""
     checkpoint = load_checkpoint(path)
     network = checkpoint.network()
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     provenance = {
         "checkpoint": Path(path).name,
-        "checkpoint_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "checkpoint_sha256": digest,
         "recipe": _plain(checkpoint.recipe, "recipe"),
         "training": _plain(checkpoint.provenance, "provenance"),
     }

@@ -1,0 +1,44 @@
+"""Float16 ONNX files on a CPU as float16 hardware runs them.
+
+ONNX Runtime's CPU provider has no float16 convolution: it computes the whole graph in float32 and rounds nothing
+between operators (1.32, at every optimisation level), so that overflow and rounding of activations would first be seen
+on a GPU.
+"""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+STORED, READ = "/float16", "/float32"
+
+
+def with_fp16_storage(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 copy of a float16 model in which every operator's result is rounded to float16 and back.
+
+    This is float16 with float32 accumulation, as tensor cores do it (fused operators round less often). The casts are
+    nodes of the graph, which ONNX Runtime keeps, unlike those that it inserts itself.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.initializer[:], copy.graph.node[:], copy.graph.value_info[:]
+    copy.graph.initializer.extend(_float32(tensor) for tensor in model.graph.initializer)
+    given = {entry.name for entry in (*model.graph.initializer, *model.graph.input)}
+    copy.graph.node.extend(part for node in model.graph.node for part in _rounded(node, given))
+    return copy
+
+
+def _float32(tensor: TensorProto) -> TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+
+
+def _rounded(node: onnx.NodeProto, given: set[str]) -> list[onnx.NodeProto]:
+    """The node on float32 operands, then its result as float16, then that as float32 for its readers."""
+    compute = onnx.NodeProto()
+    compute.CopyFrom(helper.make_node("Identity", node.input, node.output) if node.op_type == "Cast" else node)
+    compute.input[:] = [name if name in given else name + READ for name in node.input]
+    result = node.output[0]
+    return [
+        compute,
+        helper.make_node("Cast", [result], [result + STORED], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", [result + STORED], [result + READ], to=TensorProto.FLOAT),
+    ]

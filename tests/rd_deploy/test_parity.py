@@ -1,0 +1,189 @@
+"""Parity: the figures are right, and what is wrong does not pass."""
+
+import dataclasses
+import math
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rd_deploy.common import UserError
+from rd_deploy.export.onnx import to_onnx
+from rd_deploy.export.source import source_from_name
+from rd_deploy.parity import TOLERANCES, ParityError, check_parity, compare, onnx_runner, round_up, torch_logits
+from rd_deploy.random_weights import random_images
+
+TOLERANCE = TOLERANCES["fp32"]
+
+
+@pytest.fixture(scope="module")
+def source():
+    return source_from_name("resnet20", 16, width=0.25, classes=6)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return random_images(10, 3, 16, seed=9)
+
+
+def content(chain) -> bytes:
+    return to_onnx(chain).SerializeToString()
+
+
+def test_figures_are_what_numpy_says():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(50, 40)).astype(np.float32) * 7
+    error = rng.normal(size=reference.shape) * 0.01
+    error[3, 5] = 0.5
+    parity = compare(reference, reference + error, tolerance=0.1)
+    deviation = reference.astype(np.float64).std()
+    assert parity.deviation == pytest.approx(deviation)
+    assert parity.max_error == pytest.approx(0.5 / deviation, rel=1e-5)
+    assert parity.mean_error == pytest.approx(np.abs(error).mean() / deviation, rel=1e-4)
+    assert parity.p999_error == pytest.approx(np.quantile(np.abs(error), 0.999) / deviation, rel=1e-4)
+    assert parity.to_dict()["max_abs_error"] == pytest.approx(0.5, rel=1e-5)
+    assert parity.passes
+
+
+def test_top1_agreement_counts_images():
+    reference = np.eye(4) * 2
+    candidate = reference.copy()
+    candidate[1] = candidate[1, ::-1]
+    assert compare(reference, candidate, 1.0).top1_agreement == 0.75
+
+
+@given(st.floats(min_value=1e-30, max_value=1e30))
+def test_the_minimum_tolerance_passes_and_can_be_typed(value):
+    rounded = round_up(value)
+    assert value <= rounded <= value * 1.1001
+    assert float(f"{rounded:g}") == rounded
+
+
+def test_a_tolerance_that_is_met_exactly_passes():
+    reference = np.array([[0.0, 1.0], [1.0, 0.0]])
+    parity = compare(reference, reference + 0.125, 0.25)
+    assert parity.max_error == 0.25
+    assert parity.passes
+    assert not compare(reference, reference + 0.1251, 0.25).passes
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_candidate_with_nan_never_passes(bad):
+    reference = np.random.default_rng(0).normal(size=(4, 3))
+    candidate = reference.copy()
+    candidate[2, 1] = bad
+    parity = compare(reference, candidate, tolerance=1e9)
+    assert not parity.passes
+    assert math.isinf(parity.minimum_tolerance)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (np.zeros((4, 3)), "same logit to every class"),
+        (np.full((4, 3), 2.5), "same logit to every class"),
+        (np.arange(4.0)[:, None] + np.zeros((4, 3)), "same logit to every class"),
+        (np.zeros((4, 3)) + np.arange(3.0), "same logits for every image"),
+        (np.array([[1.0, np.nan]]), "NaN"),
+        (np.array([[1.0, np.inf]]), "NaN or infinity"),
+    ],
+)
+def test_a_degenerate_reference_does_not_pass_even_against_itself(reference, message):
+    with pytest.raises(ParityError, match=message):
+        compare(reference, reference, 1.0)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ParityError, match=r"\(2, 4\)"):
+        compare(np.eye(2, 3), np.eye(2, 4), 1.0)
+
+
+# --- the whole check
+
+
+def test_a_right_export_passes_at_batch_1_3_and_the_maximum(source, images):
+    runs = check_parity(source.network, content(source.chain), images, TOLERANCE, max_batch=16)
+    assert [(run.batch, run.parity.images) for run in runs] == [(1, 8), (3, 8), (16, 16)]
+    assert all(run.parity.max_error < 1e-4 and run.parity.top1_agreement == 1 for run in runs)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3])
+def test_small_maxima_work(source, images, max_batch):
+    runs = check_parity(source.network, content(source.chain), images, TOLERANCE, max_batch)
+    assert {run.batch for run in runs} == {1, 3, max_batch}
+
+
+def test_a_network_in_training_mode_is_judged_in_evaluation_and_left_alone(source, images):
+    expected = torch_logits(source.network, images, 4)
+    source.network.train()
+    try:
+        np.testing.assert_array_equal(torch_logits(source.network, images, 4), expected)
+        assert source.network.training
+    finally:
+        source.network.eval()
+
+
+def damage(chain, name: str, **changes):
+    steps = tuple(dataclasses.replace(step, **changes) if step.name == name else step for step in chain.steps)
+    return dataclasses.replace(chain, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("layer1.1.conv2", {"add": None}), ("layer2.0.downsample", {"relu": True}), ("layer3.2.conv1", {"relu": False})],
+)
+def test_a_wrong_graph_fails_and_names_the_tolerance_that_would_pass(source, images, name, changes):
+    model = content(damage(source.chain, name, **changes))
+    with pytest.raises(ParityError, match="smallest that would pass") as failure:
+        check_parity(source.network, model, images, TOLERANCE, 8)
+    minimum = float(str(failure.value).split("--tolerance ")[1].split()[0])
+    assert minimum > 10 * TOLERANCE
+    check_parity(source.network, model, images, minimum, 8)
+    with pytest.raises(ParityError):
+        check_parity(source.network, model, images, minimum / 1.11, 8)
+
+
+def test_swapped_classes_fail(source, images):
+    last = source.chain.steps[-1]
+    swapped = damage(source.chain, "fc", weight=last.weight[::-1], bias=last.bias[::-1])
+    with pytest.raises(ParityError):
+        check_parity(source.network, content(swapped), images, TOLERANCE, 8)
+
+
+def test_fp16_is_also_judged_with_rounded_activations(source, images):
+    model = to_onnx(source.chain, "fp16").SerializeToString()
+    runs = check_parity(source.network, model, images, TOLERANCES["fp16"], 8, "fp16")
+    assert [run.engine for run in runs[-2:]] == ["onnxruntime", "onnxruntime, activations rounded to fp16"]
+    assert runs[-1].parity.max_error != runs[-2].parity.max_error
+
+
+def test_activations_that_overflow_fp16_fail_although_the_cpu_computes_them(source, images):
+    first = source.chain.steps[0]
+    loud = to_onnx(damage(source.chain, "conv1", bias=first.bias + 6.5e4), "fp16").SerializeToString()
+    assert np.isfinite(onnx_runner(loud, threads=1)(images)).all()
+    with pytest.raises(ParityError, match=r"NaN or infinity.*rounded to fp16"):
+        check_parity(source.network, loud, images, 1e9, 8, "fp16")
+
+
+def test_a_model_that_does_not_load_fails(source, images):
+    model = onnx.ModelProto()
+    model.ParseFromString(content(source.chain))
+    model.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(ParityError, match="refuses"):
+        check_parity(source.network, model.SerializeToString(), images, TOLERANCE, 8)
+
+
+def test_one_image_is_not_enough(source, images):
+    with pytest.raises(UserError, match="at least 2"):
+        check_parity(source.network, content(source.chain), images[:1], TOLERANCE, 8)
+    with pytest.raises(ParityError, match="every image"):
+        check_parity(source.network, content(source.chain), images[[0, 0]], TOLERANCE, 8)
+
+
+def test_the_runner_takes_any_batch(source, images):
+    run = onnx_runner(content(source.chain), threads=1)
+    whole = run(images)
+    for size in (1, 4):
+        np.testing.assert_allclose(run(images[:size]), whole[:size], rtol=0, atol=1e-5)
