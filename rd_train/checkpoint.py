@@ -1,5 +1,6 @@
 """The ``model.pt`` format: tensors and plain containers only, read with ``weights_only=True``, checked strictly."""
 
+import io
 import pickle
 import time
 import zipfile
@@ -60,27 +61,34 @@ def load_strictly(network: torch.nn.Module, state_dict: dict[str, Tensor], what:
     network.load_state_dict(state_dict, strict=True)
 
 
+def save_plain(path: str | Path, values: dict) -> None:
+    """Write tensors and plain containers atomically.
+
+    Through memory, because torch's own writer turns a full disk into a RuntimeError about positions.
+    """
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write ``model.pt`` atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(
-            {
-                "format": FORMAT,
-                "arch": checkpoint.arch.to_dict(),
-                "state_dict": {
-                    name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()
-                },
-                "preprocessing": checkpoint.preprocessing.to_dict(),
-                "classes": list(checkpoint.classes),
-                "recipe": checkpoint.recipe,
-                "provenance": {
-                    "torch": str(torch.__version__),
-                    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    **checkpoint.provenance,
-                },
-            },
-            temporary,
-        )
+    provenance = {
+        "torch": str(torch.__version__),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **checkpoint.provenance,
+    }
+    values = {
+        "format": FORMAT,
+        "arch": checkpoint.arch.to_dict(),
+        "state_dict": {name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()},
+        "preprocessing": checkpoint.preprocessing.to_dict(),
+        "classes": list(checkpoint.classes),
+        "recipe": checkpoint.recipe,
+        "provenance": provenance,
+    }
+    save_plain(path, values)
 
 
 def load_plain(path: str | Path, what: str) -> object:

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from rd_deploy.common import Stopped, UserError, atomic_path, require, write_text
+from rd_deploy.common import Stopped, UserError, require, write_text
 from rd_train.build import build_optimizer
-from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint
+from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
 from rd_train.data import Dataset, Split, batches, steps_per_epoch
 from rd_train.networks import Network
 from rd_train.recipe import Recipe
@@ -225,19 +225,16 @@ class _State:
         return (accuracy, -loss) > (self.best["val_accuracy"], -self.best["val_loss"])
 
     def save(self) -> None:
-        with atomic_path(self.path) as temporary:
-            torch.save(
-                {
-                    "task": self.task.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "averaged": None if self.averaged is None else self.averaged.state_dict(),
-                    "step": self.step,
-                    "seconds": self.seconds,
-                    "sums": dict(self.sums),
-                    "best": self.best,
-                },
-                temporary,
-            )
+        values = {
+            "task": self.task.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": dict(self.sums),
+            "best": self.best,
+        }
+        save_plain(self.path, values)
 
     def load(self) -> None:
         """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
@@ -271,12 +268,11 @@ def _stop(context: Context) -> None:
 
 
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
-    dataset, name = context.dataset, "model.pt" if phase == "student" else "teacher.pt"
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    save_checkpoint(
-        context.folder / name,
-        Checkpoint(network.arch, state, dataset.preprocessing, dataset.classes, context.recipe.to_dict(), dict(best)),
+    dataset, recipe = context.dataset, context.recipe.to_dict()
+    checkpoint = Checkpoint(
+        network.arch, network.state_dict(), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
     )
+    save_checkpoint(context.folder / ("model.pt" if phase == "student" else "teacher.pt"), checkpoint)
 
 
 def _brief(means: dict[str, float], images_per_second: float) -> str:

@@ -48,7 +48,8 @@ class Arch:
 
     def __post_init__(self) -> None:
         known = {**IMAGENET_DEPTHS, **CIFAR_DEPTHS}
-        _check(self.depth in known, f"depth {self.depth} is unknown (known: {', '.join(map(str, sorted(known)))})")
+        depths = ", ".join(map(str, sorted(known)))
+        _check(isinstance(self.depth, int) and self.depth in known, f"depth {self.depth} is unknown (known: {depths})")
         _check(
             self.shortcuts in ("all", "projection", "none"),
             f"shortcuts '{self.shortcuts}' are unknown (known: all, projection, none)",

@@ -1,6 +1,5 @@
 """The recipe of a run: one frozen dataclass; presets are YAML files that name what differs from its defaults."""
 
-import os
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -173,13 +172,3 @@ def read_values(path: str | Path) -> dict:
 def dump_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, in the order of its definition; read back by `read_values`."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: affinity, and the quota of its control group (cgroup v2)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return count if quota == "max" else max(1, min(count, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return count

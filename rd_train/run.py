@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from rd_deploy.bench.environment import available_threads, cpu
 from rd_deploy.common import UserError, write_json, write_text
 from rd_train import report
 from rd_train.build import build_task, load_teacher, meta_task, needs_teacher, student_arch, teacher_arch
@@ -14,7 +15,7 @@ from rd_train.data import Dataset, load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
 from rd_train.networks import Network, parameter_count
-from rd_train.recipe import Recipe, available_cpus, dump_yaml
+from rd_train.recipe import Recipe, dump_yaml
 
 # Everything a run writes, but for TensorBoard's logs; a new run in the same folder starts without them.
 WRITTEN = (
@@ -35,15 +36,11 @@ def settle(recipe: Recipe) -> Recipe:
         precision = (
             "bf16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()) else "fp32"
         )
-    return replace(recipe, device=device, precision=precision, threads=recipe.threads or available_cpus())
+    return replace(recipe, device=device, precision=precision, threads=recipe.threads or available_threads())
 
 
 def _cpu_multiplies_bf16() -> bool:
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return False
-    return bool({"amx_bf16", "avx512_bf16", "bf16"} & flags)  # "bf16" is Arm's name for its instructions
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(cpu()["flags"]))  # "bf16" is Arm's name
 
 
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
@@ -57,8 +54,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
     teacher = _given_teacher(recipe, dataset)
     plan = print_plan(recipe, dataset, teacher)
     if not resume:
-        for name in WRITTEN:
-            (folder / name).unlink(missing_ok=True)
+        _clear(folder)
     write_text(folder / "recipe.yaml", dump_yaml(recipe))
     writer = tensorboard_writer(folder) if tensorboard else None
     with stop_on_signals() as stop:
@@ -66,6 +62,16 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
             recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
         )
         return _phases(context, teacher, plan, resume)
+
+
+def _clear(folder: Path) -> None:
+    """Forget an earlier run, after everything that can be wrong with the new one was checked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 
 
 def _phases(context: Context, teacher: Network | None, plan: dict, resume: bool) -> dict:

@@ -1,6 +1,6 @@
 """Accuracy on the full Fashion-MNIST: ce, kd and jointrd, both initialisations, plain-20 and plain-56, one seed.
 
-    python benchmarks/accuracy/fashion.py --out runs/fashion [--epochs20 4 --epochs56 2] [--workers 2]
+    python benchmarks/accuracy/fashion.py --out runs/fashion [--epochs20 3 --epochs56 1] [--workers 2]
 
 Each run is one ``rd-train`` process with one thread (small maps: two processes with a thread each train about twice as
 many images per second as one process with two), resumed where it was interrupted and skipped where it is complete.
@@ -58,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/fashion"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/accuracy-fashion.json"))
-    parser.add_argument("--epochs20", type=int, default=4)
-    parser.add_argument("--epochs56", type=int, default=2)
+    parser.add_argument("--epochs20", type=int, default=3)
+    parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
