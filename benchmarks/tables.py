@@ -64,7 +64,7 @@ def memory() -> str:
     chosen = [row for row in bench["memory"] if (row["precision"], row["batch"]) == ("fp32", 1) and row["peak_bytes"]]
     peaks: dict[str, dict[str, dict]] = {}
     for row in chosen:
-        peaks.setdefault(row["source"], {})[row["model"]] = row
+        peaks.setdefault(row["how"].partition(":")[0], {})[row["model"]] = row
     rows = []
     for source, pair in peaks.items():
         share = pair[compare]["shortcut_share"]
@@ -110,8 +110,8 @@ def accuracy() -> str:
     ]
     source = (
         f"Test accuracy on the 10,000 test images of the full Fashion-MNIST, ONE seed ({results['resnet20']['seed']}), "
-        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}: differences below a few "
-        f"points mean nothing yet. From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
+        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}: differences below a "
+        f"few points mean nothing yet. From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
 

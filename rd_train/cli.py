@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from rd_deploy.common import UserError, run_command
+from rd_deploy.common import UserError, require, run_command
 from rd_train.recipe import Recipe, preset_names, preset_values, read_values
 
 # What marks a folder as a run.
@@ -67,6 +67,7 @@ def _new_folder(options: Namespace) -> Path:
 
 
 def _start(options: Namespace) -> dict:
+    require("torch", "train")
     from rd_train.run import run, settle  # torch is slow to import; --list and --help do without
 
     recipe = settle(_recipe(options))
@@ -78,6 +79,7 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     allowed = {"--resume", "--tensorboard", options.resume, f"--resume={options.resume}"}
     if set(arguments) - allowed:
         raise UserError("--resume takes everything from the run's recipe.yaml; leave the other options away")
+    require("torch", "train")
     from rd_train.run import run
 
     folder = Path(options.resume)

@@ -1,6 +1,7 @@
 """rd-train as its users call it: errors of one line with exit code 2, and the files of a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from rd_deploy.common import run_command
 from rd_train.cli import command
 from rd_train.recipe import preset_names
 
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 SMALL = ["--arch", "plain20", "--width", "0.25", "--train_limit", "200", "--threads", "1", "--batch_size", "50",
          "--warmup_epochs", "0.2"]  # fmt: skip
 
@@ -109,3 +111,17 @@ def test_list_names_the_presets(capsys):
     assert call("--list") == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in preset_names())
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason=f"needs Debian's dataset-fashion-mnist ({FASHION})")
+def test_fashion_mnist_smoke(tmp_path):
+    flags = ["--width", "0.25", "--train_limit", "400", "--epochs", "1", "--warmup_epochs", "0.5", "--threads", "1"]
+    assert call("fashion-plain20", *flags, "--out", str(tmp_path / "run")) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["data"], result["train_images"], result["test_images"]) == ("fashion-mnist", 400, 10_000)
+
+
+def test_tensorboard_logs_by_option(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra [tensorboard]")
+    assert call("digits", *SMALL, "--epochs", "1", "--method", "ce", "--tensorboard", "--out", str(tmp_path)) == 0
+    assert list((tmp_path / "tensorboard").glob("events.*"))
