@@ -12,7 +12,7 @@ import onnx
 
 from rd_deploy.common import UserError, nearest, require
 from rd_deploy.engines.base import image_shape
-from rd_deploy.memory import load_model
+from rd_deploy.onnx_files import load_model
 
 
 @dataclass(frozen=True)

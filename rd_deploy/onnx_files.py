@@ -1,0 +1,105 @@
+"""Reading ONNX files that may be damaged or hostile: what `load_model` returns is safe to analyse and to run.
+
+Nothing is unpickled, sizes are checked before reading, and weights outside the model's folder are refused.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, Message
+
+from rd_deploy.common import UserError, check_file
+
+MAX_MODEL_BYTES = (2 << 30) - 1  # what protobuf can parse
+
+
+def load_model(path: str | Path) -> onnx.ModelProto:
+    """Read and check an ONNX file; raises `UserError` for anything that is not a sound network with fixed image size.
+
+    Weights stored beside the file ("external data") must lie in its own folder; they are checked for presence and
+    size, and not read, since only their shapes are needed here.
+    """
+    path = check_file(path, "ONNX file", MAX_MODEL_BYTES)
+    try:
+        model = onnx.ModelProto.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path} is not an ONNX file, or it is truncated; export or copy it again") from error
+    if not model.graph.node or not model.graph.output:
+        raise UserError(f"ONNX file {path} has no {'nodes' if model.graph.output else 'outputs'}; export it again")
+    messages = list(_messages(model))
+    if not all(isinstance(text, str) for message in messages for text in _texts(message)):
+        raise UserError(f"ONNX file {path} holds names that are not text; it is damaged, export or copy it again")
+    for message in messages:
+        if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(message, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        raise UserError(f"ONNX file {path} is not valid ({first_line(error)}); export it again") from error
+    fixed_batch(model)
+    return model
+
+
+def _messages(message: Message) -> Iterator[Message]:
+    """A protobuf message and every message in it, at any depth: tensors in subgraphs and functions too."""
+    yield message
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _messages(part)
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """The strings of one protobuf message; those that are not UTF-8 come out as bytes."""
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
+    """Refuse external weights that lie outside the model's folder, are missing or are too short."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location, folder = entries.get("location", ""), path.resolve().parent
+    if not location or "\0" in location or "\\" in location:
+        raise UserError(f"ONNX file {path}: tensor '{tensor.name}' names no usable weight file; export it again")
+    target = folder / location
+    if folder not in target.resolve().parents:
+        raise UserError(f"ONNX file {path} wants weights from outside its folder ({location!r}); it was refused")
+    check_file(target, "weight file", 1 << 40)
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+    except ValueError as error:
+        raise UserError(f"ONNX file {path}: tensor '{tensor.name}' has a bad offset or length") from error
+    if min(offset, length) < 0 or offset + length > target.stat().st_size:
+        raise UserError(f"weight file {target} is shorter than {path} says; copy it again")
+
+
+def runtime_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The graph inputs that are not weights (old files list weights as inputs too)."""
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer} | {part.values.name for part in graph.sparse_initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """The batch that the file fixes, None if it is dynamic; refuses inputs with any other dynamic dimension."""
+    inputs = runtime_inputs(model)
+    if not inputs:
+        raise UserError("the ONNX network has no inputs; export it again")
+    for value in inputs:
+        if not value.type.tensor_type.HasField("shape"):
+            raise UserError(f"input '{value.name}' has no shape; export the network with a fixed image size")
+        for dim in value.type.tensor_type.shape.dim[1:]:
+            if dim.dim_value < 1:
+                name = f" ('{dim.dim_param}')" if dim.dim_param else ""
+                advice = "only the batch may be dynamic: export it with a fixed image size"
+                raise UserError(f"input '{value.name}' has a dynamic dimension{name}; {advice}")
+    first = inputs[0].type.tensor_type.shape.dim
+    return first[0].dim_value or None if first else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, short enough for ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:160] if lines else type(error).__name__
