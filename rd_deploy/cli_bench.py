@@ -182,10 +182,9 @@ def _write(folder: Path, result: dict, subjects: tuple, plan) -> None:
         policy: {subject.name: ledger(subject.model, batch, BYTES[precision], policy) for subject in subjects}
         for policy in POLICIES
     }
-    both = {f"{name}, {policy}": one for policy, pair in counted.items() for name, one in pair.items()}
     write_json(folder / "bench.json", result)
     plot_bench(folder / "bench.png", result, counted)
-    plot_ledgers(folder / "memory.png", both)
+    plot_ledgers(folder / "memory.png", counted)
 
 
 def command(arguments: list[str]) -> int:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from rd_deploy.bench.claims import SPEED
+from rd_deploy.bench.memory_plot import COLOURS, draw_ledgers
 from rd_deploy.common import atomic_path
 from rd_deploy.memory import Ledger
-
-COLOURS = ("#D55E00", "#0072B2")  # the model, what it is compared with (Okabe and Ito; as in memory_plot)
 
 
 def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Ledger]]) -> None:
@@ -24,10 +23,7 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Le
     latency = figure.add_subplot(grid[0, 0])
     _latency(latency, document)
     _ratios(figure.add_subplot(grid[0, 1]), document)
-    shared = None
-    for column, pair in enumerate(ledgers.values()):
-        shared = figure.add_subplot(grid[1, column], sharey=shared)
-        _ledgers(shared, pair)
+    draw_ledgers([figure.add_subplot(grid[1, column]) for column in range(len(ledgers))], ledgers)
     cpu = document["environment"]["cpu"]["model"] or "unknown CPU"
     threads = document["environment"]["threads"]
     figure.suptitle(
@@ -95,29 +91,4 @@ def _ratios(axes, document: dict) -> None:
     axes.margins(x=0.15)
     axes.set_xlabel(f"time of {document['compare']} / time of {document['model']} (95% interval)")
     axes.set_title(f"How many times faster {document['model']} is", size=10)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _ledgers(axes, ledgers: dict[str, Ledger]) -> None:
-    """Live bytes over each network's steps; the part that only shortcuts hold is shaded."""
-    longest = max(len(counted.steps) for counted in ledgers.values())
-    for colour, (label, counted) in zip(COLOURS, ledgers.items(), strict=True):
-        live = [step.live_bytes / 2**20 for step in counted.steps]
-        held = [(step.live_bytes - step.shortcut_bytes) / 2**20 for step in counted.steps]
-        places = [(place + 0.5) / len(live) for place in range(len(live))]
-        peak = counted.peak_bytes / 2**20
-        axes.step(places, live, where="mid", color=colour, label=f"{label}: peak {peak:.2f} MiB")
-        if any(step.shortcut_bytes for step in counted.steps):
-            axes.fill_between(places, held, live, step="mid", color=colour, alpha=0.25, label=f"{label}: shortcuts")
-    policy = next(iter(ledgers.values()))
-    axes.set_xlabel(f"from images to logits ({longest} fused steps at most)")
-    axes.set_xticks([])
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, None)
-    axes.set_ylabel("live feature maps, MiB")
-    axes.set_title(
-        f"Feature maps, {policy.policy} policy (batch {policy.batch}, {policy.element_bytes} bytes each)",
-        size=10,
-    )
-    axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
