@@ -56,7 +56,7 @@ class Step:
     position: int
     reads: list[str]
     writes: list[str]
-    unary: bool = False
+    unary: bool = False  # pointwise in one operand, which it may overwrite under every policy
     overwrites: list[str] = field(default_factory=list)  # operands whose buffer may become the result's
     addend: str | None = None
     sum: Sum | None = None
@@ -88,7 +88,8 @@ def _computing_nodes(graph: onnx.GraphProto, inputs: set[str], shapes: Shapes) -
     holder, nodes = {name: name for name in inputs}, []
     for position, proto in enumerate(graph.node):
         if any(attribute.HasField("g") or attribute.graphs for attribute in proto.attribute):
-            raise UserError(f"the network has control flow ({proto.op_type}), which the memory ledger cannot follow")
+            what = f"control flow ({proto.op_type})"
+            raise UserError(f"the ONNX network has {what}, which the memory ledger cannot follow")
         operands = list(dict.fromkeys(holder[name] for name in proto.input if name in holder))
         node = _Node(proto, position, operands, [name for name in proto.output if name])
         if not operands or not node.outputs or node.op in SHAPE_ONLY:
