@@ -1,66 +1,67 @@
 """``rd-bench``: is the plain network faster and smaller than the ResNet, on this machine, on every engine?"""
 
+import argparse
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, nearest, run_command, write_json
 
 DESCRIPTION = """Compare a network's latency and feature-map memory with another's, on every engine that is installed.
 Times are host to host: NumPy images in, NumPy logits out. The two networks are measured interleaved (A B B A)."""
 PRECISIONS = ("fp32", "bf16")
-QUICK_SECONDS = 0.2
+QUICK_SECONDS = QUICK_WARM_UP = 0.2
 QUICK_QUADS = 3
+MAX_WARM_UP = 10.0  # seconds per network
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="rd-bench", exit_on_error=False, description=DESCRIPTION)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rd-bench", allow_abbrev=False, description=DESCRIPTION)
     parser.add_argument(
         "model",
         nargs="?",
         default="plain50",
         metavar="MODEL",
-        help="an architecture (plain50), model.pt, model.onnx, torchvision:NAME or timm:NAME",
+        help="an architecture, model.pt, model.onnx, torchvision:NAME or timm:NAME (default: %(default)s)",
     )
     parser.add_argument(
         "--compare",
-        type=str | None,
-        default=None,
         metavar="MODEL",
-        help="likewise; a name takes MODEL's input, classes, stem and width (null: MODEL's ResNet, else resnet50)",
+        help="likewise; a name takes MODEL's input, classes, stem and width (default: MODEL's ResNet)",
     )
-    parser.add_argument(
-        "--engines",
-        type=str | None,
-        default=None,
-        help="torch,onnxruntime,openvino; null: those installed",
-    )
-    parser.add_argument("--batch", type=str, default="1,8", help="batch sizes")
-    parser.add_argument("--precision", type=str, default="fp32,bf16", help="precisions")
-    parser.add_argument("--threads", type=int | None, default=None, help="null: the CPUs this process may use")
-    parser.add_argument("--size", type=int | None, default=None, help="pixels, for named networks; null: 224 or 32")
-    parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, images and the bootstrap")
+    parser.add_argument("--engines", metavar="NAMES", help="torch,onnxruntime,openvino (default: those installed)")
+    parser.add_argument("--batch", default="1,8", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32,bf16", help="precisions (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="(default: the CPUs this process may use)")
+    parser.add_argument("--size", type=int, help="pixels, for named networks (default: 224, or 32 for that family)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images, bootstrap (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: short sampling, no conclusions")
-    parser.add_argument("--out", type=str, default="bench", help="folder of the results")
+    parser.add_argument("--out", default="bench", metavar="FOLDER", help="of the results (default: %(default)s)")
     parser.add_argument(
         "--require",
         action="append",
-        default=None,
+        default=[],
         metavar="CLAIM=NUMBER",
         help="exit 1 unless it holds: speed=1.4 (best engine against best engine), memory=1.25 (in-place ledger)",
     )
     return parser
 
 
-def _parse(arguments: list[str]) -> Namespace:
-    try:
-        return _parser().parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{str(error).strip()} (see rd-bench --help)") from error
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    options = _parser().parse_args(arguments)
+    for option, low, high in (("threads", 1, 4096), ("size", 1, 4096), ("seconds", 0.01, 3600), ("seed", 0, 2**31)):
+        value = getattr(options, option)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{option} {value} must be from {low} to {high}")
+    return options
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -99,26 +100,23 @@ def _engines(text: str | None) -> tuple[list, list[dict]]:
     return chosen, skipped
 
 
-def _check_numbers(options: Namespace) -> None:
-    for option, low, high in (("threads", 1, 4096), ("size", 1, 4096), ("seconds", 0.01, 3600), ("seed", 0, 2**31)):
-        value = options[option]
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{option} {value} must be from {low} to {high}")
-
-
-def _folder(name: str) -> Path:
-    """Make the output folder and try to write there now, rather than fail after minutes of measuring."""
+def _check_folder(name: str) -> None:
+    """Try to write into the output folder now, rather than fail after minutes of measuring; nothing stays behind."""
     folder = Path(name)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"cannot write to --out {folder}: {error.strerror or error}; choose another folder") from error
-    return folder
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
-def _subjects(options: Namespace) -> tuple:
+def _subjects(options: argparse.Namespace) -> tuple:
     from dataclasses import replace
 
     from rd_deploy.bench.models import check_comparable, counterpart, load_subject
@@ -131,7 +129,7 @@ def _subjects(options: Namespace) -> tuple:
     return model, compare
 
 
-def _plan(options: Namespace, engines: list):
+def _plan(options: argparse.Namespace, engines: list):
     from rd_deploy.bench.environment import available_threads
     from rd_deploy.bench.measure import Plan
     from rd_deploy.bench.timer import MIN_QUADS
@@ -142,9 +140,10 @@ def _plan(options: Namespace, engines: list):
         precisions=_precisions(options.precision),
         threads=options.threads or available_threads(),
         seconds=min(options.seconds, QUICK_SECONDS) if options.quick else options.seconds,
-        warm_up=1.0 if options.quick else 10.0,
+        warm_up=QUICK_WARM_UP if options.quick else MAX_WARM_UP,
         min_quads=QUICK_QUADS if options.quick else MIN_QUADS,
         seed=options.seed,
+        quick=options.quick,
     )
 
 
@@ -152,39 +151,35 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(options: Namespace, say: Callable[[str], None] = _say) -> dict:
-    """Measure as the options say; returns the content of ``bench.json`` and writes it and the pictures."""
+def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple[dict, dict]:
+    """Measure as the options say; returns the content of ``bench.json`` and the ledgers to draw, and writes nothing."""
     from rd_deploy.bench import environment
     from rd_deploy.bench.measure import document, measure
 
     engines, skipped = _engines(options.engines)
     plan = _plan(options, engines)
-    model, compare = _subjects(options)
-    folder = _folder(options.out)
     machine, before = environment.capture(plan.threads), environment.cpu_ticks()
+    model, compare = _subjects(options)
+    _check_folder(options.out)
     report = measure(model, compare, plan, skipped, say)
     machine["steal_share"] = environment.steal_share(before, environment.cpu_ticks())
+    report.warnings += environment.doubts(machine)
     if options.quick:
         report.warnings.insert(0, "--quick: a smoke run; its times support no conclusion")
-    result = document(model, compare, plan, report, machine)
-    _write(folder, result, (model, compare), plan)
-    return result
+    return document(model, compare, plan, report, machine), report.ledgers
 
 
-def _write(folder: Path, result: dict, subjects: tuple, plan) -> None:
-    from rd_deploy.bench.feature_maps import BYTES, POLICIES
+def _draw(folder: Path, result: dict, ledgers: dict) -> list[str]:
+    """Draw what there is; returns the files written. An earlier run's picture of ledgers does not stay beside it."""
     from rd_deploy.bench.memory_plot import plot_ledgers
     from rd_deploy.bench.plot import plot_bench
-    from rd_deploy.memory import ledger
 
-    precision, batch = plan.precisions[0], plan.batches[0]
-    counted = {
-        policy: {subject.name: ledger(subject.model, batch, BYTES[precision], policy) for subject in subjects}
-        for policy in POLICIES
-    }
-    write_json(folder / "bench.json", result)
-    plot_bench(folder / "bench.png", result, counted)
-    plot_ledgers(folder / "memory.png", counted)
+    plot_bench(folder / "bench.png", result, ledgers)
+    if not ledgers:
+        (folder / "memory.png").unlink(missing_ok=True)
+        return ["bench.png"]
+    plot_ledgers(folder / "memory.png", ledgers)
+    return ["bench.png", "memory.png"]
 
 
 def command(arguments: list[str]) -> int:
@@ -193,11 +188,15 @@ def command(arguments: list[str]) -> int:
     from rd_deploy.bench.report import render
 
     options = _parse(arguments)
-    _check_numbers(options)
-    requirements = parse_requirements(options.require or [])
-    result = run(options)
-    print(render(result))
-    print(f"\nwrote {options.out}/bench.json, bench.png, memory.png")
+    requirements = parse_requirements(options.require)
+    result, ledgers = run(options)
+    folder = Path(options.out)
+    try:
+        write_json(folder / "bench.json", result)
+    finally:  # minutes of measuring are shown even when the disk is full
+        print(render(result), flush=True)
+    written = ["bench.json", *_draw(folder, result, ledgers)]
+    print(f"\nwrote {folder}/{', '.join(written)}")
     failures = unmet(requirements, result["claims"])
     for failure in failures:
         print(f"rd-bench: {failure}", file=sys.stderr)

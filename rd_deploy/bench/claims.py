@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from rd_deploy.bench.statistics import difference
 from rd_deploy.common import UserError, nearest
 
 SPEED, MEMORY, SHARE = 1.4, 1.25, 0.40
@@ -38,9 +39,8 @@ def at_least(name: str, target: float, value: float, low: float, high: float, no
     if holds:
         words = f"holds ({value:.2f}x{interval})"
     elif holds is False:
-        words = f"does not hold here ({value:.2f}x{interval})"
-        if low <= 1.0 <= high:
-            words = f"does not hold here: no difference ({value:.2f}x{interval})"
+        equal = difference(low, high)
+        words = f"does not hold here{': ' if equal else ''}{equal} ({value:.2f}x{interval})"
     else:
         words = f"not decided ({value:.2f}x, the 95% interval {low:.2f} to {high:.2f} includes {target:g})"
     return Claim(name, target, value, low, high, holds, words + note)

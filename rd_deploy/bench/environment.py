@@ -10,14 +10,16 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "torchvision", "timm")
+PACKAGES = ("residual-distillation", "numpy", "onnx", "onnxruntime", "openvino", "torch", "torchvision", "timm")
 # CPU features that decide which kernels an engine picks; x86 names, then Arm's.
 FLAGS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),
 )
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
+# Variables that change the engines' threads or kernels.
+VARIABLES = ("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "ORT_", "OV_")
+BUSY, STOLEN = 0.5, 0.01  # load per CPU at the start, share of stolen time: above these, times are in doubt
 ROOT = Path("/")
 
 
@@ -28,7 +30,7 @@ def capture(threads: int, root: Path = ROOT) -> dict:
         "cpu": cpu(root),
         "cgroup": cgroup(root),
         "threads": threads,
-        "thread_variables": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "memory_bytes": _memory_bytes(root),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "os": _os_name(root),
@@ -106,6 +108,17 @@ def steal_share(before: dict[str, int] | None, after: dict[str, int] | None) -> 
     if before is None or after is None or after["total"] <= before["total"]:
         return None
     return (after["steal"] - before["steal"]) / (after["total"] - before["total"])
+
+
+def doubts(machine: dict) -> list[str]:
+    """Warnings in words from what `capture` and `steal_share` found: others used the CPUs while they were measured."""
+    load, cores, steal = machine["load_average"], machine["cpu"]["cores"], machine["steal_share"]
+    warnings = []
+    if load is not None and cores and load[0] > BUSY * cores:
+        warnings.append(f"load {load[0]:.2f} on {cores} CPUs at the start (over {BUSY:g} per CPU): quiet the machine")
+    if steal is not None and steal > STOLEN:
+        warnings.append(f"{steal:.1%} of the CPU time was stolen by other virtual machines (over {STOLEN:.0%})")
+    return warnings
 
 
 def packages() -> dict[str, str]:

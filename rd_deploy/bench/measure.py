@@ -1,24 +1,28 @@
 """A whole comparison: load, check, time, count memory, judge; the result is ``bench.json``'s content."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from rd_deploy.bench import claims as judge
 from rd_deploy.bench.agreement import Reference, compare, random_images, reference
 from rd_deploy.bench.claims import claim_name
-from rd_deploy.bench.feature_maps import count_memory, engine_row, judge_memory
+from rd_deploy.bench.feature_maps import count_memory, engine_rows, judge_memory
 from rd_deploy.bench.models import Subject
 from rd_deploy.bench.statistics import Ratio, Summary, instability, paired_ratio, summarise
 from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, time_pair
 from rd_deploy.common import UserError
 from rd_deploy.engines import Engine, Session, Unsupported
+from rd_deploy.memory import Ledger
 
 FORMAT = "residual-distillation/bench/1"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. ``seconds``: sampling time per pair, after warm-up of at most ``warm_up`` seconds each."""
+    """What to measure. ``seconds``: sampling time per pair, after warm-up of at most ``warm_up`` seconds each.
+
+    ``quick``: a smoke run, whose times support no conclusion.
+    """
 
     engines: list[Engine]
     batches: list[int]
@@ -28,11 +32,17 @@ class Plan:
     warm_up: float
     min_quads: int = MIN_QUADS
     seed: int = 0
+    quick: bool = False
+
+    def options(self) -> dict:
+        """What someone else must set to measure the same."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"engines": [engine.name for engine in self.engines]}
 
 
 @dataclass
 class Report:
-    """``bench.json`` in the making; lists of plain dicts."""
+    """``bench.json`` in the making; lists of plain dicts. ``ledgers``: to draw, policy to network to ledger, or none."""
 
     results: list[dict] = field(default_factory=list)
     ratios: list[dict] = field(default_factory=list)
@@ -42,6 +52,7 @@ class Report:
     claims: list[judge.Claim] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    ledgers: dict[str, dict[str, Ledger]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ def measure(model: Subject, against: Subject, plan: Plan, skipped: list[dict], s
     `UserError`. ``say`` is told what happens.
     """
     report = Report(skipped=list(skipped))
+    report.memory, report.ledgers = count_memory((model, against), plan.precisions, plan.batches)
     truths = tuple(_reference(subject, plan) for subject in (model, against))
     for precision in plan.precisions:
         for batch in plan.batches:
@@ -67,8 +79,6 @@ def measure(model: Subject, against: Subject, plan: Plan, skipped: list[dict], s
     if not report.results:
         reasons = "; ".join(sorted({f"{entry['engine']}: {entry['reason']}" for entry in report.skipped}))
         raise UserError(f"nothing could be measured: {reasons}")
-    subjects = (model, against)
-    report.memory += count_memory(subjects, plan.precisions, plan.batches)
     report.claims += judge_memory(model.name, against.name, report.memory)
     return report
 
@@ -84,7 +94,7 @@ def document(model: Subject, against: Subject, plan: Plan, report: Report, machi
             for subject in (model, against)
         ],
         "timing": "host to host: NumPy images in, NumPy logits out",
-        "seconds_per_pair": plan.seconds,
+        "options": plan.options(),
         "results": report.results,
         "ratios": report.ratios,
         "best": report.best,
@@ -99,8 +109,8 @@ def document(model: Subject, against: Subject, plan: Plan, report: Report, machi
 
 def _reference(subject: Subject, plan: Plan) -> Reference:
     try:
-        return reference(subject.model, plan.batches, subject.shape, plan.seed)
-    except Unsupported as reason:
+        return reference(subject.model, plan.batches, subject.shape, plan.seed, plan.threads)
+    except (Unsupported, UserError) as reason:
         raise UserError(f"{subject.name}: {reason}") from reason
 
 
@@ -142,18 +152,14 @@ def _load(engine: Engine, subjects, truths, precision: str, batch: int, plan: Pl
 def _time(sessions: tuple[Session, Session], names: tuple[str, str], label: str, plan: Plan, report: Report) -> Pair:
     """Time both sessions of one engine and enter them, and the engine's own memory figures, in the report."""
     samples, ratio = _interleave(sessions, plan)
-    summaries = [summarise(values, plan.seed) for values in (samples.a, samples.b)]
+    summaries = _summaries(samples, plan)
     where = _where(sessions[0])
-    for name, summary, values, inner, warm in zip(
-        names, summaries, (samples.a, samples.b), samples.inner, samples.warm_up, strict=True
-    ):
-        times = {f"{key}_ms": getattr(summary, key) for key in ("median", "low", "high", "p90", "p99")}
-        steady = {"cv": summary.cv, "inner": inner, "warm_up": asdict(warm)}
-        rounded = [round(value, 6) for value in values]  # to the clock's nanosecond
-        report.results.append({"model": name, **where, **times, **steady, "samples_ms": rounded})
+    timed = _times(samples, summaries)
+    report.results += [{"model": name, **where, **times} for name, times in zip(names, timed, strict=True)]
     report.ratios.append({**where, **_ratio(ratio)})
     report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
-    report.memory += [engine_row(name, session) for name, session in zip(names, sessions, strict=True)]
+    for name, session in zip(names, sessions, strict=True):
+        report.memory += engine_rows(name, session)
     name = claim_name("speed", where["engine"], where["precision"], where["batch"])
     report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high))
     return Pair(sessions, (summaries[0].median, summaries[1].median), ratio)
@@ -163,19 +169,19 @@ def _best_against_best(model, against, pairs: dict[str, Pair], plan: Plan, repor
     """Each network on its fastest engine; when those differ, the two sessions are measured interleaved as well."""
     fastest = [min(pairs, key=lambda name: pairs[name].medians[side]) for side in (0, 1)]
     chosen = tuple(pairs[name].sessions[side] for side, name in enumerate(fastest))
-    ratio = pairs[fastest[0]].ratio
+    ratio, timed = pairs[fastest[0]].ratio, (None, None)
     setting = {"precision": chosen[0].precision, "batch": chosen[0].batch}
     label = f"best engines {setting['precision']} batch {setting['batch']}"
     if fastest[0] != fastest[1]:
         say(f"{label}: timing {model.name} on {fastest[0]} and {against.name} on {fastest[1]} interleaved")
         samples, ratio = _interleave(chosen, plan)
-        summaries = {
-            f"{name} on {engine}": summarise(values, plan.seed)
-            for name, engine, values in zip((model.name, against.name), fastest, (samples.a, samples.b), strict=True)
-        }
-        report.warnings += _warnings(label, summaries, samples, ratio)
+        summaries = _summaries(samples, plan)
+        names = [f"{name} on {engine}" for name, engine in zip((model.name, against.name), fastest, strict=True)]
+        report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
+        timed = _times(samples, summaries)
     engines = {"model_engine": fastest[0], "compare_engine": fastest[1]}
-    report.best.append({**setting, **engines, **_ratio(ratio)})
+    times = {"model_times": timed[0], "compare_times": timed[1]}
+    report.best.append({**setting, **engines, **_ratio(ratio), **times})
     note = f": {model.name} on {fastest[0]} against {against.name} on {fastest[1]}"
     name = claim_name("speed", "best", **setting)
     report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high, note))
@@ -186,6 +192,28 @@ def _interleave(sessions: tuple[Session, Session], plan: Plan) -> tuple[PairedSa
     first, second = (lambda: sessions[0].run(images)), (lambda: sessions[1].run(images))
     samples = time_pair(first, second, seconds=plan.seconds, min_quads=plan.min_quads, max_warm_up=plan.warm_up)
     return samples, paired_ratio(samples.a, samples.b, plan.seed)
+
+
+def _summaries(samples: PairedSamples, plan: Plan) -> tuple[Summary, Summary]:
+    sides = zip((samples.a, samples.b), samples.calls, strict=True)
+    return tuple(summarise(values, calls, plan.seed) for values, calls in sides)
+
+
+def _times(samples: PairedSamples, summaries: tuple[Summary, Summary]) -> tuple[dict, dict]:
+    """Everything about the timing of both sides that ``bench.json`` keeps."""
+    return tuple(
+        {
+            **{f"{key}_ms": getattr(summary, key) for key in ("median", "low", "high", "p90", "p99")},
+            "cv": summary.cv,
+            "inner": inner,
+            "calls": len(calls),
+            "warm_up": asdict(warm),
+            "samples_ms": [round(value, 6) for value in values],  # to the clock's nanosecond
+        }
+        for summary, values, inner, calls, warm in zip(
+            summaries, (samples.a, samples.b), samples.inner, samples.calls, samples.warm_up, strict=True
+        )
+    )
 
 
 def _warnings(label: str, summaries: dict[str, Summary], samples: PairedSamples, ratio: Ratio) -> list[str]:

@@ -11,7 +11,7 @@ from rd_deploy.memory import Ledger
 def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Ledger]]) -> None:
     """Write one PNG: latency bars (median, 95% interval), ratio per setting, live bytes over the steps.
 
-    ``document``: the content of bench.json. ``ledgers``: policy to network to ledger.
+    ``document``: the content of bench.json. ``ledgers``: policy to network to ledger, or nothing.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,7 +23,8 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Le
     latency = figure.add_subplot(grid[0, 0])
     _latency(latency, document)
     _ratios(figure.add_subplot(grid[0, 1]), document)
-    draw_ledgers([figure.add_subplot(grid[1, column]) for column in range(len(ledgers))], ledgers)
+    if ledgers:
+        draw_ledgers([figure.add_subplot(grid[1, column]) for column in range(len(ledgers))], ledgers)
     cpu = document["environment"]["cpu"]["model"] or "unknown CPU"
     threads = document["environment"]["threads"]
     figure.suptitle(
@@ -64,10 +65,6 @@ def _latency(axes, document: dict) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _beside(axes, text: str, x: float, y: float) -> None:
-    axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", size=8)
-
-
 def _ratios(axes, document: dict) -> None:
     """Points with intervals against the lines of no difference and of the claim."""
     rows = [(_setting(row), row) for row in document["ratios"]]
@@ -78,9 +75,9 @@ def _ratios(axes, document: dict) -> None:
         error = ([row["ratio"] - row["low"]], [row["high"] - row["ratio"]])
         best = "model_engine" in row
         axes.errorbar(row["ratio"], place, xerr=error, fmt="D" if best else "o", color="black", capsize=3, markersize=5)
-        axes.annotate(
-            f"{row['ratio']:.2f}x", (row["high"], place), (5, 0), textcoords="offset points", va="center", size=8
-        )
+        # Right of the axes, where neither the intervals nor the two lines can run through it.
+        beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(f"{row['ratio']:.2f}x", (1, place), (5, 0), va="center", size=8, **beside)
     axes.axvline(1, color="grey", linewidth=1)
     axes.axvline(SPEED, color="green", linewidth=1, linestyle="--")
     for place, label, colour in ((1, "equal", "grey"), (SPEED, f"claim {SPEED}x", "green")):

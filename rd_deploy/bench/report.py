@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 
-NUMBER = re.compile(r"-|[0-9.]+%?")
+from rd_deploy.bench.statistics import difference
+
+NUMBER = re.compile(r"-|[0-9.,]+%?")
 WORDS = {"speed": "{target:g}x faster", "memory": "{target:g}x smaller", "share": "about {target:.0%}"}
 
 
@@ -78,14 +80,18 @@ def _latency(document: dict) -> str:
                 str(row["batch"]),
                 f"{row['median_ms']:.2f}",
                 f"{row['low_ms']:.2f} to {row['high_ms']:.2f}",
-                f"{row['p90_ms']:.2f}",
-                f"{row['p99_ms']:.2f}",
+                _time(row["p90_ms"]),
+                _time(row["p99_ms"]),
                 f"{row['cv']:.1%}",
                 str(len(row["samples_ms"])),
             )
             for row in document["results"]
         ],
     )
+
+
+def _time(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.2f}"
 
 
 def _ratios(document: dict) -> str:
@@ -101,7 +107,7 @@ def _ratios(document: dict) -> str:
                 str(row["batch"]),
                 f"{row['ratio']:.3f}",
                 f"{row['low']:.3f} to {row['high']:.3f}",
-                "no difference" if row["no_difference"] else "",
+                difference(row["low"], row["high"]),
             )
             for label, row in rows
         ],
@@ -109,7 +115,7 @@ def _ratios(document: dict) -> str:
 
 
 def _memory(document: dict) -> str:
-    header = ("model", "precision", "batch", "by", "peak MiB", "shortcuts MiB", "share", "traffic MiB")
+    header = ("model", "precision", "batch", "by", "peak KiB", "shortcuts KiB", "share", "traffic KiB", "weights KiB")
     return table(
         header,
         [
@@ -117,19 +123,20 @@ def _memory(document: dict) -> str:
                 row["model"],
                 row["precision"],
                 str(row["batch"]),
-                row["engine"] or f"ledger, {row['policy']}",
-                _mebibytes(row["peak_bytes"]),
-                _mebibytes(row["shortcut_peak_bytes"]),
+                row["source"],
+                _kibibytes(row["peak_bytes"]),
+                _kibibytes(row["shortcut_peak_bytes"]),
                 "-" if row["shortcut_share"] is None else f"{row['shortcut_share']:.1%}",
-                _mebibytes(row["traffic_bytes"]),
+                _kibibytes(row["traffic_bytes"]),
+                _kibibytes(row["weight_bytes"]),
             )
             for row in sorted(document["memory"], key=lambda row: (row["precision"], row["batch"]))
         ],
     )
 
 
-def _mebibytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:.2f}"
+def _kibibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**10:,.1f}"
 
 
 def _place(entry: dict) -> str:

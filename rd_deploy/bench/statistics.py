@@ -6,20 +6,24 @@ from statistics import NormalDist
 import numpy as np
 
 RESAMPLES = 4000
+CHUNK = 4_000_000  # resampled values held at once
 CONFIDENCE = 0.95
 UNSTABLE_CV = 0.15
 UNSTABLE_WIDTH = 0.10
+EQUAL = 0.05  # ratios from 0.95 to 1.05 count as no difference
+LEAST_P90, LEAST_P99 = 20, 100  # fewer calls have no such percentile: it would be the slowest call or close to it
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one callable's samples, in ms: median with its bootstrap interval, percentiles, coefficient of variation."""
+    """Of one callable, in ms: median of the samples with its bootstrap interval, percentiles of single calls (None: too
+    few), coefficient of variation of the samples."""
 
     median: float
     low: float
     high: float
-    p90: float
-    p99: float
+    p90: float | None
+    p99: float | None
     cv: float
 
 
@@ -33,27 +37,39 @@ class Ratio:
 
     @property
     def no_difference(self) -> bool:
-        """True when 1 lies inside the interval: the data cannot tell the two apart."""
-        return self.low <= 1.0 <= self.high
+        """True when the data show that the two are equal to 5%."""
+        return difference(self.low, self.high) == "no difference"
 
 
-def summarise(samples: list[float], seed: int = 0) -> Summary:
-    """Percentiles (linear interpolation), the median's interval, and standard deviation over mean.
+def difference(low: float, high: float) -> str:
+    """What an interval of a ratio says about equality, in words; empty when it shows a difference.
 
-    ``samples``: two per quad, as the timer gives them.
+    "no difference" needs evidence, an interval within `EQUAL` of 1; a wider one that contains 1 only shows none.
+    """
+    if not low <= 1.0 <= high:
+        return ""
+    return "no difference" if low >= 1 - EQUAL and high <= 1 + EQUAL else "no difference shown"
+
+
+def summarise(samples: list[float], calls: list[float], seed: int = 0) -> Summary:
+    """The median of ``samples`` (two per quad, as the timer gives them), its interval, and their variation.
+
+    Percentiles (linear interpolation) are of single ``calls``: a sample of a short network is a mean over many.
     """
     values = np.asarray(samples, np.float64)
-    quads = values.reshape(-1, 2).mean(axis=1)
-    low, high = bootstrap_median(quads, seed)
-    median = float(np.median(values))
+    low, high = bootstrap_median(values.reshape(-1, 2), seed)
     return Summary(
-        median=median,
-        low=min(low, median),
-        high=max(high, median),
-        p90=float(np.percentile(values, 90)),
-        p99=float(np.percentile(values, 99)),
+        median=float(np.median(values)),
+        low=low,
+        high=high,
+        p90=_percentile(calls, 90, LEAST_P90),
+        p99=_percentile(calls, 99, LEAST_P99),
         cv=float(values.std(ddof=1) / values.mean()),
     )
+
+
+def _percentile(calls: list[float], percent: int, least: int) -> float | None:
+    return float(np.percentile(calls, percent)) if len(calls) >= least else None
 
 
 def paired_ratio(a: list[float], b: list[float], seed: int = 0) -> Ratio:
@@ -68,21 +84,28 @@ def paired_ratio(a: list[float], b: list[float], seed: int = 0) -> Ratio:
 
 
 def bootstrap_median(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the median: expanded percentiles of a circular block bootstrap.
+    """95% interval of the median of all ``values``: expanded percentiles of a circular block bootstrap.
 
     Neighbouring quads resemble each other (clock speed, other load), so runs of about n^(1/3) quads are resampled
     together (Politis and Romano 1992): single ones would make the interval too narrow. The percentiles are expanded
     for few blocks (Hesterberg 2015, "What teachers should know about the bootstrap", section 3.3).
-    ``values``: (n,), one per quad, in time order.
+    ``values``: (n,) or (n, k), one row per quad, in time order; a quad's values stay together.
     """
     count = len(values)
     block = max(1, round(count ** (1 / 3)))
     starts = np.random.default_rng(seed).integers(0, count, (RESAMPLES, -(-count // block)))
-    index = (starts[:, :, None] + np.arange(block)) % count
-    medians = np.median(values[index.reshape(RESAMPLES, -1)[:, :count]], axis=1)
+    chunks = np.array_split(starts, -(-RESAMPLES * values.size // CHUNK))
+    medians = np.concatenate([_medians(values, chunk, block) for chunk in chunks])
     tail = _expanded_tail(max(2.0, count / block))
     low, high = np.quantile(medians, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _medians(values: np.ndarray, starts: np.ndarray, block: int) -> np.ndarray:
+    """Medians of resamples; ``starts``: (resamples, blocks), the first row of each block."""
+    index = (starts[:, :, None] + np.arange(block)) % len(values)
+    resamples = values[index.reshape(len(starts), -1)[:, : len(values)]]
+    return np.median(resamples.reshape(len(starts), -1), axis=1)
 
 
 def _expanded_tail(blocks: float) -> float:

@@ -12,6 +12,7 @@ from rd_deploy.common import UserError
         (1.5, 1.42, 1.58, True, "holds (1.50x, 95% interval 1.42 to 1.58)"),
         (1.10, 1.08, 1.12, False, "does not hold here (1.10x, 95% interval 1.08 to 1.12)"),
         (1.01, 0.99, 1.03, False, "does not hold here: no difference (1.01x, 95% interval 0.99 to 1.03)"),
+        (0.9, 0.36, 1.39, False, "does not hold here: no difference shown (0.90x, 95% interval 0.36 to 1.39)"),
         (1.42, 1.35, 1.50, None, "not decided (1.42x, the 95% interval 1.35 to 1.50 includes 1.4)"),
         (1.4, 1.4, 1.4, True, "holds (1.40x)"),
         (1.0, 1.0, 1.0, False, "does not hold here: no difference (1.00x)"),

@@ -1,5 +1,7 @@
 """Engines: one artefact, the same numbers everywhere, and reasons instead of silent fallbacks."""
 
+import os
+
 import numpy as np
 import onnx
 import pytest
@@ -86,9 +88,27 @@ def test_onnxruntime_refuses_bf16():
 def test_openvino_falling_back_to_float32_is_refused(monkeypatch):
     from rd_deploy.engines import openvino
 
-    monkeypatch.setattr(openvino, "executed_convolutions", lambda compiled: ["bf16", "f32"])
+    monkeypatch.setattr(openvino, "executed_arithmetic", lambda compiled: ["bf16", "f32"])
     with pytest.raises(Unsupported, match="f32 instead of bf16"):
         get_engine("openvino").load(residual(), "bf16", 1, 1)
+
+
+def test_openvino_runs_the_threads_it_is_told_or_says_so():
+    """It would take fewer in silence: more than the machine has must be refused."""
+    with pytest.raises(Unsupported, match=r"OpenVINO runs \d+ threads instead of"):
+        get_engine("openvino").load(residual(), "fp32", os.cpu_count() + 1, 1)
+    for threads in range(1, len(os.sched_getaffinity(0)) + 1):
+        session = get_engine("openvino").load(residual(), "fp32", threads, 1)
+        assert session._compiled.get_property("INFERENCE_NUM_THREADS") == threads
+
+
+def test_openvino_without_arithmetic_is_refused():
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["logits"]),
+    ]
+    with pytest.raises(Unsupported, match="no convolution and no MatMul"):
+        get_engine("openvino").load(network(nodes, {}, classes=3), "bf16", 1, 1)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -238,10 +258,12 @@ def test_torch_memory_is_the_peak_of_its_allocations(precision):
         helper.make_node("Gemm", ["f", "wf"], ["logits"]),
     ]
     model = network(nodes, random_weights(w1=(16, 3, 1, 1), w2=(16, 16, 1, 1), wf=(16, 5)), shape=(3, 64, 64))
-    info = get_engine("torch").load(model, precision, 1, 2).info()
+    session = get_engine("torch").load(model, precision, 1, 2)
+    tensors, allocator = session.feature_maps()
     maps = 2 * 16 * (64 * 64 + 32 * 32) * (4 if precision == "fp32" else 2)
-    assert maps <= info.feature_map_bytes <= 1.1 * maps
-    assert info.weight_bytes == (16 * 3 + 256 + 80) * (4 if precision == "fp32" else 2)
+    assert tensors.peak_bytes == maps
+    assert maps <= allocator.peak_bytes <= 1.1 * maps
+    assert session.weight_bytes == (16 * 3 + 256 + 80) * (4 if precision == "fp32" else 2)
 
 
 @pytest.mark.parametrize(("name", "maps"), [("plain20", 2), ("resnet20", 3)])
@@ -250,26 +272,130 @@ def test_torch_keeps_the_maps_that_the_architecture_needs(name, maps):
     from rd_deploy.export.source import chain_from_name
 
     model = to_onnx(chain_from_name(name, size=32, classes=10))
-    info = get_engine("torch").load(model, "fp32", 1, 2).info()
-    assert info.feature_map_bytes == 2 * maps * 16 * 32 * 32 * 4
+    tensors, allocator = get_engine("torch").load(model, "fp32", 1, 2).feature_maps()
+    assert tensors.peak_bytes == 2 * maps * 16 * 32 * 32 * 4
+    assert allocator.peak_bytes >= tensors.peak_bytes
+    assert (tensors.source, allocator.source) == ("torch tensors", "torch allocator")
 
 
-def test_arena_peak_is_above_what_lived_before_the_run():
-    def event(live, change):
-        stats = {"mem_bytes_requested_in_use": str(live), "mem_requested_in_use_delta": str(change)}
-        return {"cat": "Node", "args": stats}
+def test_torch_counts_scratch_that_no_tensor_shows(monkeypatch):
+    """An operator that allocates a megabyte and frees it again: the allocator saw it, the tensors afterwards do not."""
+    import torch
 
-    assert ort_engine.arena_peak([event(1500, 500), event(1900, 400), event(1200, 100)])[0] == 900
-    figure, reason = ort_engine.arena_peak([{"cat": "Node", "args": {"op_name": "Conv"}}])
-    assert figure is None
-    assert "no memory statistics" in reason
+    from rd_deploy.engines import torch as torch_engine
+
+    def scratch_relu(node, dynamic, free):
+        return lambda x: x.relu() + torch.zeros(2**18).sum()
+
+    monkeypatch.setitem(torch_engine.TRANSLATIONS, "Relu", scratch_relu)
+    tensors, allocator = get_engine("torch").load(residual(), "fp32", 1, 1).feature_maps()
+    assert tensors.peak_bytes < 2**20 <= allocator.peak_bytes
+
+
+def kernel(requested: tuple[int, int], in_use: tuple[int, int], peak: int) -> dict:
+    """A profile's event: bytes after the kernel and their change, as requested and as the arena holds them."""
+    stats = {
+        "mem_bytes_requested_in_use": requested[0],
+        "mem_requested_in_use_delta": requested[1],
+        "mem_bytes_in_use": in_use[0],
+        "mem_in_use_delta": in_use[1],
+        "mem_in_use_peak": peak,
+    }
+    return {"cat": "Node", "args": {key: str(value) for key, value in stats.items()}}
+
+
+def test_arena_figures_are_above_what_lived_before_the_run():
+    first = kernel((1500, 500), (1600, 512), 1600)
+    events = [first, kernel((1900, 400), (2048, 448), 2300), kernel((1200, -700), (1300, -748), 2300)]
+    requested, arena = ort_engine.arena_figures(events)
+    assert (requested.peak_bytes, arena.peak_bytes) == (900, 2300 - 1088)
+    assert "patterns off" in requested.how
+
+
+def test_an_arena_peak_from_loading_the_network_is_not_given():
+    """The peak was there before the first kernel ended and never grew: it may be that of packing weights."""
+    events = [kernel((1500, 500), (1600, 512), 5000), kernel((1900, 400), (2048, 448), 5000)]
+    requested, arena = ort_engine.arena_figures(events)
+    assert requested.peak_bytes == 900
+    assert arena.peak_bytes is None
+    assert "loading" in arena.how
+
+
+def test_a_profile_without_memory_statistics_is_a_reason():
+    (figure,) = ort_engine.arena_figures([{"cat": "Node", "args": {"op_name": "Conv"}}])
+    assert figure.peak_bytes is None
+    assert "no memory statistics" in figure.how
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_info_has_a_figure_or_a_reason(name):
-    info = get_engine(name).load(residual(), "fp32", 1, 3).info()
-    assert (info.name, info.precision, info.batch, info.threads) == (name, "fp32", 3, 1)
-    assert info.version[0].isdigit()
-    assert info.feature_map_how
-    if info.feature_map_bytes is not None:
-        assert info.feature_map_bytes >= 3 * 8 * 8 * 8 * 4  # at least the stem's output
+def test_accounts_have_a_figure_or_a_reason(name):
+    figures = get_engine(name).load(residual(), "fp32", 1, 3).feature_maps()
+    assert len({figure.source for figure in figures}) == len(figures) == (1 if name == "openvino" else 2)
+    for figure in figures:
+        assert figure.source.startswith(name)
+        assert figure.how
+        if name == "openvino":
+            assert figure.peak_bytes is None
+        else:
+            assert figure.peak_bytes >= 3 * 8 * 8 * 8 * 4  # at least the stem's output
+
+
+def test_an_account_that_fails_is_a_reason(monkeypatch):
+    from rd_deploy.engines.torch import TorchSession
+
+    def failing(self, x):
+        raise AttributeError("no kineto_results")
+
+    monkeypatch.setattr(TorchSession, "_allocator", failing)
+    (figure,) = get_engine("torch").load(residual(), "fp32", 1, 1).feature_maps()
+    assert figure.peak_bytes is None
+    assert "no kineto_results" in figure.how
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_weights_that_are_not_float32_are_refused(kind):
+    model = residual()
+    first = model.graph.initializer[0]
+    first.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(first).astype(kind), first.name))
+    with pytest.raises(UserError, match="weights.*give the fp32 export"):
+        get_engine("onnxruntime").load(model, "fp32", 1, 1)
+
+
+def test_torch_refuses_a_sum_of_constants():
+    nodes = [
+        helper.make_node("Add", ["one", "two"], ["three"]),
+        helper.make_node("Add", ["images", "three"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("Gemm", ["f", "wf"], ["logits"]),
+    ]
+    model = network(nodes, random_weights(one=(1, 3, 1, 1), two=(1, 3, 1, 1), wf=(3, 5)))
+    with pytest.raises(Unsupported, match="Add of constants"):
+        get_engine("torch").load(model, "fp32", 1, 1)
+
+
+@pytest.mark.parametrize("method", ["_load", "_run"])
+def test_whatever_an_engine_raises_is_a_reason(method, monkeypatch):
+    from rd_deploy.engines.torch import Torch, TorchSession
+
+    def failing(*arguments):
+        raise IndexError("list index out of range\nand more")
+
+    monkeypatch.setattr(Torch if method == "_load" else TorchSession, method, failing)
+    with pytest.raises(Unsupported, match=r"^torch cannot run the model: list index out of range$"):
+        get_engine("torch").load(residual(), "fp32", 1, 1)
+
+
+def test_a_broken_installation_is_a_reason(monkeypatch, tmp_path):
+    """A package that is there, but whose import fails, as binaries for another machine do."""
+    (tmp_path / "broken_engine.py").write_text("raise OSError('libwhatever.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    engine = get_engine("openvino")
+    monkeypatch.setattr(engine, "package", "broken_engine")
+    assert "libwhatever.so.1" in engine.missing()
+    (tmp_path / "half_engine.py").write_text("import no_such_dependency")
+    monkeypatch.setattr(engine, "package", "half_engine")
+    assert "No module named 'no_such_dependency'" in engine.missing()

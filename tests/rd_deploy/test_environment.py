@@ -98,6 +98,26 @@ def test_threads_are_what_the_affinity_and_the_quota_leave(tmp_path, monkeypatch
     assert environment.available_threads(root) == threads
 
 
+def test_variables_of_threads_and_kernels_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OVERRIDE_TOKEN", "private")
+    values = environment.capture(1, tmp_path)["variables"]
+    assert (values["ONEDNN_MAX_CPU_ISA"], values["OMP_NUM_THREADS"]) == ("AVX2", "3")
+    assert "OVERRIDE_TOKEN" not in values
+
+
+@pytest.mark.parametrize(
+    ("load", "steal", "said"),
+    [(0.9, 0.005, []), (1.1, 0.0, ["load 1.10 on 2 CPUs"]), (None, 0.03, ["3.0% of the CPU time"]), (None, None, [])],
+)
+def test_a_busy_machine_is_a_warning(load, steal, said):
+    machine = {"load_average": load and [load, 9, 9], "cpu": {"cores": 2}, "steal_share": steal}
+    warnings = environment.doubts(machine)
+    assert len(warnings) == len(said)
+    assert all(text in warning for text, warning in zip(said, warnings, strict=True))
+
+
 def test_steal_share(tmp_path):
     before = environment.cpu_ticks(write(tmp_path, {"proc/stat": "cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 2\n"}))
     after = environment.cpu_ticks(write(tmp_path, {"proc/stat": "cpu  150 0 100 830 0 0 0 20 7 0\ncpu0 1 2\n"}))

@@ -4,17 +4,37 @@ import numpy as np
 import pytest
 
 from rd_deploy.bench import statistics
-from rd_deploy.bench.statistics import Ratio, Summary, bootstrap_median, instability, paired_ratio, summarise
+from rd_deploy.bench.statistics import (
+    Ratio,
+    Summary,
+    bootstrap_median,
+    difference,
+    instability,
+    paired_ratio,
+    summarise,
+)
 
 
 def test_percentiles_and_variation():
-    values = [float(value) for value in range(1, 101)]
-    summary = summarise(values)
+    values, calls = [float(value) for value in range(1, 101)], [float(value) for value in range(1, 1001)]
+    summary = summarise(values, calls)
     assert summary.median == 50.5
-    assert summary.p90 == pytest.approx(np.percentile(values, 90))
-    assert summary.p99 == pytest.approx(np.percentile(values, 99))
+    assert summary.p90 == pytest.approx(np.percentile(calls, 90))
+    assert summary.p99 == pytest.approx(np.percentile(calls, 99))
     assert summary.cv == pytest.approx(np.std(values, ddof=1) / np.mean(values))
     assert summary.low <= summary.median <= summary.high
+
+
+def test_few_calls_have_no_tail():
+    """With fewer than a hundred calls "p99" would be the slowest one, and calls not timed apart have no percentiles."""
+    samples = [10.0, 11.0] * 10
+    assert [(s.p90, s.p99) for s in (summarise(samples, [5.0] * count) for count in (0, 19, 20, 99, 100))] == [
+        (None, None),
+        (None, None),
+        (5.0, None),
+        (5.0, None),
+        (5.0, 5.0),
+    ]
 
 
 def test_linear_drift_within_and_across_quads_cancels_exactly():
@@ -56,6 +76,25 @@ def test_the_interval_covers_the_truth(monkeypatch, quads, correlation, least):
     assert least <= hits / runs <= 0.995
 
 
+@pytest.mark.parametrize("quads", [20, 100])
+def test_the_interval_of_the_median_covers_the_truth_of_skewed_samples(monkeypatch, quads):
+    """Times have a floor and a tail: 10 ms plus an exponential one, whose median is 10 + ln 2 and whose mean is 11."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 600)
+    rng, hits, runs = np.random.default_rng(5), 0, 200
+    for run in range(runs):
+        summary = summarise(list(10 + rng.exponential(1.0, 2 * quads)), [], seed=run)
+        assert summary.low <= summary.median <= summary.high
+        hits += summary.low <= 10 + np.log(2) <= summary.high
+    assert 0.90 <= hits / runs <= 0.995
+
+
+def test_many_quads_are_resampled_in_pieces(monkeypatch):
+    values = np.random.default_rng(0).normal(10, 1, (50, 2))
+    whole = bootstrap_median(values)
+    monkeypatch.setattr(statistics, "CHUNK", 1000)
+    assert bootstrap_median(values) == whole
+
+
 def test_the_interval_is_reproducible_and_shrinks_with_samples():
     noise = np.random.default_rng(3).normal(1.4, 0.05, 400)
     assert bootstrap_median(noise, seed=1) == bootstrap_median(noise, seed=1)
@@ -71,9 +110,24 @@ def test_expanded_tail_uses_students_quantile(blocks, student):
     assert quantile == pytest.approx(student, rel=4e-3)  # the tables' two-sided 95% points
 
 
-def test_no_difference_is_a_legal_answer():
-    assert Ratio(1.01, 0.99, 1.03).no_difference
-    assert not Ratio(1.04, 1.01, 1.07).no_difference
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.99, 1.03, "no difference"),
+        (0.95, 1.05, "no difference"),
+        (1.0, 1.0, "no difference"),
+        (1.01, 1.04, ""),
+        (0.97, 0.999, ""),
+        (0.94, 1.01, "no difference shown"),
+        (0.36, 1.41, "no difference shown"),
+    ],
+)
+def test_no_difference_needs_evidence(low, high, words):
+    assert difference(low, high) == words
+    assert Ratio(1.0, low, high).no_difference == (words == "no difference")
+
+
+def test_equal_times_with_noise_show_no_difference():
     rng = np.random.default_rng(0)
     a, b = (list(10 * np.exp(0.05 * rng.standard_normal(60))) for _ in range(2))
     assert paired_ratio(a, b).no_difference

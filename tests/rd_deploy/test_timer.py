@@ -1,6 +1,7 @@
 """The timer, with a clock that the test moves: nothing here depends on the machine."""
 
 import gc
+import itertools
 
 import pytest
 
@@ -33,13 +34,23 @@ class Machine:
         return function
 
 
-def test_order_is_abba_with_an_untimed_call_before_each_sample():
+def test_order_is_abba_with_untimed_calls_where_the_callable_changes():
+    """Untimed calls (here one of 20 ms, two of 10 ms) stand between A and B, and not between two samples of one."""
     machine = Machine()
     samples = time_pair(machine.call("A", 10), machine.call("B", 20), seconds=0.0, clock=machine.clock)
     assert samples.inner == (1, 1)
-    assert "".join(machine.log[-8 * MIN_QUADS :]) == "AABBBBAA" * MIN_QUADS
+    quad = "A" + "bBB" + "aaA"
+    assert "".join(machine.log[-len(quad) * MIN_QUADS :]) == quad.upper() * MIN_QUADS
     assert samples.a == [10.0] * (2 * MIN_QUADS)
     assert samples.b == [20.0] * (2 * MIN_QUADS)
+    assert samples.calls == (samples.a, samples.b)
+
+
+def test_both_are_warm_when_sampling_starts():
+    """B is warmed up last, for at least half a second in which A rests: A runs again for a tenth before the first quad."""
+    machine = Machine()
+    time_pair(machine.call("A", 10), machine.call("B", 20), seconds=0.0, min_quads=1, clock=machine.clock)
+    assert "".join(machine.log[: -len("ABBBAAA")]) == "A" * 50 + "B" * 25 + "A" * 10
 
 
 def test_linear_drift_hurts_neither_side():
@@ -62,20 +73,52 @@ def test_short_calls_are_repeated_within_a_sample():
     assert samples.b[0] == pytest.approx(3)
 
 
+def test_calls_are_timed_one_by_one_when_reading_the_clock_costs_nothing_beside_them():
+    """Every tenth call takes five times as long: means hide it, single calls show it. Ten microseconds are too short."""
+    machine, count = Machine(), itertools.count(1)
+
+    def uneven():
+        machine.now += 5_000_000 if next(count) % 10 == 0 else 1_000_000
+
+    samples = time_pair(uneven, machine.call("B", 0.01), seconds=1.0, clock=machine.clock)
+    assert samples.calls[1] == []
+    single, inner = samples.calls[0], samples.inner[0]
+    assert len(single) == inner * len(samples.a) > 100
+    assert samples.a == pytest.approx([sum(single[i : i + inner]) / inner for i in range(0, len(single), inner)])
+    assert set(single) == {1.0, 5.0}
+    assert max(samples.a) < 2.0
+
+
 def test_time_budget_and_least_number_of_quads():
     machine = Machine()
     samples = time_pair(machine.call("A", 10), machine.call("B", 10), seconds=8.0, clock=machine.clock)
-    assert len(samples.a) == len(samples.b) == 2 * 100  # a quad takes 80 ms
+    assert len(samples.a) == len(samples.b) == 2 * 100  # a quad takes 80 ms, half of it untimed
     samples = time_pair(machine.call("A", 900), machine.call("B", 900), seconds=1.0, min_quads=4, clock=machine.clock)
     assert len(samples.a) == 8
 
 
 def test_warm_up_ends_when_two_windows_agree():
     machine = Machine()
-    warm = warm_up(machine.times([50] * 5 + [20] * 5 + [10] * 20), 10.0, machine.clock)
+    warm = warm_up(machine.times([500] * 5 + [200] * 5 + [100] * 20), 30.0, machine.clock)
     assert warm.steady
     assert warm.calls == 20
     assert warm.change == 0
+    assert warm.median_ms == 100
+
+
+def test_short_calls_are_not_steady_after_a_few():
+    """Windows of at least 100 ms: calls that get slower after 0.15 s are seen, and half a second is the least."""
+    machine = Machine()
+    warm = warm_up(machine.call("A", 0.3), 10.0, machine.clock)
+    assert warm.steady
+    assert 0.5 <= warm.seconds < 0.7
+    machine = Machine()
+    warm = warm_up(machine.times([1.0] * 550 + [2.0] * 2000), 10.0, machine.clock)
+    assert warm.steady
+    assert warm.median_ms == 1.0
+    machine = Machine()
+    warm = warm_up(machine.times([1.0] * 150 + [2.0] * 2000), 10.0, machine.clock)
+    assert warm.median_ms == 2.0
 
 
 def test_warm_up_gives_up_after_its_time_and_says_so():
