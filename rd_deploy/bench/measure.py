@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass
 class Report:
-    """``bench.json`` in the making; lists of plain dicts. ``ledgers``: to draw, policy to network to ledger, or none."""
+    """``bench.json`` in the making; lists of plain dicts. ``ledgers``: to draw, policy to network to ledger."""
 
     results: list[dict] = field(default_factory=list)
     ratios: list[dict] = field(default_factory=list)

@@ -1,14 +1,14 @@
 """The engines a benchmark can run, each in one file behind one interface (`rd_deploy.engines.base`)."""
 
 from rd_deploy.common import UserError, nearest
-from rd_deploy.engines.base import Engine, Session, Unsupported
+from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 from rd_deploy.engines.onnxruntime import OnnxRuntime
 from rd_deploy.engines.openvino import OpenVino
 from rd_deploy.engines.torch import Torch
 
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Torch, OnnxRuntime, OpenVino)}
 
-__all__ = ["ENGINES", "Engine", "Session", "Unsupported", "get_engine"]
+__all__ = ["ENGINES", "Engine", "Figure", "Session", "Unsupported", "get_engine"]
 
 
 def get_engine(name: str) -> Engine:

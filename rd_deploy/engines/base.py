@@ -4,16 +4,23 @@ The base class checks what goes in and comes out; an engine's file holds only wh
 happen inside methods, so that naming an engine costs nothing.
 """
 
-import importlib.util
+import importlib
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from rd_deploy.common import UserError
 
-PRECISIONS = ("fp32", "bf16")
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+PRECISIONS = tuple(ELEMENT_BYTES)
+# What a weight can be besides float32, each of a name that ONNX gives it.
+FLOATS = tuple(
+    value
+    for name, value in onnx.TensorProto.DataType.items()
+    if name.startswith(("FLOAT", "BFLOAT", "DOUBLE")) and value != onnx.TensorProto.FLOAT
+)
 
 
 class Unsupported(Exception):
@@ -21,35 +28,29 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Info:
-    """What an engine says about a loaded network.
+class Figure:
+    """Peak bytes of feature maps in one run, by one account of an engine's. It is never the process's RSS.
 
-    ``feature_map_bytes``: peak bytes of feature maps in one run as the engine itself accounts for them, or None;
-    ``feature_map_how`` says how that was measured, or why there is no figure. It is never the process's RSS.
-    ``weight_bytes``: bytes of the weights in the precision they are held in, without copies a kernel may pack.
+    ``source``: whose account, such as "torch allocator". ``how``: what was counted, or, when ``peak_bytes`` is None,
+    why there is no figure.
     """
 
-    name: str
-    version: str
-    precision: str
-    batch: int
-    threads: int
-    feature_map_bytes: int | None
-    feature_map_how: str
-    weight_bytes: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+    source: str
+    peak_bytes: int | None
+    how: str
 
 
 class Session(ABC):
-    """One network loaded on one engine. ``shape`` is (N, C, H, W), the only input it takes."""
+    """One network loaded on one engine. ``shape`` is (N, C, H, W), the only input it takes.
+
+    ``weight_bytes``: bytes of the weights in the session's precision, without copies that a kernel may pack.
+    """
 
     def __init__(self, engine: "Engine", model: onnx.ModelProto, precision: str, threads: int, batch: int):
         self.engine, self.precision, self.threads, self.batch = engine, precision, threads, batch
         self.shape = (batch, *image_shape(model))
-        self.weight_bytes = weight_elements(model) * (2 if precision == "bf16" else 4)
-        self._info: Info | None = None
+        self.weight_bytes = weight_elements(model) * ELEMENT_BYTES[precision]
+        self._figures: tuple[Figure, ...] = ()
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images (N, C, H, W) float32 in host memory to logits (N, classes) float32 in host memory."""
@@ -57,27 +58,20 @@ class Session(ABC):
             raise UserError(f"the session takes float32 {self.shape}, got {images.dtype} {images.shape}")
         return self._run(images)
 
-    def info(self) -> Info:
-        """Name, version, precision, threads and memory; the first call may run the network once to account for it."""
-        if self._info is None:
-            feature_map_bytes, how = self._feature_maps()
-            self._info = Info(
-                name=self.engine.name,
-                version=self.engine.version(),
-                precision=self.precision,
-                batch=self.batch,
-                threads=self.threads,
-                feature_map_bytes=feature_map_bytes,
-                feature_map_how=how,
-                weight_bytes=self.weight_bytes,
-            )
-        return self._info
+    def feature_maps(self) -> tuple[Figure, ...]:
+        """The engine's own accounts of its feature maps, at least one; the first call may run the network for them."""
+        if not self._figures:
+            try:
+                self._figures = self._feature_maps()
+            except Exception as error:  # profilers change between versions; that must not cost the times measured
+                self._figures = (Figure(self.engine.name, None, f"its account failed: {first_line(error)}"),)
+        return self._figures
 
     @abstractmethod
     def _run(self, images: np.ndarray) -> np.ndarray: ...
 
     @abstractmethod
-    def _feature_maps(self) -> tuple[int | None, str]: ...
+    def _feature_maps(self) -> tuple[Figure, ...]: ...
 
 
 class Engine(ABC):
@@ -91,15 +85,18 @@ class Engine(ABC):
     extra: str | None
 
     def missing(self) -> str | None:
-        """None if the engine's package is installed, else one line saying how to get it."""
-        if importlib.util.find_spec(self.package) is not None:
-            return None
+        """None if the engine's package can be imported, else one line saying how to get it."""
         extra = f"[{self.extra}]" if self.extra else ""
-        return f"{self.package} is not installed: pip install 'residual-distillation{extra}'"
-
-    @abstractmethod
-    def version(self) -> str:
-        """Version of the engine's package."""
+        install = f"pip install 'residual-distillation{extra}'"
+        try:
+            importlib.import_module(self.package)
+        except ModuleNotFoundError as error:
+            if error.name == self.package:
+                return f"{self.package} is not installed: {install}"
+            return f"{self.package} is installed but cannot be imported ({first_line(error)}): {install}"
+        except Exception as error:  # a broken installation: a library that is missing, binaries of another NumPy
+            return f"{self.package} is installed but cannot be imported ({first_line(error)}): install it again"
+        return None
 
     def load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session:
         """Prepare a network for one batch size.
@@ -114,24 +111,25 @@ class Engine(ABC):
         reason = self.missing()
         if reason:
             raise UserError(reason)
-        session = self._load(with_batch(model, batch), precision, threads, batch)
-        _try(session)
+        return self._tried(with_batch(model, batch), precision, threads, batch)
+
+    def _tried(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session:
+        """Load and run once: what the engine cannot do is refused here, and not in the middle of a measurement."""
+        try:
+            session = self._load(model, precision, threads, batch)
+            logits = session.run(np.zeros(session.shape, np.float32))
+        except (Unsupported, UserError):
+            raise
+        except Exception as error:  # engines raise classes of their own
+            raise Unsupported(f"{self.name} cannot run the model: {first_line(error)}") from error
+        if logits.ndim != 2 or logits.shape[0] != batch or logits.dtype != np.float32:
+            raise Unsupported(
+                f"the model gives {logits.dtype} {logits.shape} for {batch} images, not float32 logits (N, classes)"
+            )
         return session
 
     @abstractmethod
     def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session: ...
-
-
-def _try(session: Session) -> None:
-    """Run once: a graph the engine cannot execute is refused here, and not in the middle of a measurement."""
-    try:
-        logits = session.run(np.zeros(session.shape, np.float32))
-    except Exception as error:  # engines raise classes of their own
-        raise Unsupported(f"{session.engine.name} cannot run the model: {first_line(error)}") from error
-    if logits.ndim != 2 or logits.shape[0] != session.batch or logits.dtype != np.float32:
-        raise UserError(
-            f"the model gives {logits.dtype} {logits.shape} for {session.batch} images, not float32 logits (N, classes)"
-        )
 
 
 def first_line(error: Exception) -> str:
@@ -141,7 +139,11 @@ def first_line(error: Exception) -> str:
 
 
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    """The one input that is not a weight; anything but one float32 (N, C, H, W) tensor is a `UserError`."""
+    """The one input that is not a weight; anything but one float32 (N, C, H, W) tensor is a `UserError`.
+
+    So is a file whose weights are not float32: an engine would run it, and its times would pass for float32's.
+    """
+    _check_float32(model)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
@@ -150,6 +152,13 @@ def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     if kind.elem_type != onnx.TensorProto.FLOAT or len(kind.shape.dim) != 4:
         raise UserError(f"ONNX input '{inputs[0].name}' must be float32 (N, C, H, W)")
     return inputs[0]
+
+
+def _check_float32(model: onnx.ModelProto) -> None:
+    other = next((tensor for tensor in model.graph.initializer if tensor.data_type in FLOATS), None)
+    if other is not None:
+        kind = onnx.TensorProto.DataType.Name(other.data_type).lower()
+        raise UserError(f"the ONNX file holds {kind} weights ('{other.name}'); give the fp32 export")
 
 
 def image_shape(model: onnx.ModelProto) -> tuple[int, int, int]:
@@ -183,6 +192,6 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 
 
 def weight_elements(model: onnx.ModelProto) -> int:
-    """Elements of all floating-point initialisers."""
-    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type in kinds)
+    """Elements of all floating-point initialisers (`image_input` refuses others than float32)."""
+    floats = (tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    return sum(int(np.prod(tensor.dims)) for tensor in floats)

@@ -15,7 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from rd_deploy.common import require
-from rd_deploy.engines.base import Engine, Session, Unsupported, image_input
+from rd_deploy.engines.base import Engine, Figure, Session, Unsupported, image_input
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ class TorchSession(Session):
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            x = torch.from_numpy(images).to(self._dtype, memory_format=torch.channels_last)
-            return self._forward({self._input: x}).float().numpy()
+            return self._forward({self._input: self._images(images)}).float().numpy()
+
+    def _images(self, images: np.ndarray):
+        """The caller's memory where its layout fits, else a copy, which dies after its last reader."""
+        return self._torch.from_numpy(images).to(self._dtype, memory_format=self._torch.channels_last)
 
     def _forward(self, live: dict, after_call: Callable[[dict], None] | None = None):
         """Run the calls on ``live`` (name to tensor); ``after_call`` sees it before what died is let go."""
@@ -56,24 +59,34 @@ class TorchSession(Session):
                 live.pop(name)
         return live[self._output]
 
-    def _feature_maps(self) -> tuple[int | None, str]:
-        """Bytes of the storages alive after an operator, without the input, which is the caller's."""
-        torch, totals = self._torch, []
+    def _feature_maps(self) -> tuple[Figure, ...]:
+        """Tensors and allocations of a run, without the input, which is the caller's."""
+        x = self._torch.zeros(self.shape, dtype=self._dtype).contiguous(memory_format=self._torch.channels_last)
+        with self._torch.inference_mode():
+            return self._tensors(x), self._allocator(x)
+
+    def _tensors(self, x) -> Figure:
+        """Bytes of the storages alive after an operator, each counted once."""
+        totals = []
 
         def count(live: dict) -> None:
             storages = (tensor.untyped_storage() for name, tensor in live.items() if name != self._input)
             totals.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
 
-        x = torch.zeros(self.shape, dtype=self._dtype).contiguous(memory_format=torch.channels_last)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.inference_mode():
-            self._forward({self._input: x}, count)
-            with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-                self._forward({self._input: x})
+        self._forward({self._input: x}, count)
+        return Figure("torch tensors", max(totals), "most bytes of tensors alive after an operator")
+
+    def _allocator(self, x) -> Figure:
+        """Running sum of what the profiler saw allocated and freed, within operators too."""
+        profiler = self._torch.profiler
+        with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self._forward({self._input: x})
         events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        scratch = f"; {int(np.cumsum(changes).max()):,} by the profiler, with the operators' scratch" if changes else ""
-        return max(totals), f"most bytes of tensors alive after an operator{scratch}"
+        if not changes:
+            return Figure("torch allocator", None, "torch's profiler recorded no allocations")
+        how = "most bytes allocated at once, with the operators' scratch, such as packed weights"
+        return Figure("torch allocator", int(np.cumsum(changes).max()), how)
 
 
 class Torch(Engine):
@@ -83,15 +96,15 @@ class Torch(Engine):
     package = "torch"
     extra = "train"
 
-    def version(self) -> str:
-        return _torch().__version__
+    def missing(self) -> str | None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise reports missing GPUs on stderr
+        return super().missing()
 
     def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session:
         return TorchSession(self, model, precision, threads, batch)
 
 
 def _torch():
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise reports missing GPUs on stderr
     return require("torch", "train")
 
 
@@ -122,6 +135,8 @@ def _call(node, weights: dict, readers: Counter, owned: set[str], dtype) -> Call
     if len([name for name in node.output if name]) != 1:
         raise Unsupported(f"the torch engine takes one output of {node.op_type}")
     dynamic = tuple(name for name in node.input if name and name not in weights)
+    if not dynamic:
+        raise Unsupported(f"the torch engine does not compute {node.op_type} of constants: fold them first")
     for name in set(dynamic):
         readers[name] -= 1
     free = [name for name in dynamic if readers[name] == 0 and name in owned]
