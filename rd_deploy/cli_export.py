@@ -11,6 +11,8 @@ from rd_deploy.common import UserError, nearest, require, run_command
 ARCH_OPTIONS = ("size", "seed", "width", "classes", "shortcuts")
 PARITY_OPTIONS = ("tolerance", "images", "data_dir", "max_batch")
 DEFAULT_MAX_BATCH = 64
+# How many images parity is judged on at least, if there are as many: real ones, or (for random weights) random ones.
+REAL_IMAGES, RANDOM_IMAGES = 256, 8
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,12 +87,14 @@ def _source(options: argparse.Namespace):
     return source_from_name(options.arch, **given)
 
 
-def _images(options: argparse.Namespace, source, count: int):
+def _images(options: argparse.Namespace, source, max_batch: int):
     from rd_deploy.export.images import folder_images, random_source, split_images
 
+    count = max(REAL_IMAGES, max_batch)
     if options.images is not None:
         return folder_images(options.images, source.chain.preprocessing, count)
     if source.checkpoint is None:
+        count = max(RANDOM_IMAGES, max_batch)
         return random_source(count, source.chain.preprocessing, seed=(options.seed or 0) + 1)
     return split_images(source.checkpoint, options.data_dir, count)
 
@@ -166,6 +170,7 @@ def command(arguments: list[str]) -> int:
     path = Path(options.out) if options.out is not None else _default_path(options, source.chain.name)
     if options.checkpoint is not None and path.resolve() == Path(options.checkpoint).resolve():
         raise UserError(f"--out {path} is the checkpoint itself; choose another output path")
+    check_target(path)
     print("\n".join(_summary(source.chain, options.precision)), flush=True)
     try:
         sidecar = export_onnx(path, source.chain, options.precision, _verifier(options, source, report))

@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 def run_command(name: str, command: Callable[[], int | None]) -> int:
-    """Run a console command; a `UserError` or a full disk becomes one line on stderr and exit code 2."""
+    """Run a console command; a `UserError`, a full disk or full memory becomes one line on stderr and exit code 2."""
     try:
         return command() or 0
     except UserError as error:
@@ -44,6 +44,10 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of our output went away (``| head``): not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        reason = f" ({_one_line(error)})" if str(error) else ""
+        print(f"{name}: error: not enough memory{reason}: use smaller images or a smaller batch", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

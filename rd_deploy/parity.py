@@ -7,7 +7,7 @@ relative to the standard deviation of the reference's logits, so that one tolera
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx
@@ -20,6 +20,9 @@ from rd_deploy.export.fp16 import with_fp16_storage
 # gives 1e-1 and more.
 # fp16 rounds at 5e-4, 8,000 times as coarse: 0.02 to 0.05 over 20 to 110 layers, far below what decides a class.
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-1}
+# An image is clearly of a class when its logit leads by more than this, in standard deviations of the logits: twice
+# the coarsest tolerance above, which no rounding overturns. Such an image must keep its class whatever the tolerance.
+CLEAR_MARGIN = 2 * max(TOLERANCES.values())
 ENGINE = "onnxruntime"
 SMALL_BATCHES = (1, 3)
 SMALL_BATCH_IMAGES = 8
@@ -35,7 +38,8 @@ class ParityError(Exception):
 class Parity:
     """Errors of a candidate's logits in standard deviations of the reference's (``deviation``, in logits).
 
-    ``top1_agreement``: share of images whose largest logit is the same. NaN in the candidate makes errors infinite.
+    ``top1_agreement``: share of images whose largest logit is the same. ``clear_changes``: images that are clearly of
+    another class in the reference (`CLEAR_MARGIN`). NaN in the candidate makes errors infinite.
     """
 
     images: int
@@ -43,6 +47,7 @@ class Parity:
     p999_error: float
     mean_error: float
     top1_agreement: float
+    clear_changes: int
     deviation: float
     tolerance: float
 
@@ -52,9 +57,14 @@ class Parity:
         return math.isfinite(self.max_error) and self.max_error <= self.tolerance
 
     @property
+    def keeps_classes(self) -> bool:
+        """Whether every image that is clearly of a class stays in it."""
+        return self.clear_changes == 0
+
+    @property
     def minimum_tolerance(self) -> float:
         """The smallest tolerance of two digits that would pass; infinite when none would."""
-        return round_up(self.max_error)
+        return math.inf if self.clear_changes else round_up(self.max_error)
 
     def to_dict(self) -> dict:
         return {**asdict(self), "max_abs_error": self.max_error * self.deviation}
@@ -92,17 +102,25 @@ def compare(reference: np.ndarray, candidate: np.ndarray, tolerance: float) -> P
     reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
     deviation = _deviation(reference)
     if not np.isfinite(candidate).all():
-        return Parity(len(reference), math.inf, math.inf, math.inf, 0.0, deviation, tolerance)
+        return Parity(len(reference), math.inf, math.inf, math.inf, 0.0, len(reference), deviation, tolerance)
+    changed = reference.argmax(axis=1) != candidate.argmax(axis=1)
     error = np.abs(candidate - reference) / deviation
     return Parity(
         images=len(reference),
         max_error=float(error.max()),
         p999_error=float(np.quantile(error, 0.999)),
         mean_error=float(error.mean()),
-        top1_agreement=float((reference.argmax(axis=1) == candidate.argmax(axis=1)).mean()),
+        top1_agreement=1 - float(changed.mean()),
+        clear_changes=int((changed & (_margins(reference) > CLEAR_MARGIN * deviation)).sum()),
         deviation=deviation,
         tolerance=tolerance,
     )
+
+
+def _margins(logits: np.ndarray) -> np.ndarray:
+    """How far the largest logit of each image leads the second."""
+    second, first = np.partition(logits, -2, axis=1)[:, -2:].T
+    return first - second
 
 
 def _deviation(reference: np.ndarray) -> float:
@@ -124,13 +142,16 @@ def check_parity(
 ) -> list[Run]:
     """Run the unfolded torch ``network`` and the ONNX ``model`` and compare, at batch 1, 3 and ``max_batch``.
 
-    ``images``: at least two, float32 (N, C, H, W), different from each other; they are repeated to fill the largest
-    batch. For ``fp16`` one more run rounds all activations, see `rd_deploy.export.fp16`. Raises `ParityError` when a
-    run is over the tolerance, naming the smallest tolerance that would pass.
+    ``images``: float32 (N, C, H, W), at least two different ones; doubles are left out, and what remains is repeated to
+    fill whole batches (not counted again). For ``fp16`` one more run rounds all activations, see
+    `rd_deploy.export.fp16`. Raises `ParityError` when a run is over the tolerance, naming the smallest tolerance that
+    would pass, or when an image that is clearly of one class gets another, whatever the tolerance.
     """
+    images = distinct(images)
     if len(images) < 2:
         raise UserError("parity needs at least 2 different images; add images or pass --no-parity")
-    images = images[np.arange(max(max_batch, SMALL_BATCH_IMAGES)) % len(images)]
+    count, whole = len(images), max_batch * math.ceil(max(len(images), SMALL_BATCH_IMAGES) / max_batch)
+    images = images[np.arange(whole) % count]
     reference = torch_logits(network, images, max_batch)
     plan = [(model, batch, ENGINE) for batch in sorted({*SMALL_BATCHES, max_batch})]
     if precision == "fp16":
@@ -138,11 +159,18 @@ def check_parity(
         plan.append((stored, max_batch, f"{ENGINE}, activations rounded to fp16"))
     runs = []
     for content, batch, engine in plan:
-        logits = _in_batches(onnx_runner(content), images[: max(batch, SMALL_BATCH_IMAGES)], batch)
-        runs.append(Run(engine, batch, compare(reference[: len(logits)], logits, tolerance)))
-    if not all(run.parity.passes for run in runs):
-        raise ParityError(_failure(max(runs, key=lambda run: run.parity.max_error)))
+        logits = _in_batches(onnx_runner(content), images if batch == max_batch else images[:SMALL_BATCH_IMAGES], batch)
+        parity = compare(reference[: len(logits)], logits, tolerance)
+        runs.append(Run(engine, batch, replace(parity, images=min(len(logits), count))))
+    if not all(run.parity.passes and run.parity.keeps_classes for run in runs):
+        raise ParityError(_failure(max(runs, key=lambda run: (run.parity.clear_changes, run.parity.max_error))))
     return runs
+
+
+def distinct(images: np.ndarray) -> np.ndarray:
+    """The different images among these, in their order."""
+    first = {image.tobytes(): index for index, image in reversed(list(enumerate(images)))}
+    return images[sorted(first.values())]
 
 
 def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
@@ -153,6 +181,12 @@ def _failure(worst: Run) -> str:
     where, parity = f"at batch {worst.batch} ({worst.engine})", worst.parity
     if not math.isfinite(parity.max_error):
         return f"parity failed: the exported model gives NaN or infinity {where}; no tolerance would pass"
+    if not parity.keeps_classes:
+        return (
+            f"parity failed: {parity.clear_changes} images get another class {where} although the network decides them "
+            f"clearly (by more than {CLEAR_MARGIN:g} standard deviations of the logits; largest error "
+            f"{parity.max_error:.3g}); no tolerance would pass"
+        )
     return (
         f"parity failed: largest error {parity.max_error:.3g} standard deviations of the logits {where}, tolerance "
         f"{parity.tolerance:g}, top-1 agreement {parity.top1_agreement:.1%}; "

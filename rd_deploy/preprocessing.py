@@ -1,5 +1,6 @@
 """What happens to an image before a network sees it: one record that travels in every artefact, and its NumPy code."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -99,18 +100,29 @@ def resize_shorter_side(images: np.ndarray, shorter: int) -> np.ndarray:
     if min(height, width) == shorter:
         return images
     new_height, new_width = resized_shape(height, width, shorter)
-    wide = _to_uint8(np.tensordot(images, _triangle_weights(width, new_width), axes=(2, 1)))  # N, H, C, W'
-    tall = _to_uint8(np.tensordot(wide, _triangle_weights(height, new_height), axes=(1, 1)))  # N, C, W', H'
-    return np.ascontiguousarray(tall.transpose(0, 3, 2, 1))
+    return _resize_axis(_resize_axis(images, 2, new_width), 1, new_height)
 
 
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+def _resize_axis(images: np.ndarray, axis: int, new: int) -> np.ndarray:
+    """Resize one axis of uint8 images (N, H, W, C): a sum over the few pixels that each new pixel is made of."""
+    index, weights = _triangle_weights(images.shape[axis], new)
+    shape = [1, 1, 1, 1]
+    shape[axis] = new
+    total = np.zeros((*images.shape[:axis], new, *images.shape[axis + 1 :]), np.float32)
+    for position, weight in zip(index, weights, strict=True):
+        total += images.take(position, axis=axis) * weight.reshape(shape)
+    return np.clip(np.rint(total), 0, 255).astype(np.uint8)
 
 
-def _triangle_weights(old: int, new: int) -> np.ndarray:
-    """Weights (new, old) of the triangle filter; as wide as the step when shrinking, which is the antialiasing."""
+def _triangle_weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The triangle filter: indices and weights, both (taps, new), of the old pixels that make each new one.
+
+    It is as wide as the step when shrinking, which is the antialiasing. Pixels beyond the border have weight 0.
+    """
     step = old / new
-    distance = np.abs(np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * step)
-    weights = np.maximum(0, 1 - distance / max(step, 1))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    radius = max(step, 1)
+    centre = (np.arange(new) + 0.5) * step
+    index = np.floor(centre - radius).astype(np.int64) + np.arange(math.ceil(2 * radius) + 1)[:, None]
+    weights = np.maximum(0, 1 - np.abs(index + 0.5 - centre) / radius)
+    weights[(index < 0) | (index >= old)] = 0
+    return index.clip(0, old - 1), (weights / weights.sum(axis=0)).astype(np.float32)

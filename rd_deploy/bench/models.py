@@ -3,6 +3,7 @@
 Whatever it is, it becomes one ONNX model that every engine reads.
 """
 
+import math
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -12,17 +13,24 @@ import onnx
 
 from rd_deploy.common import UserError, nearest, require
 from rd_deploy.engines.base import image_shape
-from rd_deploy.onnx_files import load_model
+from rd_deploy.export.onnx import KEY, read_metadata, to_onnx
+from rd_deploy.onnx_files import first_line, load_model
+
+MAX_ELEMENTS = 1 << 30  # of a batch of images: 4 GiB in fp32; 4,096 images of 3x224x224 are 0.6 of it
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to bench. ``shape``: (C, H, W); ``arch``: the fields of our `Arch`, None for a foreign network."""
+    """A network to bench. ``shape``: (C, H, W); ``arch``: the fields of our `Arch`, None for a foreign network.
+
+    ``is_file``: it comes from an ONNX file, ours or of others.
+    """
 
     name: str
     source: str
     model: onnx.ModelProto
     arch: dict | None = None
+    is_file: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -41,6 +49,8 @@ def load_subject(text: str, like: Subject | None = None, size: int | None = None
     ``like``: a named network takes its input shape and classes (and, if ours, its stem and width) from that one.
     ``size``: pixels of a named network's images; a file has its own. Raises `UserError`.
     """
+    if not text.strip():
+        raise UserError("an empty name is no network: give an architecture such as plain50, a model.pt or a model.onnx")
     suffix = Path(text).suffix.lower()
     if suffix == ".onnx":
         return _onnx_file(text, size)
@@ -55,12 +65,24 @@ def load_subject(text: str, like: Subject | None = None, size: int | None = None
 
 
 def counterpart(subject: Subject) -> str:
-    """The default of ``--compare``: a plain network's own ResNet, else resnet50."""
-    return f"resnet{subject.arch['depth']}" if subject.arch else "resnet50"
+    """The default of ``--compare``: the ResNet of one of our networks, resnet50 for torchvision's and timm's.
+
+    Raises `UserError` for an ONNX file of others: there is no knowing what it should be compared with.
+    """
+    if subject.arch is not None:
+        return f"resnet{subject.arch['depth']}"
+    if subject.is_file:
+        raise UserError(f"{subject.source} was not made by rd-export: name what to compare it with, --compare MODEL")
+    return "resnet50"
 
 
-def check_comparable(model: Subject, compare: Subject) -> None:
-    """Two networks are comparable when they take the same images and give as many logits."""
+def check_comparable(model: Subject, compare: Subject, batch: int = 1) -> None:
+    """Two networks are comparable when they take the same images and give as many logits.
+
+    Raises `UserError` for others, and when a ``batch`` of images is larger than is ever held in memory.
+    """
+    for subject in (model, compare):
+        _check_elements(subject, batch)
     if model.shape != compare.shape:
         raise UserError(
             f"{model.name} takes images {model.shape}, {compare.name} {compare.shape} (channels, height, width): "
@@ -70,17 +92,40 @@ def check_comparable(model: Subject, compare: Subject) -> None:
         raise UserError(f"{model.name} has {model.classes} classes, {compare.name} {compare.classes}: not comparable")
 
 
+def _check_elements(subject: Subject, batch: int) -> None:
+    if batch * math.prod(subject.shape) > MAX_ELEMENTS:
+        images = "x".join(map(str, subject.shape))
+        raise UserError(
+            f"{subject.name} takes images {images}: a batch of {batch} has more than {MAX_ELEMENTS:,} values; "
+            "use smaller images or a smaller --batch"
+        )
+
+
 def _onnx_file(path: str, size: int | None) -> Subject:
+    """An ONNX file; one of ours says in its metadata which architecture it is."""
     model = load_model(path)
     onnx.load_external_data_for_model(model, str(Path(path).resolve().parent))  # `load_model` checked where they lie
-    subject = Subject(Path(path).stem, f"ONNX file {Path(path).name}", model)
+    arch = _arch(read_metadata(model).arch, path) if _is_ours(model) else None
+    subject = Subject(Path(path).stem, f"ONNX file {Path(path).name}", model, arch, is_file=True)
     _check_size(subject, size)
+    _check_elements(subject, 1)
     return subject
+
+
+def _is_ours(model: onnx.ModelProto) -> bool:
+    return any(entry.key.startswith(KEY) for entry in model.metadata_props)
+
+
+def _arch(values: dict, path: str) -> dict:
+    """The part of an architecture that decides what to compare with, checked without torch: files may be damaged."""
+    kinds = {"depth": int, "stem": str, "width": (int, float)}
+    if not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"ONNX file {path}: its metadata names no architecture; export it again")
+    return values
 
 
 def _checkpoint(path: str, size: int | None) -> Subject:
     require("torch", "train")
-    from rd_deploy.export.onnx import to_onnx
     from rd_deploy.export.source import source_from_checkpoint
 
     source = source_from_checkpoint(path)
@@ -116,7 +161,6 @@ def _named(name: str, like: Subject | None, size: int | None, seed: int) -> Subj
 
 
 def _architecture(name: str, like: Subject | None, size: int | None, seed: int) -> Subject:
-    from rd_deploy.export.onnx import to_onnx
     from rd_deploy.export.source import source_from_name
 
     changes = {}
@@ -148,13 +192,16 @@ def _foreign(library: str, name: str, like: Subject | None, size: int | None, se
     if channels != 3:
         raise UserError(f"{library}'s {name} takes 3 channels, {like.name} {channels}: name one of our architectures")
     classes = (like.classes if like is not None else None) or 1000
+    create = package.models.get_model if library == "torchvision" else package.create_model
+    options = {"weights": None} if library == "torchvision" else {"pretrained": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if library == "torchvision":
-            network = package.models.get_model(name, weights=None, num_classes=classes)
-        else:
-            network = package.create_model(name, pretrained=False, num_classes=classes)
-        _calibrate(network, size)
+        try:
+            network = create(name, **options, num_classes=classes)
+            _calibrate(network, size)
+        except Exception as error:  # whatever a foreign network raises, mostly because of the size
+            reason = first_line(error)
+            raise UserError(f"{library}:{name} cannot run {size}x{size} images ({reason}): choose --size") from error
     model = _torch_export(network.eval(), size, f"{library}:{name}")
     return Subject(name, f"{library} {name}, random weights (seed {seed})", model)
 
@@ -188,10 +235,8 @@ def _torch_export(network, size: int, name: str) -> onnx.ModelProto:
         try:
             torch.onnx.export(network, (images,), path, dynamo=False, dynamic_axes=free, opset_version=17, **names)
         except Exception as error:  # whatever a foreign network makes the exporter raise
-            reason = str(error).strip().splitlines()[0][:120]
-            raise UserError(
-                f"torch cannot export {name} to ONNX ({reason}): export it yourself, give the file"
-            ) from error
+            advice = "export it yourself, give the file"
+            raise UserError(f"torch cannot export {name} to ONNX ({first_line(error)}): {advice}") from error
         return load_model(path)
 
 

@@ -7,6 +7,7 @@ precision inside. The same chain gives the same bytes.
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,7 @@ OUTPUT = "logits"
 OPSET, IR_VERSION = 17, 8
 # A protobuf message ends at 2 GiB; a little is left for names and metadata.
 MAX_WEIGHT_BYTES = (2 << 30) - (16 << 20)
+MAX_SIDECAR_BYTES = 256 << 20  # a million class names and more
 DTYPES = {"fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16)}
 PRECISIONS = tuple(DTYPES)
 KEY = "residual_distillation."
@@ -185,7 +187,7 @@ def export_onnx(
 
 
 def check_target(path: str | Path) -> Path:
-    """The output path, if it ends in .onnx and no folder or file is in the way: known before the work is done."""
+    """The output path, if it ends in .onnx, can be written and nothing of others is in the way: before the work."""
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"output {path} must end in .onnx")
@@ -195,7 +197,25 @@ def check_target(path: str | Path) -> Path:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise UserError(f"cannot write {path}: {existing} is not a folder; choose another output path")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
+    _check_sidecar(path.with_suffix(".json"))
     return path
+
+
+def _check_sidecar(path: Path) -> None:
+    """Refuse to replace a JSON file that is not a sidecar, such as a training's results."""
+    if not path.exists():
+        return
+    try:
+        values = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_SIDECAR_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or values.get("format") != SIDECAR_FORMAT:
+        raise UserError(f"{path} exists and is not a sidecar of rd-export; move it, or choose another output path")
 
 
 def sidecar(file_name: str, content: bytes, chain: Chain, precision: str, parity: dict | None) -> dict:

@@ -55,15 +55,23 @@ class Builder:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def network(depth: int, shortcuts: bool, unfused: bool = False, batch: int | str = "N", swap: bool = False, **options):
+def network(
+    depth: int,
+    shortcuts: bool,
+    unfused: bool = False,
+    batch: int | str = "N",
+    swap: bool = False,
+    base: int = 64,
+    **options,
+) -> onnx.ModelProto:
     """A ResNet v1.5 of 224x224 images, or its plain counterpart. ``swap``: the projection comes first in the file."""
     block, counts = DEPTHS[depth]
     builder = Builder(unfused, **options)
-    x = builder.op("Relu", builder.conv("image", 3, 64, 7, 2, name="stem"))
+    x = builder.op("Relu", builder.conv("image", 3, base, 7, 2, name="stem"))
     x = builder.op("MaxPool", x, name="pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-    c_in = 64
+    c_in = base
     for stage, count in enumerate(counts):
-        width = 64 << stage
+        width = base << stage
         c_out = width * (4 if block == "bottleneck" else 1)
         for number in range(count):
             stride, name = 2 if number == 0 and stage else 1, f"layer{stage + 1}.{number}"

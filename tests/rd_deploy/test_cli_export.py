@@ -85,6 +85,7 @@ def test_a_checkpoint_becomes_a_checked_model_beside_it(rd_export, model, digits
     assert metadata.arch == digits.arch.to_dict()
     sidecar = json.loads(model.with_suffix(".json").read_text())
     assert [run["batch"] for run in sidecar["parity"]["runs"]] == [1, 3, 64]
+    assert [run["images"] for run in sidecar["parity"]["runs"]] == [8, 8, 256]
     assert all(run["top1_agreement"] == 1 for run in sidecar["parity"]["runs"])
     assert sidecar["provenance"]["training"]["epoch"] == 3
 
@@ -320,6 +321,35 @@ def test_unwritable_outputs(rd_export, model, tmp_path, out, pattern):
     assert_refused(rd_export(model, "--out", tmp_path / out), pattern)
     assert model.read_bytes() == before
     assert files(model.parent) == ["model.pt"]
+
+
+def test_results_of_the_training_are_not_replaced(rd_export, model):
+    result = model.with_name("result.json")
+    result.write_text('{"format": "other"}')
+    assert_refused(rd_export(model, "--out", model.with_name("result.onnx")), "not a sidecar of rd-export")
+    assert result.read_text() == '{"format": "other"}'
+    assert files(model.parent) == ["model.pt", "result.json"]
+
+
+def test_a_default_path_that_cannot_be_written_is_found_before_parity(rd_export, model):
+    model.with_suffix(".json").mkdir()
+    result = rd_export(model)
+    assert_refused(result, "is a folder")
+    assert result[1] == ""
+
+
+def test_a_large_tolerance_does_not_buy_other_classes(rd_export, model, monkeypatch):
+    monkeypatch.setattr("rd_deploy.parity.onnx_runner", lambda content: lambda images: -onnx_runner(content)(images))
+    code, _, err = rd_export(model, "--tolerance", 100)
+    assert code == 1
+    assert re.search("images get another class .* no tolerance would pass; nothing was written", err)
+    assert files(model.parent) == ["model.pt"]
+
+
+def test_one_image_per_batch_is_enough_for_random_weights(rd_export):
+    code, out, _ = rd_export("--arch", "plain20", *SMALL[:-2], "--max-batch", 1)
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines() if "onnxruntime" in line] == [["1", "8"], ["3", "8"]]
 
 
 def test_a_checkpoint_called_onnx_is_not_overwritten(rd_export, model):

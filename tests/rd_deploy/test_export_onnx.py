@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -233,3 +235,30 @@ def test_unwritable_outputs_are_refused_before_the_work(tmp_path, chain):
         with pytest.raises(UserError, match=message):
             export_onnx(tmp_path / name, chain, verify=lambda content: pytest.fail("checked before the path was"))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "other/1"}', '{"format": ["x"]}', "not JSON", ""])
+def test_a_json_file_of_others_is_not_replaced(tmp_path, chain, content):
+    result = tmp_path / "result.json"
+    result.write_text(content)
+    with pytest.raises(UserError, match=r"result\.json exists and is not a sidecar"):
+        export_onnx(tmp_path / "result.onnx", chain, verify=lambda content: pytest.fail("checked before the path was"))
+    assert result.read_text() == content
+    assert list(tmp_path.iterdir()) == [result]
+
+
+def test_a_sidecar_of_ours_is_replaced(tmp_path, chain):
+    export_onnx(tmp_path / "net.onnx", chain)
+    assert export_onnx(tmp_path / "net.onnx", chain, "fp16") == json.loads((tmp_path / "net.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "deep/er/net.onnx"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, chain, monkeypatch, name):
+    def refuse(*_, dir: Path, **__):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # file modes would not stop a test that root runs
+    with pytest.raises(UserError, match=r"cannot write .*Permission denied"):
+        export_onnx(tmp_path / name, chain, verify=lambda content: pytest.fail("checked before the path was"))
+    assert list(tmp_path.iterdir()) == []

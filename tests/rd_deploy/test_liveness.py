@@ -21,14 +21,15 @@ def test_first_identity_block_by_hand():
 def test_projection_block_by_hand():
     """(live, held by the shortcut) of layer2.0 in units: 4 u in, 2 u out, the branches in their best order."""
     expected = {
-        # The projection accumulates onto the main path's 2 u; its input is all that the shortcut holds.
+        # Projection before expand: then the 4 u are gone when expand accumulates onto the projection's 2 u (the other
+        # way round the peak is the same, but expand needs 6.5 u and the projection 6 u).
         "in-place": {
             "reduce": (4 + 2, 0),
             "conv3x3": (4 + 2 + 0.5, 4),
-            "expand": (4 + 0.5 + 2, 4),
-            "downsample": (4 + 2, 4),
+            "downsample": (4 + 0.5 + 2, 4 + 2),
+            "expand": (0.5 + 2, 0),
         },
-        # Projection before expand: then the 4 u are gone before there are three maps of the block's size (else 8 u).
+        # Likewise, and there are never three maps of the block's size beside the 4 u (else 8 u).
         "separate": {
             "reduce": (4 + 2, 0),
             "conv3x3": (4 + 2 + 0.5, 4),

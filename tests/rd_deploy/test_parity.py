@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from rd_deploy.common import UserError
 from rd_deploy.export.onnx import to_onnx
 from rd_deploy.export.source import source_from_name
-from rd_deploy.parity import TOLERANCES, ParityError, check_parity, compare, onnx_runner, round_up, torch_logits
+from rd_deploy.parity import (
+    TOLERANCES,
+    ParityError,
+    check_parity,
+    compare,
+    distinct,
+    onnx_runner,
+    round_up,
+    torch_logits,
+)
 from rd_deploy.random_weights import random_images
 
 TOLERANCE = TOLERANCES["fp32"]
@@ -52,6 +61,18 @@ def test_top1_agreement_counts_images():
     candidate = reference.copy()
     candidate[1] = candidate[1, ::-1]
     assert compare(reference, candidate, 1.0).top1_agreement == 0.75
+
+
+def test_only_clear_changes_of_the_class_count_and_no_tolerance_covers_them():
+    """All images change class; in the reference, class 0 leads by ``margin``."""
+    for margin, clear in ((0.1, 0), (0.5, 10)):
+        reference = np.random.default_rng(0).normal(size=(10, 100)).clip(-2, 2)  # of standard deviation 1
+        reference[:, :2] = 2.5 + margin, 2.5
+        parity = compare(reference, reference[:, [1, 0, *range(2, 100)]], tolerance=1e9)
+        assert (parity.top1_agreement, parity.clear_changes) == (0, clear)
+        assert parity.passes
+        assert parity.keeps_classes == (not clear)
+        assert math.isinf(parity.minimum_tolerance) == bool(clear)
 
 
 @given(st.floats(min_value=1e-30, max_value=1e30))
@@ -105,7 +126,11 @@ def test_shapes_must_agree():
 
 def test_a_right_export_passes_at_batch_1_3_and_the_maximum(source, images):
     runs = check_parity(source.network, content(source.chain), images, TOLERANCE, max_batch=16)
-    assert [(run.batch, run.parity.images) for run in runs] == [(1, 8), (3, 8), (16, 16)]
+    assert [(run.batch, run.parity.images) for run in runs] == [
+        (1, 8),
+        (3, 8),
+        (16, 10),
+    ]
     assert all(run.parity.max_error < 1e-4 and run.parity.top1_agreement == 1 for run in runs)
 
 
@@ -134,22 +159,28 @@ def damage(chain, name: str, **changes):
     ("name", "changes"),
     [("layer1.1.conv2", {"add": None}), ("layer2.0.downsample", {"relu": True}), ("layer3.2.conv1", {"relu": False})],
 )
-def test_a_wrong_graph_fails_and_names_the_tolerance_that_would_pass(source, images, name, changes):
-    model = content(damage(source.chain, name, **changes))
+def test_a_wrong_graph_fails(source, images, name, changes):
+    with pytest.raises(ParityError, match="parity failed"):
+        check_parity(source.network, content(damage(source.chain, name, **changes)), images, TOLERANCE, 8)
+
+
+def test_the_tolerance_that_a_failure_names_is_the_smallest_that_passes(source, images):
+    bias = source.chain.steps[-1].bias
+    model = content(damage(source.chain, "fc", bias=bias + np.linspace(0, 0.02, len(bias))))
     with pytest.raises(ParityError, match="smallest that would pass") as failure:
         check_parity(source.network, model, images, TOLERANCE, 8)
     minimum = float(str(failure.value).split("--tolerance ")[1].split()[0])
-    assert minimum > 10 * TOLERANCE
+    assert minimum > 5 * TOLERANCE
     check_parity(source.network, model, images, minimum, 8)
     with pytest.raises(ParityError):
         check_parity(source.network, model, images, minimum / 1.11, 8)
 
 
-def test_swapped_classes_fail(source, images):
+def test_swapped_classes_fail_at_any_tolerance(source, images):
     last = source.chain.steps[-1]
     swapped = damage(source.chain, "fc", weight=last.weight[::-1], bias=last.bias[::-1])
-    with pytest.raises(ParityError):
-        check_parity(source.network, content(swapped), images, TOLERANCE, 8)
+    with pytest.raises(ParityError, match=r"images get another class .* no tolerance would pass"):
+        check_parity(source.network, content(swapped), images, 1e9, 8)
 
 
 def test_fp16_is_also_judged_with_rounded_activations(source, images):
@@ -178,8 +209,20 @@ def test_a_model_that_does_not_load_fails(source, images):
 def test_one_image_is_not_enough(source, images):
     with pytest.raises(UserError, match="at least 2"):
         check_parity(source.network, content(source.chain), images[:1], TOLERANCE, 8)
-    with pytest.raises(ParityError, match="every image"):
+    with pytest.raises(UserError, match="at least 2 different"):
         check_parity(source.network, content(source.chain), images[[0, 0]], TOLERANCE, 8)
+
+
+def test_doubles_are_left_out_in_the_order_of_the_images(source, images):
+    np.testing.assert_array_equal(distinct(images[[3, 1, 3, 2, 1]]), images[[3, 1, 2]])
+    runs = check_parity(source.network, content(source.chain), images[[3, 1, 3, 2, 1]], TOLERANCE, max_batch=4)
+    assert [run.parity.images for run in runs] == [3, 3, 3]
+
+
+def test_every_image_is_judged_when_there_are_more_than_the_largest_batch(source):
+    images = random_images(21, 3, 16, seed=4)
+    model = content(source.chain)
+    assert [run.parity.images for run in check_parity(source.network, model, images, TOLERANCE, 4)] == [8, 8, 21]
 
 
 def test_the_runner_takes_any_batch(source, images):

@@ -1,6 +1,7 @@
 """Preprocessing: the NumPy code against Pillow and torchvision, and the record's validation."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,6 +80,18 @@ def test_wrong_images_are_refused(images):
 def test_too_elongated_image_is_refused():
     with pytest.raises(UserError, match="elongated"):
         Preprocessing(224, 256, 1, (0.0,), (1.0,)).apply(np.zeros((1, 1_000_000, 1), np.uint8))
+
+
+def test_a_thin_line_needs_memory_for_its_pixels_only():
+    """A dense matrix of weights would have 740,000 x 20,000 entries, 59 GB."""
+    line = np.linspace(0, 255, 20_000).astype(np.uint8).reshape(1, 1, -1, 1)
+    tracemalloc.start()
+    resized = resize_shorter_side(line, 37)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert resized.shape == (1, 37, 740_000, 1)
+    assert np.abs(resized[0, 5, ::37, 0].astype(int) - line[0, 0, :, 0]).max() <= 1
+    assert peak < 20 * resized.size
 
 
 def test_record_survives_json():

@@ -1,6 +1,7 @@
 """The best order against a brute force over every order of random programs, with births and deaths of tensors."""
 
 import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,6 +119,41 @@ def test_peak_is_the_lowest_over_all_orders(program):
         found = ledger(program.model(), element_bytes=1, policy=policy)
         assert (found.peak_bytes, found.best_order) == (best, True)
         assert len(found.steps) == len(program.steps)
+
+
+def shuffled(model: onnx.ModelProto, draw: random.Random) -> onnx.ModelProto:
+    """The same network in a file that lists its nodes in another order."""
+    copy, waiting, made = onnx.ModelProto(), list(model.graph.node), {"image"}
+    copy.CopyFrom(model)
+    made |= {tensor.name for tensor in model.graph.initializer}
+    del copy.graph.node[:]
+    while waiting:
+        node = draw.choice([node for node in waiting if made.issuperset(node.input)])
+        waiting.remove(node)
+        made |= set(node.output)
+        copy.graph.node.append(node)
+    return copy
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs(), st.randoms(use_true_random=False))
+def test_the_figures_belong_to_the_network_and_not_to_its_file(program, draw):
+    model = program.model()
+    for policy in ("separate", "in-place"):
+        one, other = (ledger(file, element_bytes=1, policy=policy) for file in (model, shuffled(model, draw)))
+        for figure in ("peak_bytes", "shortcut_share", "traffic_bytes"):
+            assert getattr(one, figure) == getattr(other, figure), figure
+
+
+def test_of_orders_with_the_same_peak_the_one_with_less_in_memory_is_taken():
+    """Two branches of 1 and 3 channels, then a step that sets the peak: the small branch goes first."""
+    sizes = []
+    for first, second in ((1, 3), (3, 1)):
+        builder = Builder()
+        branches = [builder.conv("image", 9, channels) for channels in (first, second)]
+        result = builder.conv(builder.op("Concat", *branches, axis=1), 4, 99)
+        sizes.append([step.live_bytes for step in ledger(builder.model(["N", 9, 1, 1], result), 1, 1).steps])
+    assert sizes[0] == sizes[1] == [9 + 1, 9 + 1 + 3, 4 + 4, 4 + 99]
 
 
 def test_a_part_too_wide_to_search_keeps_the_files_order_and_says_so(monkeypatch):

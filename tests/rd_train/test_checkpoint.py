@@ -9,7 +9,7 @@ import torch
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_strictly, save_checkpoint
+from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain, load_strictly, save_checkpoint
 from rd_train.networks import Network, parse_arch
 
 PREPROCESSING = Preprocessing(size=8, resize=8, channels=1, mean=(0.3,), std=(0.4,))
@@ -75,6 +75,13 @@ def test_changed_files_are_refused_with_a_reason(path, change, message):
     rewrite(path, change)
     with pytest.raises(UserError, match=message):
         load_checkpoint(path)
+
+
+def test_another_pickle_protocol_is_refused_without_a_warning_of_torch(tmp_path, recwarn):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="other than tensors"):
+        load_plain(tmp_path / "other.pt", "checkpoint")
+    assert not recwarn.list
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
