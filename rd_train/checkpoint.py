@@ -3,6 +3,7 @@
 import io
 import pickle
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,9 @@ def load_plain(path: str | Path, what: str) -> object:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{what} {path} is not a torch file, or it is truncated; make or copy it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of other pickle protocols; ours is the only line that is said
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         message = f"{what} {path} holds something other than tensors and plain containers; it was not loaded"
         raise UserError(message) from error
