@@ -47,7 +47,7 @@ def test_order_is_abba_with_untimed_calls_where_the_callable_changes():
 
 
 def test_both_are_warm_when_sampling_starts():
-    """B is warmed up last, for at least half a second in which A rests: A runs again for a tenth before the first quad."""
+    """B is warmed up last, for half a second or more in which A rests: A runs again before the first quad."""
     machine = Machine()
     time_pair(machine.call("A", 10), machine.call("B", 20), seconds=0.0, min_quads=1, clock=machine.clock)
     assert "".join(machine.log[: -len("ABBBAAA")]) == "A" * 50 + "B" * 25 + "A" * 10
@@ -74,7 +74,7 @@ def test_short_calls_are_repeated_within_a_sample():
 
 
 def test_calls_are_timed_one_by_one_when_reading_the_clock_costs_nothing_beside_them():
-    """Every tenth call takes five times as long: means hide it, single calls show it. Ten microseconds are too short."""
+    """Every tenth call takes five times as long: means hide it, single calls show it. 10 us are too short."""
     machine, count = Machine(), itertools.count(1)
 
     def uneven():
