@@ -116,6 +116,7 @@ def _ratios(document: dict) -> str:
 
 def _memory(document: dict) -> str:
     header = ("model", "precision", "batch", "by", "peak KiB", "shortcuts KiB", "share", "traffic KiB", "weights KiB")
+    sources = list(dict.fromkeys(row["source"] for row in document["memory"]))
     return table(
         header,
         [
@@ -130,7 +131,9 @@ def _memory(document: dict) -> str:
                 _kibibytes(row["traffic_bytes"]),
                 _kibibytes(row["weight_bytes"]),
             )
-            for row in sorted(document["memory"], key=lambda row: (row["precision"], row["batch"]))
+            for row in sorted(
+                document["memory"], key=lambda row: (row["precision"], row["batch"], sources.index(row["source"]))
+            )
         ],
     )
 
