@@ -122,8 +122,9 @@ def _subjects(options: argparse.Namespace) -> tuple:
     from rd_deploy.bench.models import check_comparable, counterpart, load_subject
 
     model = load_subject(options.model, size=options.size, seed=options.seed)
-    compare = load_subject(options.compare or counterpart(model), like=model, size=options.size, seed=options.seed)
-    check_comparable(model, compare)
+    against = counterpart(model) if options.compare is None else options.compare
+    compare = load_subject(against, like=model, size=options.size, seed=options.seed)
+    check_comparable(model, compare, max(_numbers(options.batch, "--batch")))
     if compare.name == model.name:
         compare = replace(compare, name=f"{compare.name} (compare)")
     return model, compare

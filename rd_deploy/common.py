@@ -15,6 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+# What the system says of a place that the user chose: full, forbidden, or no place at all.
+WRONG_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
+}
+
 
 class UserError(Exception):
     """A mistake in the input: its message is one line saying what is wrong and what to do."""
@@ -49,10 +55,10 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         print(f"{name}: error: not enough memory{reason}: use smaller images or a smaller batch", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in WRONG_PLACE:
             raise
         print(
-            f"{name}: error: {error.strerror}: {error.filename or 'output'}: free space or choose another --out",
+            f"{name}: error: {error.strerror}: {error.filename or 'output'}; free space or choose another path",
             file=sys.stderr,
         )
         return 2

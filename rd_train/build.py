@@ -1,5 +1,6 @@
 """From a recipe to architectures, networks, a task and an optimiser."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from rd_deploy.common import UserError
-from rd_train.checkpoint import FORMAT, load_checkpoint, load_plain, load_strictly
+from rd_deploy.preprocessing import Preprocessing
+from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain, load_strictly
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
 from rd_train.networks import Arch, Network, parse_arch
 from rd_train.recipe import Recipe
@@ -37,11 +39,20 @@ def needs_teacher(recipe: Recipe) -> bool:
     return recipe.method != "ce"
 
 
-def load_teacher(path: str | Path, arch: Arch) -> Network:
-    """A teacher from a ``model.pt`` (which knows its architecture) or a torchvision-style state_dict of ``arch``."""
+def load_teacher(
+    path: str | Path, arch: Arch, preprocessing: Preprocessing, classes: list[str], *, named: bool = False
+) -> Network:
+    """A teacher from a ``model.pt`` (which knows its architecture) or a torchvision-style state_dict of ``arch``.
+
+    A ``model.pt`` must have been trained on the same classes in the same order, and on images normalised alike; with
+    ``named`` it must be ``arch``.
+    """
     values = load_plain(path, "teacher")
     if isinstance(values, dict) and values.get("format") == FORMAT:
-        return load_checkpoint(path).network()
+        teacher = _same_task(path, load_checkpoint(path), preprocessing, classes)
+        if named and (teacher.arch.depth, teacher.arch.shortcuts) != (arch.depth, arch.shortcuts):
+            raise UserError(f"teacher {path} is a {teacher.arch.name}, not the {arch.name} asked for")
+        return teacher.network()
     if (
         not isinstance(values, dict)
         or not values
@@ -49,8 +60,19 @@ def load_teacher(path: str | Path, arch: Arch) -> Network:
     ):
         raise UserError(f"teacher {path} is neither a model.pt nor a state_dict of tensors; train one with --method ce")
     network = Network(arch)
-    load_strictly(network, values, f"teacher {path} (as {arch.name})")
+    # torchvision's first ImageNet weights are older than this counter, which evaluation does not use.
+    counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
+    load_strictly(network, {**counters, **values}, f"teacher {path} (as {arch.name})")
     return network.eval()
+
+
+def _same_task(path: str | Path, teacher: Checkpoint, preprocessing: Preprocessing, classes: list[str]) -> Checkpoint:
+    if teacher.classes != classes:
+        raise UserError(f"teacher {path} was trained on other classes ({', '.join(teacher.classes[:3])} ...)")
+    theirs, ours = ([*record.mean, *record.std] for record in (teacher.preprocessing, preprocessing))
+    if len(theirs) != len(ours) or not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(theirs, ours, strict=True)):
+        raise UserError(f"teacher {path} expects images normalised otherwise (mean and std {theirs}, here {ours})")
+    return teacher
 
 
 def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.Module:

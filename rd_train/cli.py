@@ -1,21 +1,23 @@
 """``rd-train``: train a network by a preset, flags override."""
 
+import re
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from rd_deploy.common import UserError, require, run_command
-from rd_train.recipe import Recipe, preset_names, preset_values, read_values
+from rd_deploy.common import UserError, nearest, require, run_command
+from rd_train.recipe import RUN_FILES, Recipe, preset_names, preset_values, read_values, what_it_takes
 
-# What marks a folder as a run.
-RUN_FILES = ("recipe.yaml", "metrics.jsonl", "model.pt", "result.json")
+TYPES = get_type_hints(Recipe)
 
 
 def _parser(defaults: dict) -> ArgumentParser:
     parser = ArgumentParser(
         prog="rd-train",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train a plain CNN by residual distillation. Without arguments: the digits preset.",
     )
     parser.add_argument("preset", nargs="?", default="digits", help="a preset's name (see --list) or a recipe.yaml")
@@ -32,10 +34,37 @@ def _parser(defaults: dict) -> ArgumentParser:
 
 
 def _parse(arguments: list[str], defaults: dict) -> Namespace:
+    """Options from the command line over ``defaults``; ``--data-dir`` is ``--data_dir``, a bare flag is true."""
+    parser = _parser({name: value for name, value in defaults.items() if name != "summary"})
     try:
-        return _parser({name: value for name, value in defaults.items() if name != "summary"}).parse_args(arguments)
+        return parser.parse_args(_normalised(arguments))
     except ArgumentError as error:
-        raise UserError(f"{str(error).strip()} (see rd-train --help)") from error
+        raise UserError(f"{_explained(str(error))} (see rd-train --help)") from error
+
+
+def _normalised(arguments: list[str]) -> list[str]:
+    result = []
+    for number, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = name[:2] + name[2:].replace("-", "_") + equals + value
+            following = arguments[number + 1] if number + 1 < len(arguments) else "--"
+            if TYPES.get(argument[2:]) is bool and following.lower() not in ("true", "false"):
+                argument += "=true"
+        result.append(argument)
+    return result
+
+
+def _explained(message: str) -> str:
+    """The parser's message in the words of a user: which option, what it got, what it takes."""
+    unknown = re.search(r"unrecognized arguments: --(\S+)", message)
+    if unknown:
+        name = unknown[1].partition("=")[0]
+        return f"unknown option --{name}{nearest(name, [*TYPES, 'list', 'out', 'overwrite', 'resume', 'tensorboard'])}"
+    wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
+    if not wrong or wrong[1] not in TYPES:
+        return message.strip()
+    return f"{wrong[1]}={wrong[2].strip()} is not {what_it_takes(TYPES[wrong[1]])}"
 
 
 def _recipe(options: Namespace) -> Recipe:
@@ -57,12 +86,16 @@ def _new_folder(options: Namespace) -> Path:
         while (folder := stem if number == 1 else Path(f"{stem}-{number}")).exists():
             number += 1
         return folder
+    if not options.out:
+        raise UserError("--out is empty; name a folder")
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
-    present = [name for name in RUN_FILES if (folder / name).exists()]
+    present = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if present and not options.overwrite:
-        raise UserError(f"{folder} already holds a run; --resume {folder}, --overwrite, or choose another --out")
+        raise UserError(f"{folder} already holds {present[0].name}; --resume {folder}, --overwrite, or another --out")
+    if options.teacher_weights and Path(options.teacher_weights).resolve() in [path.resolve() for path in present]:
+        raise UserError(f"--overwrite would delete the teacher {options.teacher_weights}; choose another --out")
     return folder
 
 
@@ -79,15 +112,19 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     allowed = {"--resume", "--tensorboard", options.resume, f"--resume={options.resume}"}
     if set(arguments) - allowed:
         raise UserError("--resume takes everything from the run's recipe.yaml; leave the other options away")
+    if not options.resume:
+        raise UserError("--resume is empty; name the folder of a run")
     require("torch", "train")
-    from rd_train.run import run
+    from rd_train.run import run, settle
 
     folder = Path(options.resume)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")
-    recipe = _recipe(_parse([], read_values(folder / "recipe.yaml")))
     if (folder / "result.json").exists():
         raise UserError(f"{folder} is already complete; see {folder / 'report.md'}")
+    recipe = Recipe(**read_values(folder / "recipe.yaml"))
+    if settle(recipe) != recipe:
+        raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
     return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=options.tensorboard)}
 
 
@@ -97,7 +134,9 @@ def command(arguments: list[str]) -> int:
     if options.list:
         print(list_presets())
         return 0
-    result = _resume(arguments, options) if options.resume else _start(_parse(arguments, preset_values(options.preset)))
+    resumed = options.resume is not None
+    # A new run is parsed again, now with the preset's values as defaults.
+    result = _resume(arguments, options) if resumed else _start(_parse(arguments, preset_values(options.preset)))
     folder = result["folder"]
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"

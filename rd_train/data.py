@@ -150,7 +150,7 @@ def load_dataset(
         raise UserError(f"data set '{name}' is unknown{nearest(name, DATASETS)}")
     if download and name not in DOWNLOADS:
         raise UserError(f"--download is for {', '.join(DOWNLOADS)}, not for {name}")
-    folder = None if folder is None else Path(folder).expanduser()
+    folder = None if folder is None else Path(folder)
     if folder is not None and not folder.is_dir() and not download:
         raise UserError(f"data folder {folder} does not exist; give an existing one with --data-dir")
     augment = augment or AUGMENTS[name]

@@ -7,6 +7,7 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 import contextlib
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -29,7 +30,6 @@ from rd_train.networks import Network
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
 
-EVAL_BATCH = 500
 CHECK_EVERY = 20  # steps between looks at the loss, which make a GPU wait
 
 
@@ -45,10 +45,10 @@ class Context:
     stop: threading.Event
     writer: object | None = None  # TensorBoard's SummaryWriter
 
-    def to_device(self, module: nn.Module) -> nn.Module:
-        """Place a network; before it is aliased by a task (see `frozen_view`)."""
+    def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
+        """Images or a network on the device, in the memory format; a network before a task aliases it."""
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        return module.to(self.device, memory_format=layout)
+        return what.to(self.device, memory_format=layout)
 
     def cast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
@@ -57,12 +57,11 @@ class Context:
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set, so that a run stops between two steps; a second Ctrl-C stops at once."""
-    event, received = threading.Event(), []
+    event = threading.Event()
 
     def handler(number: int, frame: object) -> None:
         if event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
         event.set()
 
     if threading.current_thread() is not threading.main_thread():
@@ -81,120 +80,126 @@ def evaluate(network: Network, split: Split, context: Context) -> tuple[float, f
     """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
     network.eval()
     correct, loss = 0, 0.0
-    for images, labels in batches(split, EVAL_BATCH, seed=0, epoch=0, train=False):
+    for images, labels in batches(split, min(500, 2 * context.recipe.batch_size), seed=0, epoch=0, train=False):
         labels = labels.to(context.device)
         with context.cast():
-            logits = network(_place(images, context))
+            logits = network(context.place(images))
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
     return correct / len(split), loss / len(split)
 
 
-def _place(images: Tensor, context: Context) -> Tensor:
-    layout = torch.channels_last if context.recipe.channels_last else torch.contiguous_format
-    return images.to(context.device, memory_format=layout)
-
-
 def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: bool) -> dict:
-    """Train ``task`` for ``epochs`` and keep its best student (by validation) in ``{phase}.pt``.
+    """Train ``task`` for ``epochs`` and keep its best student (by validation): ``model.pt``, or ``teacher.pt``.
 
     Returns ``{"epoch", "val_accuracy", "val_loss"}`` of that student and the ``seconds`` spent. After each epoch, and
     when stopped, all state is in ``{phase}-state.pt``; with ``resume`` the phase goes on from there.
     """
-    recipe, dataset, folder = context.recipe, context.dataset, context.folder
+    recipe, split = context.recipe, context.dataset.train
     optimizer = build_optimizer(recipe, task)
-    averaged = AveragedModel(task.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    averaged = None
+    if recipe.ema:
+        averaged = AveragedModel(task.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    # Clipped apart: a learning teacher is moved by its own loss only, so the student's gradient must not scale it.
+    networks = [[p for p in part.parameters() if p.requires_grad] for part in task.children()]
+    per_epoch = steps_per_epoch(split, recipe.batch_size)
+    total, warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
     state = _State(context, phase, task, optimizer, averaged)
     if resume:
-        state.load()
-    _drop_rows_after(folder / "metrics.jsonl", phase, state.step)
-    per_epoch = steps_per_epoch(dataset.train, recipe.batch_size)
-    total, started = per_epoch * epochs, time.monotonic() - state.seconds
+        state.load(total)
+    _drop_rows_after(context.folder, phase, state.step)
     run_step = torch.compile(task) if recipe.compile else task
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
-        loader = batches(dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
-        bar = tqdm(
-            loader,
-            total=per_epoch,
-            initial=done,
-            disable=None,
-            leave=False,
-            unit="step",
-            desc=f"{phase} {epoch + 1}/{epochs}",
-        )
+        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
+        name = f"{phase} {epoch + 1}/{epochs}"
+        bar = tqdm(loader, name, total=per_epoch, initial=done, disable=None, leave=False, unit="step")
         task.train()
-        epoch_started, epoch_first = time.monotonic(), done
+        clock = _Clock(state.seconds)
         for images, labels in bar:
-            rate = learning_rate(
-                state.step,
-                total,
-                peak=recipe.lr,
-                kind=recipe.schedule,
-                warmup=round(recipe.warmup_epochs * per_epoch),
-                milestones=(0.5, 0.75),
-                gamma=0.1,
-            )
+            rate = learning_rate(state.step, total, peak=recipe.lr, kind=recipe.schedule, warmup=warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             labels = labels.to(context.device)
-            with context.cast():
-                result = run_step(
-                    _place(images, context), labels, torch.tensor(state.step / total, device=context.device)
-                )
+            progress = torch.tensor(state.step / total, device=context.device)
+            with context.cast(), _explained_compilation(recipe):
+                result = run_step(context.place(images), labels, progress)
             optimizer.zero_grad(set_to_none=True)
-            result["loss"].backward()
+            with _explained_compilation(recipe):
+                result["loss"].backward()
             if recipe.clip_norm:
-                nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
+                for parameters in networks:
+                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
             optimizer.step()
             if averaged is not None:
                 averaged.update_parameters(task.student)
 
             state.add(result, labels)
             state.step += 1
-            state.seconds = time.monotonic() - started
+            clock.images += recipe.batch_size
             if state.step % CHECK_EVERY == 0 or context.stop.is_set():
                 means = state.means()
                 _check_finite(means, phase, state)
-                rate_now = (state.step - epoch * per_epoch - epoch_first) * recipe.batch_size
-                bar.set_postfix_str(_brief(means, rate_now / (time.monotonic() - epoch_started)))
+                bar.set_postfix_str(_brief(means, clock.rate()))
             if context.stop.is_set() and state.step % per_epoch:
+                state.seconds = clock.total()
                 state.save()
                 _stop(context)
         bar.close()
-
-        means = state.means()
-        _check_finite(means, phase, state)
-        seconds = time.monotonic() - epoch_started
-        student = averaged.module if averaged is not None else task.student
-        accuracy, val_loss = evaluate(student, dataset.val, context)
-        row = {
-            "phase": phase,
-            "epoch": epoch + 1,
-            "step": state.step,
-            "lr": rate,
-            **means,
-            "val_accuracy": accuracy,
-            "val_loss": val_loss,
-        }
-        if getattr(task, "train_teacher", False):
-            row["teacher_val_accuracy"] = evaluate(task.teacher, dataset.val, context)[0]
-        _check_finite(row, phase, state)
-        row["images_per_second"] = (per_epoch - epoch_first) * recipe.batch_size / seconds
-        row["seconds"] = state.seconds = time.monotonic() - started
-        if state.improves(accuracy, val_loss):
-            state.best = {"epoch": epoch + 1, "val_accuracy": accuracy, "val_loss": val_loss}
-            _save_student(phase, student, context, state.best)
-            if getattr(task, "train_teacher", False):
-                _save_student("teacher", task.teacher, context, state.best)
-        _log(row, context)
-        state.sums.clear()
-        state.save()
-        if context.stop.is_set():
-            _stop(context)
+        _end_epoch(phase, epoch + 1, rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
+
+
+def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Context, clock: "_Clock") -> None:
+    """Validate, keep the student if it is the best so far, log, save."""
+    task, validation = state.task, context.dataset.val
+    speed = clock.rate()
+    row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
+    _check_finite(row, phase, state)
+    student = state.averaged.module if state.averaged is not None else task.student
+    row["val_accuracy"], row["val_loss"] = evaluate(student, validation, context)
+    joint = getattr(task, "train_teacher", False)
+    if joint:
+        row["teacher_val_accuracy"], _ = evaluate(task.teacher, validation, context)
+    _check_finite(row, phase, state)
+    if state.improves(row["val_accuracy"], row["val_loss"]):
+        state.best = {"epoch": epoch, "val_accuracy": row["val_accuracy"], "val_loss": row["val_loss"]}
+        _save_student(phase, student, context, state.best)
+        if joint:
+            _save_student("teacher", task.teacher, context, state.best)
+    row["images_per_second"], row["seconds"] = speed, clock.total()
+    state.seconds = row["seconds"]
+    _log(row, context)
+    state.sums.clear()
+    state.save()
+    if context.stop.is_set():
+        _stop(context)
+
+
+class _Clock:
+    """Seconds of a phase over its interruptions, and images per second of the epoch."""
+
+    def __init__(self, before: float):
+        self.before, self.started, self.images = before, time.monotonic(), 0
+
+    def total(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def rate(self) -> float:
+        return self.images / max(1e-9, time.monotonic() - self.started)
+
+
+@contextlib.contextmanager
+def _explained_compilation(recipe: Recipe) -> Iterator[None]:
+    """Turn a failing torch.compile (no compiler, say), which only its first calls can do, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not recipe.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise UserError(f"torch.compile failed ({reason[:160]}); run with --compile false") from error
 
 
 class _State:
@@ -236,7 +241,7 @@ class _State:
         }
         save_plain(self.path, values)
 
-    def load(self) -> None:
+    def load(self, total: int) -> None:
         """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
         if not self.path.exists():
             return
@@ -246,9 +251,12 @@ class _State:
             self.optimizer.load_state_dict(values["optimizer"])
             if self.averaged is not None:
                 self.averaged.load_state_dict(values["averaged"], strict=True)
-            self.step, self.seconds, self.best = int(values["step"]), float(values["seconds"]), dict(values["best"])
-            self.sums.update(values["sums"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            self.step, self.seconds = int(values["step"]), float(values["seconds"])
+            self.best = {name: type(self.best[name])(values["best"][name]) for name in self.best}
+            self.sums.update({str(name): torch.as_tensor(value).double() for name, value in values["sums"].items()})
+            if not 0 <= self.step <= total or any(value.ndim for value in self.sums.values()):
+                raise ValueError("step or sums")
+        except Exception as error:  # a hostile file can hold anything
             raise UserError(f"training state {self.path} does not fit its recipe; start a new run") from error
 
 
@@ -258,7 +266,7 @@ def _check_finite(values: dict, phase: str, state: _State) -> None:
         kept = f"last good state: {state.path}" if state.path.exists() else "no epoch was finished"
         raise Stopped(
             f"{phase}: {bad[0]} became NaN or infinite before step {state.step}; {kept}; "
-            "try a lower --lr, --clip_norm 1 or more --warmup_epochs",
+            "try a lower --lr, --clip-norm 1 or more --warmup-epochs",
             code=1,
         )
 
@@ -276,7 +284,12 @@ def _save_student(phase: str, network: Network, context: Context, best: dict) ->
 
 
 def _brief(means: dict[str, float], images_per_second: float) -> str:
-    return f"loss {means['loss']:.3f} acc {means['train_accuracy']:.1%} {images_per_second:.0f} img/s"
+    return f"{_terms(means)} acc {means['train_accuracy']:.1%} {images_per_second:.0f} img/s"
+
+
+def _terms(means: dict) -> str:
+    terms = " ".join(f"{name} {value:.3f}" for name, value in means.items() if name.endswith(("ce", "kd", "feature")))
+    return f"loss {means['loss']:.3f} ({terms})"
 
 
 def _log(row: dict, context: Context) -> None:
@@ -287,27 +300,39 @@ def _log(row: dict, context: Context) -> None:
             if isinstance(value, float):
                 context.writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
         context.writer.flush()
-    terms = " ".join(f"{name} {value:.3f}" for name, value in row.items() if name.endswith(("ce", "kd", "feature")))
     print(
-        f"{row['phase']} epoch {row['epoch']}: loss {row['loss']:.3f} ({terms}) train {row['train_accuracy']:.2%} "
+        f"{row['phase']} epoch {row['epoch']}: {_terms(row)} train {row['train_accuracy']:.2%} "
         f"val {row['val_accuracy']:.2%} {row['images_per_second']:.0f} img/s",
         flush=True,
     )
 
 
-def _drop_rows_after(path: Path, phase: str, step: int) -> None:
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of a run's ``metrics.jsonl``; a damaged line is a `UserError`, but for a last one that was cut short."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        # Killed while it wrote the last line: the epoch of that line was not saved either.
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; start a new run") from error
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) and "phase" in row for row in rows):
+        raise UserError(f"{path} holds lines that are no rows of a run; start a new run")
+    return rows
+
+
+def _drop_rows_after(folder: Path, phase: str, step: int) -> None:
     """Forget what was logged after the saved state, so that a resumed log equals an uninterrupted one."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        whole = [line for line in lines if line.endswith("}")]
-        kept = [line for line in whole if (row := json.loads(line))["phase"] != phase or row["step"] <= step]
-        if kept != lines:
-            write_text(path, "".join(line + "\n" for line in kept))
+    kept = [row for row in read_rows(folder) if row["phase"] != phase or row["step"] <= step]
+    if (folder / "metrics.jsonl").exists():
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def tensorboard_writer(folder: Path) -> object:
-    """TensorBoard's writer for a run."""
+def tensorboard_writer(folder: Path, *, resume: bool) -> object:
+    """TensorBoard's writer for a run; steps that a resumed run repeats are logged twice, with the same values."""
     require("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
+    if not resume:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     return SummaryWriter(folder / "tensorboard")

@@ -35,8 +35,8 @@ EXPANSION = {"basic": 1, "bottleneck": 4}
 class Arch:
     """Everything that decides the shape of a network; stored in the checkpoint.
 
-    ``shortcuts``: ``all`` is the ResNet, ``none`` the plain network, ``projection`` keeps only the shortcuts that
-    change the shape (the first block of a stage), which is what the method's authors released as their plain network.
+    ``shortcuts``: ``all`` is the ResNet, ``none`` the plain network, ``projection`` keeps only the strided
+    shortcuts at the start of stages 2-4, which is what the method's authors released as their plain network.
     """
 
     depth: int
@@ -126,10 +126,9 @@ class Block(nn.Module):
             self.conv1, self.bn1 = _conv(c_in, width, 1, 1), nn.BatchNorm2d(width)
             self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
             self.conv3, self.bn3 = _conv(width, c_out, 1, 1), nn.BatchNorm2d(c_out)
-        changes_shape = stride != 1 or c_in != c_out
-        self.has_shortcut = arch.shortcuts == "all" or (arch.shortcuts == "projection" and changes_shape)
+        self.has_shortcut = arch.shortcuts == "all" or (arch.shortcuts == "projection" and stride != 1)
         self.downsample = None
-        if self.has_shortcut and changes_shape:
+        if self.has_shortcut and (stride != 1 or c_in != c_out):
             self.downsample = nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
     @property

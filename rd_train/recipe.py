@@ -3,13 +3,18 @@
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from rd_deploy.common import UserError, check_file, nearest
 
 PRESETS = resources.files("rd_train") / "recipes"
+# Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
+RUN_FILES = (
+    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
+    *("curves.png", "report.md", "result.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,34 +110,98 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "kd_temperature", "splice_window", "width")
-        optional = ("size", "train_limit", "teacher_epochs", "threads")
-        not_negative = (
-            *("init_noise", "splice_weight", "splice_weight_end", "feature_weight", "weight_decay"),
-            *("warmup_epochs", "clip_norm", "seed"),
-        )
-        fractions = ("momentum", "ema", "label_smoothing")
-        for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
-            _check(getattr(self, name) > 0, name, "must be positive", self)
-        for name in not_negative:
-            _check(getattr(self, name) >= 0, name, "must not be negative", self)
-        for name in fractions:
-            _check(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1", self)
-        for name in ("kd_weight", "splice_window"):
-            _check(0 <= getattr(self, name) <= 1, name, "must be from 0 to 1", self)
-        _check(self.batch_size >= 2, "batch_size", "must be at least 2 (BN needs batch statistics)", self)
-        _check(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be less than epochs={self.epochs}", self)
-        if self.teacher_mode == "joint" and self.method == "kd":
-            raise UserError("method=kd needs a frozen teacher; teacher_mode=joint goes with method=jointrd")
+        for name, annotation in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if annotation is float and type(value) is int:  # YAML's 1 for 1.0
+                object.__setattr__(self, name, float(value))
+            elif not _is_a(value, annotation):
+                raise UserError(f"{name}={value} is not {what_it_takes(annotation)}")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}={value} must be from {low:g} to {high:g}")
+        shortest = self.epochs if self.teacher_epochs is None else min(self.epochs, self.teacher_epochs)
+        if self.warmup_epochs >= shortest:
+            raise UserError(f"warmup_epochs={self.warmup_epochs:g} must be less than the {shortest} epochs of a phase")
+        if self.splice_weight_end > self.splice_weight:
+            raise UserError(
+                f"splice_weight_end={self.splice_weight_end:g} must not exceed splice_weight={self.splice_weight:g}"
+            )
+        if self.teacher_mode == "joint" and (self.method == "kd" or self.teacher_weights is not None):
+            raise UserError(
+                "teacher_mode=joint trains a teacher from scratch beside a student of method=jointrd: "
+                "it goes neither with method=kd nor with teacher_weights"
+            )
+
+    def unused(self) -> list[str]:
+        """Entries that differ from their defaults and have no effect in this recipe."""
+        without = {
+            "teacher": self.method == "ce",
+            "teacher_weights": self.method == "ce",
+            "teacher_mode": self.method == "ce",
+            "teacher_epochs": self.method == "ce" or self.teacher_mode == "joint" or self.teacher_weights is not None,
+            "teacher_bn": self.method != "jointrd" or self.splice_weight == 0,
+            "splice_weight": self.method != "jointrd",
+            "splice_weight_end": self.method != "jointrd",
+            "splice_window": self.method != "jointrd" or self.splice_weight == 0,
+            "feature_weight": self.method != "jointrd",
+            "feature_reduction": self.method != "jointrd" or self.feature_weight == 0,
+            "kd_weight": self.method != "kd",
+            "kd_temperature": self.method != "kd",
+            "init_noise": self.init != "dirac",
+            "data_dir": self.data == "digits",
+            "download": self.data in ("digits", "folder", "idx"),
+        }
+        return [name for name, unused in without.items() if unused and getattr(self, name) != getattr(Recipe, name)]
 
     def to_dict(self) -> dict:
         """Plain containers for YAML and the checkpoint."""
         return asdict(self)
 
 
-def _check(condition: bool, name: str, rule: str, recipe: Recipe) -> None:
-    if not condition:
-        raise UserError(f"{name}={getattr(recipe, name)} {rule}")
+# Inclusive; the smallest positive values stand for "more than 0".
+BOUNDS = {
+    "size": (1, 4096),
+    "train_limit": (2, 10**9),
+    "width": (1 / 64, 16),
+    "init_noise": (0, 100),
+    "teacher_epochs": (1, 10**6),
+    "splice_weight": (0, 1e6),
+    "splice_weight_end": (0, 1e6),
+    "splice_window": (1e-6, 1),
+    "feature_weight": (0, 1e6),
+    "kd_weight": (0, 1),
+    "kd_temperature": (1e-3, 1e6),
+    "epochs": (1, 10**6),
+    "batch_size": (2, 10**6),  # BN needs batch statistics
+    "lr": (1e-12, 1e6),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, 1e3),
+    "warmup_epochs": (0, 10**6),
+    "label_smoothing": (0, 0.9999),
+    "clip_norm": (0, 1e9),
+    "ema": (0, 0.999999),
+    "threads": (1, 1024),
+    "seed": (0, 2**62),
+}
+
+
+def _is_a(value: object, annotation: object) -> bool:
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_args(annotation):  # optional
+        return any(_is_a(value, part) for part in get_args(annotation))
+    return type(value) is annotation
+
+
+def what_it_takes(annotation: object) -> str:
+    """In words, the values of an entry with this type."""
+    choices = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(choices)
+    if choices:  # optional
+        return what_it_takes(choices[0])
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[annotation]
 
 
 def preset_names() -> list[str]:
@@ -156,7 +225,7 @@ def read_values(path: str | Path) -> dict:
     path = check_file(path, "recipe", max_bytes=1 << 16)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"recipe {path} is not YAML ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of names to values")

@@ -1,18 +1,12 @@
 """What a finished run leaves for its reader: ``curves.png`` and ``report.md``, made from ``metrics.jsonl``."""
 
-import json
 from pathlib import Path
 
 from rd_deploy.common import atomic_path, write_text
+from rd_train.loop import read_rows
 from rd_train.recipe import Recipe
 
 NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "images_per_second", "seconds", "val_loss"}
-
-
-def read_rows(folder: Path) -> list[dict]:
-    """The rows of a run's log."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def write(folder: Path, recipe: Recipe, result: dict) -> None:
@@ -26,26 +20,33 @@ def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
     """Loss terms on the left, accuracy of student and teacher on the right, over epochs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     student = [row for row in rows if row["phase"] == "student"]
     teacher = [row for row in rows if row["phase"] == "teacher"]
     epochs = [row["epoch"] for row in student]
-    losses.plot(epochs, [row["loss"] for row in student], color="black", linewidth=2, label="loss")
+    losses.plot(epochs, [row["loss"] for row in student], color="black", marker=".", linewidth=2, label="loss")
     for name in [name for name in student[0] if name not in NOT_TERMS and "accuracy" not in name]:
-        losses.plot(epochs, [row[name] for row in student], label=name.replace("_", " "), linewidth=1.2)
-    losses.plot(epochs, [row["val_loss"] for row in student], ":", color="black", label="validation cross-entropy")
+        losses.plot(epochs, [row[name] for row in student], label=name.replace("_", " "), linewidth=1.2, marker=".")
+    losses.plot(
+        epochs, [row["val_loss"] for row in student], ":", marker=".", color="black", label="validation cross-entropy"
+    )
     losses.set(xlabel="epoch", ylabel="loss (student)", yscale="log")
     for name, style in (("train_accuracy", "--"), ("val_accuracy", "-")):
-        accuracies.plot(epochs, [100 * row[name] for row in student], style, color="C0", label=_label("student", name))
+        accuracies.plot(
+            epochs, [100 * row[name] for row in student], style, marker=".", color="C0", label=_label("student", name)
+        )
         if teacher:
             epochs_teacher = [row["epoch"] for row in teacher]
             values = [100 * row[name] for row in teacher]
-            accuracies.plot(epochs_teacher, values, style, color="C1", label=_label("teacher", name))
+            accuracies.plot(epochs_teacher, values, style, marker=".", color="C1", label=_label("teacher", name))
     if "teacher_val_accuracy" in student[0]:
         values = [100 * row["teacher_val_accuracy"] for row in student]
-        accuracies.plot(epochs, values, color="C1", label="teacher, validation")
-    accuracies.axhline(100 * result["test_accuracy"], color="C0", linewidth=0.8, alpha=0.6)
+        accuracies.plot(epochs, values, marker=".", color="C1", label="teacher, validation")
+    if result["teacher_test_accuracy"] is not None:
+        percent = 100 * result["teacher_test_accuracy"]
+        accuracies.axhline(percent, color="C1", linewidth=0.8, alpha=0.6, label="teacher, test")
+    accuracies.axhline(100 * result["test_accuracy"], color="C0", linewidth=0.8, alpha=0.6, label="student, test")
     accuracies.set(xlabel="epoch", ylabel="accuracy, %")
     title = f"{result['arch']}, {result['method']}, {result['data']}: test {result['test_accuracy']:.2%}"
     if result["teacher_test_accuracy"] is not None:
@@ -53,7 +54,7 @@ def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
     figure.suptitle(title)
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -14,14 +14,8 @@ from rd_train.cost import macs_per_image, relative_cost
 from rd_train.data import Dataset, load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
-from rd_train.networks import Network, parameter_count
-from rd_train.recipe import Recipe, dump_yaml
-
-# Everything a run writes, but for TensorBoard's logs; a new run in the same folder starts without them.
-WRITTEN = (
-    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
-    *("result.json", "report.md", "curves.png"),
-)
+from rd_train.networks import Arch, Network, parameter_count
+from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -36,7 +30,17 @@ def settle(recipe: Recipe) -> Recipe:
         precision = (
             "bf16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()) else "fp32"
         )
-    return replace(recipe, device=device, precision=precision, threads=recipe.threads or available_threads())
+    # Absolute, so that a run can be resumed from another folder.
+    paths = {name: _absolute(path) for name in ("data_dir", "teacher_weights") if (path := getattr(recipe, name))}
+    threads = recipe.threads or available_threads()
+    return replace(recipe, device=device, precision=precision, threads=threads, **paths)
+
+
+def _absolute(path: str) -> str:
+    try:
+        return str(Path(path).expanduser().resolve())
+    except RuntimeError as error:
+        raise UserError(f"no such user: the ~ of {path} has no folder") from error
 
 
 def _cpu_multiplies_bf16() -> bool:
@@ -45,8 +49,6 @@ def _cpu_multiplies_bf16() -> bool:
 
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
     """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
-    if needs_teacher(recipe) and recipe.arch.startswith("resnet") and recipe.method == "jointrd":
-        print("note: the student has shortcuts of its own; residual distillation is meant for plain students")
     torch.set_num_threads(recipe.threads)
     dataset = load_dataset(
         recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
@@ -56,7 +58,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
     if not resume:
         _clear(folder)
     write_text(folder / "recipe.yaml", dump_yaml(recipe))
-    writer = tensorboard_writer(folder) if tensorboard else None
+    writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
     with stop_on_signals() as stop:
         context = Context(
             recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
@@ -68,7 +70,7 @@ def _clear(folder: Path) -> None:
     """Forget an earlier run, after everything that can be wrong with the new one was checked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN:
+        for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
@@ -80,15 +82,15 @@ def _phases(context: Context, teacher: Network | None, plan: dict, resume: bool)
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
         torch.manual_seed(recipe.seed)
-        teacher = context.to_device(Network(teacher_arch(recipe, student_shape)))
+        teacher = context.place(Network(teacher_arch(recipe, student_shape)))
         if recipe.teacher_mode == "frozen":
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
             best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
             teacher_seconds = best["seconds"]
             teacher = load_checkpoint(folder / "teacher.pt").network()
-    teacher = None if teacher is None else context.to_device(teacher)
+    teacher = None if teacher is None else context.place(teacher)
     torch.manual_seed(recipe.seed)
-    student = context.to_device(Network(student_shape, recipe.init, recipe.init_noise))
+    student = context.place(Network(student_shape, recipe.init, recipe.init_noise))
     task = build_task(recipe, student, teacher)
     best = fit("student", task, recipe.epochs, context, resume=resume)
     return _finish(context, best, plan, teacher, teacher_seconds)
@@ -97,9 +99,9 @@ def _phases(context: Context, teacher: Network | None, plan: dict, resume: bool)
 def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, teacher_seconds: float) -> dict:
     """Read the test split, once, and write the results."""
     recipe, dataset, folder = context.recipe, context.dataset, context.folder
-    student = context.to_device(load_checkpoint(folder / "model.pt").network())
+    student = context.place(load_checkpoint(folder / "model.pt").network())
     if recipe.teacher_mode == "joint" and teacher is not None:
-        teacher = context.to_device(load_checkpoint(folder / "teacher.pt").network())
+        teacher = context.place(load_checkpoint(folder / "teacher.pt").network())
     result = {
         "test_accuracy": evaluate(student, dataset.test, context)[0],
         "teacher_test_accuracy": None if teacher is None else evaluate(teacher, dataset.test, context)[0],
@@ -108,8 +110,11 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "epochs": recipe.epochs,
         "seed": recipe.seed,
         "method": recipe.method,
-        "init": recipe.init,
+        "init": applied_init(student.arch, recipe),
         "arch": student.arch.name,
+        "teacher_weights": recipe.teacher_weights,
+        "feature_weight": recipe.feature_weight if recipe.method == "jointrd" else None,
+        "ema": recipe.ema,
         "data": dataset.name,
         "train_images": len(dataset.train),
         "test_images": len(dataset.test),
@@ -120,8 +125,8 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "threads": recipe.threads,
         "torch": str(torch.__version__),
     }
-    write_json(folder / "result.json", result)
     report.write(folder, recipe, result)
+    write_json(folder / "result.json", result)  # last: it says that the run is complete
     return result
 
 
@@ -129,7 +134,12 @@ def _given_teacher(recipe: Recipe, dataset: Dataset) -> Network | None:
     if not needs_teacher(recipe) or recipe.teacher_weights is None:
         return None
     student = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
-    return load_teacher(recipe.teacher_weights, teacher_arch(recipe, student))
+    return load_teacher(recipe.teacher_weights, teacher_arch(recipe, student), dataset.preprocessing, dataset.classes)
+
+
+def applied_init(arch: Arch, recipe: Recipe) -> str:
+    """The initialisation that takes effect: blocks with shortcuts are Kaiming either way."""
+    return "kaiming" if arch.shortcuts == "all" else recipe.init
 
 
 def print_plan(recipe: Recipe, dataset: Dataset, teacher: Network | None) -> dict:
@@ -148,12 +158,16 @@ def print_plan(recipe: Recipe, dataset: Dataset, teacher: Network | None) -> dic
     )
     print(
         f"network  {arch.name}: {plan['parameters']:,} parameters, {plan['macs_per_image']:,} MACs per image, "
-        f"init {recipe.init}"
+        f"init {applied_init(arch, recipe)}"
     )
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
     if needs_teacher(recipe):
         origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
         print(f"teacher  {task.teacher.arch.name} ({origin})")
     print(f"method   {recipe.method}: {cost}; {recipe.epochs} epochs of {recipe.batch_size} images, seed {recipe.seed}")
+    if recipe.unused():
+        print(f"note     without effect here: {', '.join(recipe.unused())}")
+    if recipe.method == "jointrd" and arch.shortcuts == "all":
+        print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
     print(f"machine  {recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
     return plan

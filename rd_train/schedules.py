@@ -8,7 +8,14 @@ from torch import Tensor
 
 
 def learning_rate(
-    step: int, total: int, *, peak: float, kind: str, warmup: int, milestones: Sequence[float], gamma: float
+    step: int,
+    total: int,
+    *,
+    peak: float,
+    kind: str,
+    warmup: int,
+    milestones: Sequence[float] = (0.5, 0.75),
+    gamma: float = 0.1,
 ) -> float:
     """Learning rate of optimiser step ``step`` (from 0) out of ``total``.
 

@@ -8,6 +8,7 @@ The two ResNets come first: they are the teachers of all others and the bar to r
 """
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -17,6 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rd_deploy.bench.environment import cpu, git_commit
+from rd_deploy.common import write_json
+
 METHODS = ("ce", "kd", "jointrd")
 INITS = ("kaiming", "dirac")
 LOG_LOCK = threading.Lock()
@@ -24,18 +28,31 @@ LOG_LOCK = threading.Lock()
 
 def train(name: str, options: argparse.Namespace, flags: list[str]) -> dict:
     """One run, from where it stands; returns its result.json."""
-    folder = options.out / name
+    # Seed and epochs in the folder's name: other settings must not find these results.
+    folder = options.out / f"{name}-e{epochs_of(name, options)}-s{options.seed}"
     if not (folder / "result.json").exists():
-        start = ["--resume", str(folder)] if (folder / "recipe.yaml").exists() else [*flags, "--out", str(folder)]
+        begun = any(folder.glob("*-state.pt"))
+        start = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder), "--overwrite"]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             code = subprocess.run([sys.executable, "-m", "rd_train.cli", *start], stdout=log, stderr=log).returncode
         if code:
-            raise SystemExit(f"{name} ended with {code}; see {folder / 'log.txt'}")
+            raise RuntimeError(f"{name} ended with {code}; see {folder / 'log.txt'}")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     with LOG_LOCK:
         print(f"{name}: test {result['test_accuracy']:.2%} in {result['seconds']:.0f} s", flush=True)
-    return {"name": name, **result}
+    return {"name": name, **{key: value for key, value in result.items() if key != "teacher_weights"}}
+
+
+def epochs_of(name: str, options: argparse.Namespace) -> int:
+    """Epochs of a run, by its depth."""
+    return options.epochs56 if "56" in name else options.epochs20
+
+
+def teacher_file(depth: int, options: argparse.Namespace) -> Path:
+    """The teacher of a depth."""
+    name = f"resnet{depth}"
+    return options.out / f"{name}-e{epochs_of(name, options)}-s{options.seed}" / "model.pt"
 
 
 def shared_flags(depth: int, options: argparse.Namespace) -> list[str]:
@@ -57,54 +74,46 @@ def main() -> None:
     """Run everything and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/fashion"))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/accuracy-fashion.json"))
+    parser.add_argument("--results", type=Path, default=Path("runs/accuracy-fashion.json"))
     parser.add_argument("--epochs20", type=int, default=3)
     parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with ThreadPoolExecutor(options.workers) as pool:
-        teachers = [
-            pool.submit(train, f"resnet{depth}", options, [f"fashion-resnet{depth}", *shared_flags(depth, options)])
-            for depth in (56, 20)
-        ]
-        results = [future.result() for future in teachers]
-        students = [
-            pool.submit(
-                train,
-                f"plain{depth}-{method}-{init}",
-                options,
-                [
-                    f"fashion-plain{depth}",
-                    *shared_flags(depth, options),
-                    f"--method={method}",
-                    f"--init={init}",
-                    f"--teacher_weights={options.out / f'resnet{depth}' / 'model.pt'}",
-                ],
-            )
-            for depth in (20, 56)
-            for method in reversed(METHODS)
-            for init in INITS
-        ]
-        results += [future.result() for future in students]
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
+    jobs = [(f"resnet{depth}", [f"fashion-resnet{depth}", *shared_flags(depth, options)]) for depth in (56, 20)]
+    results = run_all(jobs, options)
+    jobs = []
+    for depth, method, init in itertools.product((20, 56), reversed(METHODS), INITS):
+        flags = [f"fashion-plain{depth}", *shared_flags(depth, options), f"--method={method}", f"--init={init}"]
+        if method != "ce":
+            flags.append(f"--teacher-weights={teacher_file(depth, options)}")
+        jobs.append((f"plain{depth}-{method}-{init}", flags))
+    results += run_all(jobs, options)
     document = {
-        "what": "Fashion-MNIST, 55,000 training, 5,000 validation, 10,000 test images of 28x28; one seed",
-        "command": "python benchmarks/accuracy/fashion.py " + " ".join(sys.argv[1:]),
+        "what": "Fashion-MNIST, 55,000 training, 5,000 validation, 10,000 test images of 28x28; one seed; jointrd "
+        "without its feature term (feature_weight 0), as the authors' scripts for 32x32 images",
+        "command": f"python benchmarks/accuracy/fashion.py --epochs20 {options.epochs20} --epochs56 {options.epochs56} "
+        f"--workers {options.workers} --seed {options.seed}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": _cpu(), "workers": options.workers, "python": platform.python_version()},
+        "commit": git_commit(),
+        "machine": {"cpu": cpu()["model"], "workers": options.workers, "python": platform.python_version()},
         "results": results,
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(options.results, document)
     print(f"wrote {options.results}")
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def run_all(jobs: list[tuple[str, list[str]]], options: argparse.Namespace) -> list[dict]:
+    """The runs, ``workers`` at a time; the first that fails cancels those that have not begun."""
+    with ThreadPoolExecutor(options.workers) as pool:
+        futures = [pool.submit(train, name, options, flags) for name, flags in jobs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rd_deploy.common import run_command
@@ -65,7 +66,7 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_by_accident(finished,
     assert call("--resume", str(finished)) == 2
     assert "already complete" in capsys.readouterr().err
     assert call("digits", *SMALL, "--out", str(finished)) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already holds recipe.yaml" in capsys.readouterr().err
     assert (finished / "model.pt").read_bytes() == before
 
 
@@ -73,20 +74,28 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_by_accident(finished,
     ("arguments", "message"),
     [
         (["digit"], "did you mean 'digits'"),
-        (["--epochs", "0"], "epochs=0 must be positive"),
-        (["--epochs", "many"], "epochs"),
-        (["--epocs", "3"], "--epocs"),
-        (["--method", "foo"], "method"),
+        (["--epochs", "0"], "epochs=0 must be from 1"),
+        (["--epochs", "many"], "epochs=many is not a whole number"),
+        (["--epocs", "3"], "unknown option --epocs (did you mean 'epochs'?)"),
+        (["--epoch", "3"], "unknown option --epoch"),
+        (["--method", "foo"], "method=foo is not one of ce, kd, jointrd"),
+        (["--size", "x"], "size=x is not a whole number"),
+        (["--download", "maybe"], "maybe"),
+        (["--lr", "inf"], "lr=inf"),
         (["--arch", "plain21"], "unknown architecture 'plain21'"),
         (["--data", "cifar"], "cifar10"),
-        (["--data", "fashion-mnist", "--data_dir", "nowhere"], "nowhere"),
-        (["--teacher_weights", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "nowhere"),
+        (["--data", "fashion-mnist", "--data-dir", "~nosuchuser/x"], "nosuchuser"),
+        (["--teacher-weights", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--teacher-weights", "n" * 300], "File name too long"),
         (["--teacher", "resnet18"], "same family"),
         (["--resume", "nowhere"], "holds no run"),
+        (["--resume", ""], "--resume is empty"),
+        (["--out", ""], "--out is empty"),
         (["nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--resume", ".", "--epochs", "3"], "leave the other options away"),
         (["--device", "cuda"], "no GPU"),
-        (["--precision", "fp16"], "precision"),
+        (["--precision", "fp16"], "precision=fp16 is not one of auto, fp32, bf16"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -125,3 +134,62 @@ def test_tensorboard_logs_by_option(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra [tensorboard]")
     assert call("digits", *SMALL, "--epochs", "1", "--method", "ce", "--tensorboard", "--out", str(tmp_path)) == 0
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_what_stands_in_the_folder_is_not_deleted_by_accident(finished, tmp_path, capsys):
+    (tmp_path / "report.md").write_text("mine")
+    assert call("digits", *SMALL, "--out", str(tmp_path)) == 2
+    assert "already holds report.md" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_text() == "mine"
+    teacher = finished / "teacher.pt"
+    assert call("digits", *SMALL, "--teacher-weights", str(teacher), "--out", str(finished), "--overwrite") == 2
+    assert teacher.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("recipe.yaml", "epochs: x"),
+        ("recipe.yaml", "device: auto"),
+        ("recipe.yaml", "threads:"),
+        ("metrics.jsonl", "garbage\n{}\n"),
+        ("metrics.jsonl", "{}\n{}\n"),
+        ("metrics.jsonl", "\xff\xfe"),
+        ("student-state.pt", "not a zip"),
+    ],
+)
+def test_a_damaged_run_is_one_line(finished, tmp_path, capsys, name, content):
+    for path in finished.iterdir():
+        if path.name != "result.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    capsys.readouterr()
+    assert call("--resume", str(tmp_path)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": 5},
+        {"best": {}},
+        {"sums": {"loss": "a"}},
+        {"step": -5},
+        {"step": 10**9},
+        {"task": {}},
+    ],
+)
+def test_a_state_that_does_not_fit_is_one_line(finished, tmp_path, capsys, change):
+    for path in finished.iterdir():
+        if path.name != "result.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = torch.load(tmp_path / "student-state.pt", weights_only=True)
+    torch.save({**state, **change}, tmp_path / "student-state.pt")
+    capsys.readouterr()
+    assert call("--resume", str(tmp_path)) == 2
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_options_without_effect_are_said(tmp_path, capsys):
+    assert call("digits", *SMALL, "--epochs", "1", "--method", "ce", "--kd-weight", "0.9", "--out", str(tmp_path)) == 0
+    assert "without effect here: kd_weight" in capsys.readouterr().out

@@ -14,8 +14,10 @@ import torch
 
 from rd_deploy.common import Stopped
 from rd_train.checkpoint import load_checkpoint
+from rd_train.networks import Network
 from rd_train.recipe import Recipe
 from rd_train.run import run
+from rd_train.schedules import learning_rate
 
 RECIPE = Recipe(
     arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5, ema=0.9,
@@ -84,14 +86,33 @@ def test_resume_is_bit_equal(uninterrupted, tmp_path, when, how, status):
     assert_same(uninterrupted, tmp_path / "run")
 
 
-def test_divergence_stops_with_the_last_good_state(tmp_path):
+def test_divergence_stops_with_the_last_good_state(tmp_path, monkeypatch):
+    first_epoch = 200 // 50
+
+    def rate(step: int, total: int, **options) -> float:
+        return learning_rate(step, total, **options) if step < first_epoch else 1e30
+
+    monkeypatch.setattr("rd_train.loop.learning_rate", rate)
     with pytest.raises(Stopped, match="NaN or infinite") as stopped:
-        run(replace(RECIPE, method="ce", lr=1e30, ema=0.0, clip_norm=0.0), tmp_path)
+        run(replace(RECIPE, method="ce", ema=0.0, clip_norm=0.0), tmp_path)
     assert stopped.value.code == 1
-    assert "--lr" in str(stopped.value)
-    for path in tmp_path.glob("*-state.pt"):
-        state = torch.load(path, weights_only=True)["task"]
-        assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+    assert "last good state" in str(stopped.value)
+    state = torch.load(tmp_path / "student-state.pt", weights_only=True)
+    assert state["step"] == first_epoch
+    assert all(torch.isfinite(value).all() for value in state["task"].values())
+    assert load_checkpoint(tmp_path / "model.pt").provenance["epoch"] == 1
+
+
+def test_a_moving_average_is_what_is_kept(tmp_path):
+    # Over a horizon of thousands of steps the average is still nearly the initialisation.
+    run(replace(RECIPE, method="ce", epochs=1, ema=0.9999), tmp_path)
+    torch.manual_seed(RECIPE.seed)
+    initial = Network(load_checkpoint(tmp_path / "model.pt").arch, RECIPE.init, RECIPE.init_noise).state_dict()
+    kept = load_checkpoint(tmp_path / "model.pt").state_dict
+    last = torch.load(tmp_path / "student-state.pt", weights_only=True)["task"]
+    for name in ("layer2.0.conv1.weight", "layer2.0.bn1.running_mean"):
+        distance = (kept[name] - initial[name]).norm() / (last["student." + name] - initial[name]).norm()
+        assert 0 < distance < 1
 
 
 def test_joint_teacher_is_trained_in_the_same_phase(tmp_path):

@@ -1,5 +1,6 @@
 """Recipes: presets, recipe files, and values that make no sense."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -39,15 +40,27 @@ def test_every_entry_is_documented():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": 0}, "epochs=0 must be positive"),
-        ({"lr": -1.0}, "lr=-1.0 must be positive"),
-        ({"batch_size": 1}, "at least 2"),
-        ({"momentum": 1.0}, "below 1"),
-        ({"kd_weight": 1.5}, "from 0 to 1"),
-        ({"splice_window": 1.5}, "from 0 to 1"),
-        ({"warmup_epochs": 10.0, "epochs": 10}, "less than epochs"),
-        ({"method": "kd", "teacher_mode": "joint"}, "frozen teacher"),
-        ({"lr": float("nan")}, "lr=nan"),
+        ({"epochs": 0}, "epochs=0 must be from 1"),
+        ({"lr": -1.0}, r"lr=-1\.0 must be from"),
+        ({"lr": float("nan")}, "lr=nan must be from"),
+        ({"lr": float("inf")}, "lr=inf must be from"),
+        ({"batch_size": 1}, "batch_size=1 must be from 2"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"kd_weight": 1.5}, "kd_weight=1.5 must be from 0 to 1"),
+        ({"splice_window": 0.0}, "splice_window"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"threads": 100_000}, "threads"),
+        ({"warmup_epochs": 10.0, "epochs": 10}, "less than the 10 epochs"),
+        ({"teacher_epochs": 1}, "less than the 1 epochs"),
+        ({"splice_weight": 0.1}, "must not exceed"),
+        ({"method": "kd", "teacher_mode": "joint"}, "neither with method=kd"),
+        ({"teacher_weights": "x.pt", "teacher_mode": "joint"}, "nor with teacher_weights"),
+        ({"epochs": "three"}, "epochs=three is not a whole number"),
+        ({"epochs": 3.5}, "not a whole number"),
+        ({"seed": True}, "seed=True is not a whole number"),
+        ({"momentum": None}, "momentum=None is not a number"),
+        ({"method": None}, "method=None is not one of ce, kd, jointrd"),
+        ({"data": None}, "data=None is not a text"),
     ],
 )
 def test_senseless_values_are_refused(values, message):
@@ -63,6 +76,8 @@ def test_senseless_values_are_refused(values, message):
         ("lr: [1, 2]", "single value"),
         ("lr: : :", "not YAML"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("arch: 2001-99-99", "not YAML"),
+        ("seed: " + "9" * 5000, "not YAML"),
         ("", "is empty"),
         ("a" * 70_000, "bytes"),
     ],
@@ -77,3 +92,17 @@ def test_bad_recipe_files_are_refused(tmp_path, content, message):
 def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'fashion-plain56'"):
         preset_values("fashion-plain65")
+
+
+def test_options_without_effect_are_named():
+    assert Recipe(init="dirac").unused() == []
+    assert Recipe(method="ce", splice_window=0.3, kd_weight=0.9).unused() == ["splice_window", "kd_weight"]
+    assert Recipe(method="jointrd", init="kaiming", init_noise=0.1).unused() == ["init_noise"]
+    assert Recipe(teacher_mode="joint", teacher_epochs=3).unused() == ["teacher_epochs"]
+
+
+def test_options_that_presets_name_exist():
+    known = {field.name for field in fields(Recipe)}
+    for name in preset_names():
+        for option in re.findall(r"--([a-z-]+)", preset_values(name)["summary"]):
+            assert option.replace("-", "_") in known
