@@ -1,4 +1,4 @@
-"""Does a compiled step of residual distillation compute the gradients of the eager one? (About a minute: a compiler runs.)
+"""Does a compiled step of residual distillation compute the eager gradients? (Minutes: a compiler runs.)
 
     python benchmarks/check_compile.py
 
