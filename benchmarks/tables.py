@@ -67,6 +67,8 @@ def memory() -> str:
         peaks.setdefault(row["how"].partition(":")[0], {})[row["model"]] = row
     rows = []
     for source, pair in peaks.items():
+        if len(pair) < 2:  # an account of one network only compares nothing
+            continue
         share = pair[compare]["shortcut_share"]
         rows.append(
             [

@@ -94,7 +94,9 @@ def _new_folder(options: Namespace) -> Path:
     present = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if present and not options.overwrite:
         raise UserError(f"{folder} already holds {present[0].name}; --resume {folder}, --overwrite, or another --out")
-    if options.teacher_weights and Path(options.teacher_weights).resolve() in [path.resolve() for path in present]:
+    if options.teacher_weights and Path(options.teacher_weights).expanduser().resolve() in [
+        path.resolve() for path in present
+    ]:
         raise UserError(f"--overwrite would delete the teacher {options.teacher_weights}; choose another --out")
     return folder
 

@@ -123,7 +123,7 @@ class Recipe:
         shortest = self.epochs if self.teacher_epochs is None else min(self.epochs, self.teacher_epochs)
         if self.warmup_epochs >= shortest:
             raise UserError(f"warmup_epochs={self.warmup_epochs:g} must be less than the {shortest} epochs of a phase")
-        if self.splice_weight_end > self.splice_weight:
+        if 0 < self.splice_weight < self.splice_weight_end:
             raise UserError(
                 f"splice_weight_end={self.splice_weight_end:g} must not exceed splice_weight={self.splice_weight:g}"
             )
@@ -142,7 +142,7 @@ class Recipe:
             "teacher_epochs": self.method == "ce" or self.teacher_mode == "joint" or self.teacher_weights is not None,
             "teacher_bn": self.method != "jointrd" or self.splice_weight == 0,
             "splice_weight": self.method != "jointrd",
-            "splice_weight_end": self.method != "jointrd",
+            "splice_weight_end": self.method != "jointrd" or self.splice_weight == 0,
             "splice_window": self.method != "jointrd" or self.splice_weight == 0,
             "feature_weight": self.method != "jointrd",
             "feature_reduction": self.method != "jointrd" or self.feature_weight == 0,

@@ -134,7 +134,14 @@ def _given_teacher(recipe: Recipe, dataset: Dataset) -> Network | None:
     if not needs_teacher(recipe) or recipe.teacher_weights is None:
         return None
     student = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
-    return load_teacher(recipe.teacher_weights, teacher_arch(recipe, student), dataset.preprocessing, dataset.classes)
+    named = recipe.teacher != "auto"
+    return load_teacher(
+        recipe.teacher_weights,
+        teacher_arch(recipe, student),
+        dataset.preprocessing,
+        dataset.classes,
+        named=named,
+    )
 
 
 def applied_init(arch: Arch, recipe: Recipe) -> str:

@@ -193,3 +193,9 @@ def test_a_state_that_does_not_fit_is_one_line(finished, tmp_path, capsys, chang
 def test_options_without_effect_are_said(tmp_path, capsys):
     assert call("digits", *SMALL, "--epochs", "1", "--method", "ce", "--kd-weight", "0.9", "--out", str(tmp_path)) == 0
     assert "without effect here: kd_weight" in capsys.readouterr().out
+
+
+def test_a_teacher_file_must_be_the_one_that_was_named(finished, tmp_path, capsys):
+    flags = ["--teacher-weights", str(finished / "teacher.pt"), "--teacher", "resnet32", "--out", str(tmp_path)]
+    assert call("digits", *SMALL, *flags) == 2
+    assert "is a resnet20, not the resnet32" in capsys.readouterr().err

@@ -99,6 +99,7 @@ def test_options_without_effect_are_named():
     assert Recipe(method="ce", splice_window=0.3, kd_weight=0.9).unused() == ["splice_window", "kd_weight"]
     assert Recipe(method="jointrd", init="kaiming", init_noise=0.1).unused() == ["init_noise"]
     assert Recipe(teacher_mode="joint", teacher_epochs=3).unused() == ["teacher_epochs"]
+    assert Recipe(splice_weight=0.0).unused() == []
 
 
 def test_options_that_presets_name_exist():
