@@ -1,4 +1,4 @@
-"""Builds the package. Everything declarative is in pyproject.toml; compiled extensions are declared here."""
+"""Builds the package. Everything declarative is in pyproject.toml; the compiled engine will be built here."""
 
 from setuptools import setup
 

@@ -51,7 +51,8 @@ def speed() -> str:
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
     source = (
         f"Medians, 224x224, {environment['threads']} threads of {environment['cpu']['model']}, {versions}, "
-        f"{environment['date'][:10]}; random weights; interleaved, host to host. "
+        f"{environment['date'][:10]}; random weights; interleaved, host to host; {len(bench['warnings'])} warnings of "
+        f"unsteady times stand in the file. "
         f"From `{bench['path']}`, made by `benchmarks/compare_resnet50.sh`."
     )
     return f"{table}\n\n{source}"

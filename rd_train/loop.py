@@ -137,7 +137,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
 
             state.add(result, labels)
             state.step += 1
-            clock.images += recipe.batch_size
+            clock.images += len(labels)
             if state.step % CHECK_EVERY == 0 or context.stop.is_set():
                 means = state.means()
                 _check_finite(means, phase, state)
