@@ -19,7 +19,7 @@ STEADY = 0.03  # a callable is steady when the medians of two successive windows
 MIN_WARM_UP = 0.5  # seconds: clock speed and thread pools need this long even when the first calls agree
 SETTLE_MS = 20.0  # an idle thread pool may spin for some ms after its last call, and takes cores from the next callable
 APART_MS = 0.05  # calls at least this long are timed one by one: reading the clock costs them well below 1%
-MIN_QUADS = 10
+MIN_QUADS = 20
 
 
 @dataclass(frozen=True)
