@@ -28,60 +28,65 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def provenance(bench: dict) -> str:
+    """Machine, versions, date and script of a committed bench.json."""
+    environment = bench["environment"]
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
+    return (
+        f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}. "
+        f"From `{bench['path']}`, made by `benchmarks/compare_resnet50.sh`."
+    )
+
+
 def speed() -> str:
     """Latency of both networks per engine, and the paired ratio with its interval."""
     bench = newest("*-bench-plain50.json")
-    times = {
-        (row["model"], row["engine"], row["precision"], row["batch"]): row["median_ms"] for row in bench["results"]
-    }
+    times = {(row["model"], row["engine"], row["precision"], row["batch"]): row for row in bench["results"]}
     model, compare = (network["name"] for network in bench["networks"])
     rows = []
     for ratio in bench["ratios"]:
         key = (ratio["engine"], ratio["precision"], ratio["batch"])
+        warned = any(text.startswith(f"{key[0]} {key[1]} batch {key[2]}:") for text in bench["warnings"])
         rows.append(
             [
-                f"{ratio['engine']} {ratio['precision']}, batch {ratio['batch']}",
-                f"{times[(compare, *key)]:.1f}",
-                f"{times[(model, *key)]:.1f}",
+                f"{key[0]} {key[1]}, batch {key[2]}{' *' if warned else ''}",
+                f"{times[(compare, *key)]['median_ms']:.1f}",
+                f"{times[(model, *key)]['median_ms']:.1f}",
                 f"{ratio['ratio']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                str(len(times[(model, *key)]["samples_ms"]) // 2),
             ]
         )
-    table = markdown(["engine", f"{compare}, ms", f"{model}, ms", "faster by (95% interval)"], rows)
-    environment = bench["environment"]
-    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
+    header = ["engine", f"{compare}, ms per batch", f"{model}, ms per batch", "faster by (95% interval)", "quads"]
     source = (
-        f"Medians, 224x224, {environment['threads']} threads of {environment['cpu']['model']}, {versions}, "
-        f"{environment['date'][:10]}; random weights; interleaved, host to host; {len(bench['warnings'])} warnings of "
-        f"unsteady times stand in the file. "
-        f"From `{bench['path']}`, made by `benchmarks/compare_resnet50.sh`."
+        "Medians, 224x224, random weights, host to host. The ratio is the median over interleaved quads, not the "
+        f"quotient of the columns. *: unsteady times, see `warnings` in the file. {provenance(bench)}"
     )
-    return f"{table}\n\n{source}"
+    return f"{markdown(header, rows)}\n\n{source}"
 
 
 def memory() -> str:
-    """Peak feature maps of both networks at batch 1 in fp32, by whose account, and each verdict."""
+    """Peak feature maps of both networks in fp32, by whose account, at batch 1 and the ratio at every batch."""
     bench = newest("*-bench-plain50.json")
     model, compare = (network["name"] for network in bench["networks"])
-    chosen = [row for row in bench["memory"] if (row["precision"], row["batch"]) == ("fp32", 1) and row["peak_bytes"]]
-    peaks: dict[str, dict[str, dict]] = {}
-    for row in chosen:
-        peaks.setdefault(row["how"].partition(":")[0], {})[row["model"]] = row
+    batches = sorted({row["batch"] for row in bench["memory"]})
+    peaks: dict[str, dict[tuple, dict]] = {}
+    for row in bench["memory"]:
+        if row["precision"] == "fp32":
+            peaks.setdefault(row["source"], {})[row["model"], row["batch"]] = row
     rows = []
-    for source, pair in peaks.items():
-        if len(pair) < 2:  # an account of one network only compares nothing
-            continue
-        share = pair[compare]["shortcut_share"]
-        rows.append(
-            [
-                source,
-                f"{pair[compare]['peak_bytes'] / 1e6:.2f}",
-                f"{pair[model]['peak_bytes'] / 1e6:.2f}",
-                f"{pair[compare]['peak_bytes'] / pair[model]['peak_bytes']:.2f}x",
-                "" if share is None else f"{share:.0%}",
-            ]
-        )
-    header = ["peak feature maps by", f"{compare}, MB", f"{model}, MB", "smaller by", f"held by shortcuts in {compare}"]
-    return markdown(header, rows)
+    for source, found in peaks.items():
+        pairs = [[found.get((name, batch), {}).get("peak_bytes") for name in (compare, model)] for batch in batches]
+        ratios = [f"{theirs / ours:.2f}x" if ours and theirs else "-" for theirs, ours in pairs]
+        cells = [f"{peak / 2**20:.2f}" if peak else "none published" for peak in pairs[0]]
+        share = found[compare, batches[0]]["shortcut_share"]
+        rows.append([source, *cells, *ratios, "" if share is None else f"{share:.0%}"])
+    header = [
+        "peak feature maps by",
+        *(f"{name}, MiB, batch {batches[0]}" for name in (compare, model)),
+        *(f"smaller by, batch {batch}" for batch in batches),
+        f"held by shortcuts in {compare}",
+    ]
+    return f"{markdown(header, rows)}\n\nfp32, 224x224. {provenance(bench)}"
 
 
 def accuracy() -> str:
@@ -113,9 +118,10 @@ def accuracy() -> str:
     ]
     source = (
         f"Test accuracy on the 10,000 test images of the full Fashion-MNIST, ONE seed ({results['resnet20']['seed']}), "
-        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}: differences below a "
-        f"few points mean nothing yet. From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
-    )
+        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}, commit "
+        f"{document['commit']}: differences below a few points mean nothing yet. {document['note']} "
+        f"From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
+    ).replace("  ", " ")
     return f"{markdown(header, rows)}\n\n{source}"
 
 

@@ -154,6 +154,7 @@ def _say(text: str) -> None:
 
 def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple[dict, dict]:
     """Measure as the options say; returns the content of ``bench.json`` and the ledgers to draw, and writes nothing."""
+    from rd_deploy.bench import claims as judge
     from rd_deploy.bench import environment
     from rd_deploy.bench.measure import document, measure
 
@@ -167,6 +168,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple
     report.warnings += environment.doubts(machine)
     if options.quick:
         report.warnings.insert(0, "--quick: a smoke run; its times support no conclusion")
+        report.claims[:] = [judge.unjudged(claim, "--quick") for claim in report.claims]
     return document(model, compare, plan, report, machine), report.ledgers
 
 

@@ -75,14 +75,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(known)})"
 
 
+def install_hint(extra: str | None) -> str:
+    """What to type in the checkout (the package is not on an index, where its name could be anybody's)."""
+    return f"in the checkout: pip install '.{f'[{extra}]' if extra else ''}'"
+
+
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say in one line which extra installs it."""
+    """Import an optional dependency, or say in one line which extra of a checkout installs it ("": a core one)."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{module} is not usable here ({_one_line(error)}): pip install 'residual-distillation[{extra}]'"
-        ) from error
+        raise UserError(f"{module} is not usable here ({_one_line(error)}): {install_hint(extra)}") from error
 
 
 @contextlib.contextmanager

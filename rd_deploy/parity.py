@@ -205,7 +205,7 @@ def torch_logits(network, images: np.ndarray, batch: int) -> np.ndarray:
 
 def onnx_runner(model: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """A function from images (N, C, H, W), any N, to logits, by ONNX Runtime on the CPU (``threads`` 0: all cores)."""
-    ort = require("onnxruntime", "dev")
+    ort = require("onnxruntime", "")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     try:

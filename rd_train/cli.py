@@ -59,8 +59,9 @@ def _explained(message: str) -> str:
     """The parser's message in the words of a user: which option, what it got, what it takes."""
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
-        name = unknown[1].partition("=")[0]
-        return f"unknown option --{name}{nearest(name, [*TYPES, 'list', 'out', 'overwrite', 'resume', 'tensorboard'])}"
+        name = unknown[1].partition("=")[0].replace("_", "-")
+        known = [*set(TYPES) - {"summary"}, "list", "out", "overwrite", "resume", "tensorboard"]
+        return f"unknown option --{name}{nearest(name, [option.replace('_', '-') for option in known])}"
     wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
     if not wrong or wrong[1] not in TYPES:
         return message.strip()

@@ -150,7 +150,6 @@ class Recipe:
             "kd_temperature": self.method != "kd",
             "init_noise": self.init != "dirac",
             "data_dir": self.data == "digits",
-            "download": self.data in ("digits", "folder", "idx"),
         }
         return [name for name, unused in without.items() if unused and getattr(self, name) != getattr(Recipe, name)]
 

@@ -28,7 +28,7 @@ def limited(labels: np.ndarray, limit: int | None) -> np.ndarray:
     if limit is None:
         return np.arange(len(labels))
     if not 1 <= limit <= len(labels):
-        raise UserError(f"limit must be from 1 to the {len(labels):,} training images, not {limit}")
+        raise UserError(f"train_limit={limit} must be from 1 to the {len(labels):,} training images")
     return stratified_order(labels)[:limit]
 
 

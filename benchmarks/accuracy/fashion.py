@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy/fashion.py --out runs/fashion [--epochs20 3 --epochs56 1] [--workers 2]
 
-Each run is one ``rd-train`` process with one thread, two at a time (on a quiet machine 5% more images per second at depth
-20 than one process with two threads, 18% at depth 56, and far more on a busy one), resumed where it was interrupted and
-skipped where it is complete.
+Each run is one ``rd-train`` process with one thread, two at a time: on a quiet machine 5% more images per second at
+depth 20 than one process with two threads, 18% at depth 56, and far more on a busy one. A run goes on where it was
+interrupted and is skipped where it is complete.
 The two ResNets come first: they are the teachers of all others and the bar to reach. Writes one JSON with every result.
 """
 
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
     options = parser.parse_args()
     if options.workers < 1:
         parser.error("--workers must be at least 1")
@@ -99,6 +100,7 @@ def main() -> None:
         f"--workers {options.workers} --seed {options.seed}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
+        "note": options.note,
         "machine": {"cpu": cpu()["model"], "workers": options.workers, "python": platform.python_version()},
         "results": results,
     }

@@ -51,6 +51,13 @@ def not_measured(name: str, target: float, reason: str) -> Claim:
     return Claim(name, target, None, None, None, None, f"not measured: {reason}")
 
 
+def unjudged(claim: Claim, reason: str) -> Claim:
+    """A claim about speed without its verdict, when too little was sampled for one; others stay."""
+    if not claim.name.startswith("speed/") or claim.value is None:
+        return claim
+    return Claim(claim.name, claim.target, claim.value, None, None, None, f"not judged: {reason} ({claim.value:.2f}x)")
+
+
 def share_claim(name: str, share: float) -> Claim:
     """Judge "shortcuts hold about 40% of the feature-map bytes": within `SHARE_MARGIN` of it."""
     holds = abs(share - SHARE) <= SHARE_MARGIN + 1e-12

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, install_hint
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 PRECISIONS = tuple(ELEMENT_BYTES)
@@ -86,8 +86,7 @@ class Engine(ABC):
 
     def missing(self) -> str | None:
         """None if the engine's package can be imported, else one line saying how to get it."""
-        extra = f"[{self.extra}]" if self.extra else ""
-        install = f"pip install 'residual-distillation{extra}'"
+        install = install_hint(self.extra)
         try:
             importlib.import_module(self.package)
         except ModuleNotFoundError as error:

@@ -60,12 +60,20 @@ def source_from_checkpoint(path: str | Path) -> Source:
     provenance = {
         "checkpoint": Path(path).name,
         "checkpoint_sha256": digest,
-        "recipe": _plain(checkpoint.recipe, "recipe"),
+        "recipe": _plain(_without_folders(checkpoint.recipe), "recipe"),
         "training": _plain(checkpoint.provenance, "provenance"),
     }
     preprocessing = checkpoint.preprocessing
     chain = fold(network, preprocessing.size, preprocessing, checkpoint.classes, provenance)
     return Source(network, chain, checkpoint)
+
+
+def _without_folders(recipe: dict) -> dict:
+    """The recipe with names in place of paths: where somebody keeps files does not travel with a network."""
+    paths = {
+        name: Path(recipe[name]).name for name in ("data_dir", "teacher_weights") if isinstance(recipe.get(name), str)
+    }
+    return {**recipe, **paths}
 
 
 def _plain(values: object, what: str) -> object:

@@ -197,7 +197,18 @@ def test_a_gate_that_is_not_met_exits_1_with_everything_written(tmp_path, capsys
     assert bench(*common, "--out", tmp_path / "o", "--require", "memory=1.25") == 1
     assert "memory=1.25 is not met: memory/in-place is 1.00x" in capsys.readouterr().err
     assert read(tmp_path / "o")["claims"]
-    assert bench(*common, "--out", tmp_path / "o", "--require", "memory=1", "--require", "speed=0.001") == 0
+    judged = [option for option in common if option != "--quick"]
+    assert bench(*judged, "--out", tmp_path / "o", "--require", "memory=1", "--require", "speed=0.001") == 0
+
+
+def test_quick_times_are_not_judged(tmp_path, capsys):
+    model = save_onnx(tmp_path / "a.onnx")
+    common = [model, "--compare", model, "--batch", 1, "--precision", "fp32", "--engines", "onnxruntime", *FAST]
+    assert bench(*common, "--out", tmp_path / "o", "--require", "speed=0.001") == 1
+    assert "not judged: --quick" in capsys.readouterr().err
+    speed = [claim for claim in read(tmp_path / "o")["claims"] if claim["name"].startswith("speed/")]
+    assert speed
+    assert all(claim["holds"] is None for claim in speed)
 
 
 def test_a_wrong_engine_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -225,9 +236,9 @@ def test_engines_that_are_not_installed_are_listed_or_refused(tmp_path, monkeypa
     assert bench(*arguments) == 0
     (skipped,) = read(tmp_path / "o")["skipped"]
     assert skipped["engine"] == "openvino"
-    assert "residual-distillation[openvino]" in skipped["reason"]
+    assert "pip install '.[openvino]'" in skipped["reason"]
     assert bench(*arguments, "--engines", "openvino") == 2
-    assert "pip install 'residual-distillation[openvino]'" in capsys.readouterr().err
+    assert "in the checkout: pip install '.[openvino]'" in capsys.readouterr().err
 
 
 def test_best_against_best_on_different_engines_is_measured_interleaved(tmp_path, monkeypatch):
@@ -378,7 +389,7 @@ def test_two_files_without_torch(tmp_path):
     document = read(tmp_path / "o")
     assert {row["engine"] for row in document["results"]} == {"onnxruntime", "openvino"}
     (skipped,) = [row for row in document["skipped"] if row["precision"] is None]
-    assert skipped["reason"] == "torch is not installed: pip install 'residual-distillation[train]'"
+    assert skipped["reason"] == "torch is not installed: in the checkout: pip install '.[train]'"
 
 
 def test_a_full_disk_shows_the_report_and_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -401,3 +401,8 @@ def test_a_full_disk_leaves_nothing(rd_export, model, monkeypatch):
 def test_bad_arguments(rd_export, tmp_path, arguments, pattern):
     assert_refused(rd_export(*arguments), pattern)
     assert files(tmp_path) == []
+
+
+def test_folders_of_the_trainer_do_not_travel_with_the_network():
+    recipe = {"data": "folder", "data_dir": "/home/someone/photos", "teacher_weights": None}
+    assert _without_folders(recipe) == {"data": "folder", "data_dir": "photos", "teacher_weights": None}

@@ -233,7 +233,7 @@ def test_what_the_interface_refuses():
 def test_a_missing_package_names_the_extra(monkeypatch):
     engine = get_engine("openvino")
     monkeypatch.setattr(engine, "package", "no_such_package")
-    assert engine.missing().endswith("pip install 'residual-distillation[openvino]'")
+    assert engine.missing().endswith("in the checkout: pip install '.[openvino]'")
     with pytest.raises(UserError, match="not installed"):
         engine.load(residual(), "fp32", 1, 1)
 

@@ -247,7 +247,7 @@ def test_unknown_name_suggests_the_nearest():
     [
         ({"size": 7}, "size must be from 8"),
         ({"size": 1025}, "to 1024"),
-        ({"limit": 0}, "limit must be"),
+        ({"limit": 0}, "train_limit=.* must be"),
         ({"limit": 1258}, "1,257 training images"),
         ({"download": True}, "--download is for"),
         ({"augment": Augment(smallest_crop=0.5)}, "smallest_crop is for image folders"),
