@@ -17,6 +17,7 @@ from PIL import Image
 from rd_deploy import cli_export
 from rd_deploy.export.images import folder_images, spread
 from rd_deploy.export.onnx import read_metadata
+from rd_deploy.export.source import _without_folders
 from rd_deploy.parity import onnx_runner
 from rd_deploy.preprocessing import Preprocessing
 from rd_deploy.random_weights import random_network
