@@ -53,8 +53,9 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
     dataset = load_dataset(
         recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
     )
-    teacher = _given_teacher(recipe, dataset)
-    plan = print_plan(recipe, dataset, teacher)
+    arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+    teacher = _given_teacher(recipe, dataset, arch)
+    plan = print_plan(recipe, dataset, arch, teacher)
     if not resume:
         _clear(folder)
     write_text(folder / "recipe.yaml", dump_yaml(recipe))
@@ -63,7 +64,7 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
         context = Context(
             recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
         )
-        return _phases(context, teacher, plan, resume)
+        return _phases(context, arch, teacher, plan, resume)
 
 
 def _clear(folder: Path) -> None:
@@ -76,13 +77,12 @@ def _clear(folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 
 
-def _phases(context: Context, teacher: Network | None, plan: dict, resume: bool) -> dict:
-    recipe, dataset, folder = context.recipe, context.dataset, context.folder
-    student_shape = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, resume: bool) -> dict:
+    recipe, folder = context.recipe, context.folder
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
         torch.manual_seed(recipe.seed)
-        teacher = context.place(Network(teacher_arch(recipe, student_shape)))
+        teacher = context.place(Network(teacher_arch(recipe, arch)))
         if recipe.teacher_mode == "frozen":
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
             best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
@@ -90,7 +90,7 @@ def _phases(context: Context, teacher: Network | None, plan: dict, resume: bool)
             teacher = load_checkpoint(folder / "teacher.pt").network()
     teacher = None if teacher is None else context.place(teacher)
     torch.manual_seed(recipe.seed)
-    student = context.place(Network(student_shape, recipe.init, recipe.init_noise))
+    student = context.place(Network(arch, recipe.init, recipe.init_noise))
     task = build_task(recipe, student, teacher)
     best = fit("student", task, recipe.epochs, context, resume=resume)
     return _finish(context, best, plan, teacher, teacher_seconds)
@@ -130,14 +130,13 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
     return result
 
 
-def _given_teacher(recipe: Recipe, dataset: Dataset) -> Network | None:
+def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | None:
     if not needs_teacher(recipe) or recipe.teacher_weights is None:
         return None
-    student = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
     named = recipe.teacher != "auto"
     return load_teacher(
         recipe.teacher_weights,
-        teacher_arch(recipe, student),
+        teacher_arch(recipe, arch),
         dataset.preprocessing,
         dataset.classes,
         named=named,
@@ -149,10 +148,9 @@ def applied_init(arch: Arch, recipe: Recipe) -> str:
     return "kaiming" if arch.shortcuts == "all" else recipe.init
 
 
-def print_plan(recipe: Recipe, dataset: Dataset, teacher: Network | None) -> dict:
+def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | None) -> dict:
     """Say what will be trained on what and at which cost; returns the figures."""
     size = dataset.preprocessing.size
-    arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
     task = meta_task(recipe, arch, teacher.arch if teacher is not None else None)
     plan = {
         "parameters": parameter_count(task.student),

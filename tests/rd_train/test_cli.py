@@ -1,7 +1,6 @@
 """rd-train as its users call it: errors of one line with exit code 2, and the files of a run."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import yaml
 from rd_deploy.common import run_command
 from rd_train.cli import command
 from rd_train.recipe import preset_names
+from rd_train.sources import DEBIAN_FASHION
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 SMALL = ["--arch", "plain20", "--width", "0.25", "--train_limit", "200", "--threads", "1", "--batch_size", "50",
          "--warmup_epochs", "0.2"]  # fmt: skip
 
@@ -122,7 +121,7 @@ def test_list_names_the_presets(capsys):
     assert all(name in printed for name in preset_names())
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason=f"needs Debian's dataset-fashion-mnist ({FASHION})")
+@pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason=f"needs Debian's dataset-fashion-mnist ({DEBIAN_FASHION})")
 def test_fashion_mnist_smoke(tmp_path):
     flags = ["--width", "0.25", "--train_limit", "400", "--epochs", "1", "--warmup_epochs", "0.5", "--threads", "1"]
     assert call("fashion-plain20", *flags, "--out", str(tmp_path / "run")) == 0
