@@ -1,0 +1,11 @@
+// AVX2 with FMA.
+#define RD_ISA_NAME "avx2"
+#define RD_VECTOR_BYTES 32
+// A block of 16 outputs is two registers: 12 accumulators, 2 weights, 1 broadcast of 16.
+#define RD_TILE_PIXELS 6
+#define RD_TILE_BLOCKS 1
+#include "generic.h"
+
+namespace rd {
+const Kernels *avx2_kernels(bool bf16) { return bf16 ? &kBf16 : &kFp32; }
+}  // namespace rd

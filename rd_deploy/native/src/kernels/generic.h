@@ -1,0 +1,370 @@
+// The kernels, written once on GCC's vector extensions; each instruction set's file includes this with its own flags.
+//
+// Before including it, a file defines RD_ISA_NAME (a string), RD_VECTOR_BYTES (of a register: 16, 32 or 64) and
+// RD_TILE_PIXELS and RD_TILE_BLOCKS (the register tile), so that accumulators, weights and one broadcast fit into the
+// registers. It may define RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used.
+//
+// Everything is in an unnamed namespace: two files' copies of one function must never be merged by the linker.
+#pragma once
+
+#include <string.h>
+
+#include "kernels.h"
+
+namespace rd {
+namespace {
+
+#define RD_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define RD_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define RD_UNROLL _Pragma("GCC unroll 64")
+#endif
+
+constexpr int kLanes = RD_VECTOR_BYTES / 4;  // floats in a register
+constexpr int kParts = 16 / kLanes;          // registers in a block of 16 outputs
+
+typedef float Floats __attribute__((vector_size(RD_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(RD_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(RD_VECTOR_BYTES / 2)));
+
+template <class T> RD_INLINE T load(const void *from) {
+    T value;
+    memcpy(&value, from, sizeof(T));
+    return value;
+}
+template <class T> RD_INLINE void store(void *to, T value) { memcpy(to, &value, sizeof(T)); }
+
+RD_INLINE Floats as_floats(Words words) {
+    Floats floats;
+    memcpy(&floats, &words, sizeof floats);
+    return floats;
+}
+RD_INLINE Words as_words(Floats floats) {
+    Words words;
+    memcpy(&words, &floats, sizeof words);
+    return words;
+}
+// 0 - (-0.0) would be needed to broadcast a negative zero; no kernel needs one.
+RD_INLINE Floats broadcast(float value) { return Floats{} + value; }
+RD_INLINE Floats positive(Floats x) { return x > Floats{} ? x : Floats{}; }
+
+// Elements of a map in float32 and bfloat16: how a vector of them is read, written and multiplied.
+struct Fp32 {
+    static constexpr int bytes = 4;
+    static constexpr int per_step = 1;  // elements of k in one step of the inner loop
+    static RD_INLINE Floats read(const void *from) { return load<Floats>(from); }
+    static RD_INLINE void write(void *to, Floats x) { store(to, x); }
+    static RD_INLINE void write_one(void *to, float x) { store(to, x); }
+    static RD_INLINE Floats spread(const void *a) { return broadcast(load<float>(a)); }
+    static RD_INLINE Floats dot(Floats sum, Floats a, const char *w) { return sum + a * load<Floats>(w); }
+};
+
+struct Bf16 {
+    static constexpr int bytes = 2;
+    static constexpr int per_step = 2;
+    static RD_INLINE Floats read(const void *from) {
+        return as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+    }
+    // To nearest, ties to even.
+    static RD_INLINE void write(void *to, Floats x) {
+#ifdef RD_TO_BF16
+        RD_TO_BF16(to, x);
+#else
+        const Words bits = as_words(x);
+        store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
+#endif
+    }
+    static RD_INLINE void write_one(void *to, float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        store(to, static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
+    }
+    static RD_INLINE Floats spread(const void *a) {
+        return as_floats(Words{} + load<uint32_t>(a));
+    }
+    // Each 32-bit lane of `a` and `w` holds two elements, the first one low.
+    static RD_INLINE Floats dot(Floats sum, Floats a, const char *w) {
+#ifdef RD_DOT_BF16
+        return RD_DOT_BF16(sum, a, load<Floats>(w));
+#else
+        const Words x = as_words(a), y = load<Words>(w);
+        sum += as_floats(x << 16) * as_floats(y << 16);
+        return sum + as_floats(x & 0xffff0000u) * as_floats(y & 0xffff0000u);
+#endif
+    }
+};
+
+// --- matrix products
+
+template <class Element, int Pixels, int Blocks>
+RD_INLINE void finish(const Product &p, Floats (&sum)[Pixels][Blocks * kParts], int pixel, int block) {
+    RD_UNROLL
+    for (int i = 0; i < Pixels; i++) {
+        RD_UNROLL
+        for (int j = 0; j < Blocks * kParts; j++) {
+            const int n = p.offset + block * 16 + j * kLanes;
+            Floats x = sum[i][j];
+            if (p.add) x += Element::read(static_cast<const char *>(p.add[pixel + i]) + n * Element::bytes);
+            if (p.relu) x = positive(x);
+            if (p.raw)
+                store(static_cast<float *>(p.out[pixel + i]) + n, x);
+            else
+                Element::write(static_cast<char *>(p.out[pixel + i]) + n * Element::bytes, x);
+        }
+    }
+}
+
+// The register tile: Pixels x (16 * Blocks) outputs, each weight read once for all pixels.
+template <class Element, int Pixels, int Blocks> void tile(const Product &p, int pixel, int block) {
+    constexpr int registers = Blocks * kParts;
+    Floats sum[Pixels][registers];
+    RD_UNROLL
+    for (int j = 0; j < registers; j++) {
+        const Floats bias = p.bias ? load<Floats>(p.bias + block * 16 + j * kLanes) : Floats{};
+        RD_UNROLL
+        for (int i = 0; i < Pixels; i++) sum[i][j] = bias;
+    }
+    const int steps = (p.k + Element::per_step - 1) / Element::per_step;
+    const size_t tap_bytes = static_cast<size_t>(p.k_pitch) * 16 * Element::bytes;
+    const char *const first = static_cast<const char *>(p.w) + block * p.w_block;
+    for (int t = 0; t < p.taps; t++) {
+        const char *a[Pixels];
+        RD_UNROLL
+        for (int i = 0; i < Pixels; i++)
+            a[i] = static_cast<const char *>(p.a[static_cast<size_t>(t) * p.a_pitch + pixel + i]);
+        const char *w = first + t * tap_bytes;
+        for (int s = 0; s < steps; s++, w += 64) {
+            RD_UNROLL
+            for (int i = 0; i < Pixels; i++) {
+                const Floats x = Element::spread(a[i] + s * 4);
+                RD_UNROLL
+                for (int j = 0; j < registers; j++)
+                    sum[i][j] = Element::dot(sum[i][j], x, w + (j / kParts) * p.w_block + (j % kParts) * RD_VECTOR_BYTES);
+            }
+        }
+    }
+    finish<Element, Pixels, Blocks>(p, sum, pixel, block);
+}
+
+// Lists that are no multiple of the tile are cut into nearly equal tiles; `pixels` is from 1 to RD_TILE_PIXELS.
+template <class Element, int Blocks, int Pixels = RD_TILE_PIXELS>
+RD_INLINE void tile_of(int pixels, const Product &p, int pixel, int block) {
+    if constexpr (Pixels > 1) {
+        if (pixels < Pixels) return tile_of<Element, Blocks, Pixels - 1>(pixels, p, pixel, block);
+    }
+    tile<Element, Pixels, Blocks>(p, pixel, block);
+}
+
+template <class Element, int Blocks> void columns(const Product &p, int block) {
+    int tiles = (p.pixels + RD_TILE_PIXELS - 1) / RD_TILE_PIXELS;
+    for (int pixel = 0; pixel < p.pixels; tiles--) {
+        const int pixels = (p.pixels - pixel + tiles - 1) / tiles;
+        tile_of<Element, Blocks>(pixels, p, pixel, block);
+        pixel += pixels;
+    }
+}
+
+// Weights of a few blocks stay in the cache while all pixels pass by.
+template <class Element> void product(const Product &p) {
+    int block = 0;
+    for (; block + RD_TILE_BLOCKS <= p.blocks; block += RD_TILE_BLOCKS) columns<Element, RD_TILE_BLOCKS>(p, block);
+    if constexpr (RD_TILE_BLOCKS > 1)
+        for (; block < p.blocks; block++) columns<Element, 1>(p, block);
+}
+
+// --- Winograd's convolution: out = A^T [(G w G^T) . (B^T in B)] A, the dot summed over channels by matrix products
+
+// F(2 x 2, 3 x 3): interpolation points 0, 1, -1 and infinity. Its transforms only add, so bfloat16 survives them.
+struct Two {
+    static constexpr int m = 2, t = 4;
+    static RD_INLINE void input(const Floats *d, int step, Floats *out) {
+        const Floats d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step];
+        out[0] = d0 - d2;
+        out[step] = d1 + d2;
+        out[2 * step] = d2 - d1;
+        out[3 * step] = d1 - d3;
+    }
+    static RD_INLINE void output(const Floats *d, int step, Floats *out, int out_step) {
+        out[0] = d[0] + d[step] + d[2 * step];
+        out[out_step] = d[step] - d[2 * step] - d[3 * step];
+    }
+    static RD_INLINE void weight(const Floats *g, int step, Floats *out, int out_step) {
+        const Floats sum = (g[0] + g[2 * step]) * 0.5f, half = g[step] * 0.5f;
+        out[0] = g[0];
+        out[out_step] = sum + half;
+        out[2 * out_step] = sum - half;
+        out[3 * out_step] = g[2 * step];
+    }
+};
+
+// F(4 x 4, 3 x 3): points 0, 1, -1, 2, -2 and infinity. Rounding errors grow about tenfold: for float32 only.
+struct Four {
+    static constexpr int m = 4, t = 6;
+    static RD_INLINE void input(const Floats *d, int step, Floats *out) {
+        const Floats d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+        const Floats even = d4 - d2 * 4.0f, odd = d3 - d1 * 4.0f, even2 = d4 - d2, odd2 = (d3 - d1) * 2.0f;
+        out[0] = d0 * 4.0f - d2 * 5.0f + d4;
+        out[step] = even + odd;
+        out[2 * step] = even - odd;
+        out[3 * step] = even2 + odd2;
+        out[4 * step] = even2 - odd2;
+        out[5 * step] = d1 * 4.0f - d3 * 5.0f + d5;
+    }
+    static RD_INLINE void output(const Floats *d, int step, Floats *out, int out_step) {
+        const Floats sum1 = d[step] + d[2 * step], difference1 = d[step] - d[2 * step];
+        const Floats sum2 = d[3 * step] + d[4 * step], difference2 = d[3 * step] - d[4 * step];
+        out[0] = d[0] + sum1 + sum2;
+        out[out_step] = difference1 + difference2 * 2.0f;
+        out[2 * out_step] = sum1 + sum2 * 4.0f;
+        out[3 * out_step] = difference1 + difference2 * 8.0f + d[5 * step];
+    }
+    static RD_INLINE void weight(const Floats *g, int step, Floats *out, int out_step) {
+        const Floats g0 = g[0], g1 = g[step], g2 = g[2 * step];
+        const Floats sum1 = (g0 + g2) * (-1.0f / 6), sum2 = g0 * (1.0f / 24) + g2 * (1.0f / 6);
+        out[0] = g0 * 0.25f;
+        out[out_step] = sum1 - g1 * (1.0f / 6);
+        out[2 * out_step] = sum1 + g1 * (1.0f / 6);
+        out[3 * out_step] = sum2 + g1 * (1.0f / 12);
+        out[4 * out_step] = sum2 - g1 * (1.0f / 12);
+        out[5 * out_step] = g2;
+    }
+};
+
+template <class Element, class Form> void input_transform(const InputTransform &p) {
+    constexpr int t = Form::t;
+    const size_t plane = static_cast<size_t>(p.tiles) * p.channels * Element::bytes;
+    for (int tile = 0; tile < p.tiles; tile++) {
+        const void *const *in = p.in + static_cast<size_t>(tile) * t * t;
+        char *out = static_cast<char *>(p.out) + static_cast<size_t>(tile) * p.channels * Element::bytes;
+        for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
+            Floats d[t * t], e[t * t];
+            RD_UNROLL
+            for (int i = 0; i < t * t; i++) d[i] = Element::read(static_cast<const char *>(in[i]) + c);
+            RD_UNROLL
+            for (int i = 0; i < t; i++) Form::input(d + i, t, e + i);
+            RD_UNROLL
+            for (int i = 0; i < t; i++) Form::input(e + i * t, 1, d + i * t);
+            RD_UNROLL
+            for (int i = 0; i < t * t; i++) Element::write(out + i * plane + c, d[i]);
+        }
+    }
+}
+
+template <class Element, class Form> void output_transform(const OutputTransform &p) {
+    constexpr int m = Form::m, t = Form::t;
+    const size_t plane = static_cast<size_t>(p.tiles) * p.in_pitch;
+    for (int tile = 0; tile < p.tiles; tile++) {
+        for (int n = 0; n < p.blocks * 16; n += kLanes) {
+            const float *in = p.in + static_cast<size_t>(tile) * p.in_pitch + n;
+            Floats d[t * t], e[m * t], out[m * m];
+            RD_UNROLL
+            for (int i = 0; i < t * t; i++) d[i] = load<Floats>(in + i * plane);
+            RD_UNROLL
+            for (int i = 0; i < t; i++) Form::output(d + i, t, e + i, t);
+            RD_UNROLL
+            for (int i = 0; i < m; i++) Form::output(e + i * t, 1, out + i * m, 1);
+            const Floats bias = load<Floats>(p.bias + n);
+            RD_UNROLL
+            for (int i = 0; i < m * m; i++) {
+                Floats x = out[i] + bias;
+                const size_t at = static_cast<size_t>(tile) * m * m + i;
+                const int byte = (p.offset + n) * Element::bytes;
+                if (p.add) x += Element::read(static_cast<const char *>(p.add[at]) + byte);
+                if (p.relu) x = positive(x);
+                Element::write(static_cast<char *>(p.out[at]) + byte, x);
+            }
+        }
+    }
+}
+
+// One vector of weights per step of the transform: in bfloat16 the two elements of a lane, one after the other.
+template <class Element> struct Weights;
+template <> struct Weights<Fp32> {
+    static RD_INLINE Floats read(const char *w, int) { return load<Floats>(w); }
+    static RD_INLINE void write(char *w, int, Floats x) { store(w, x); }
+};
+template <> struct Weights<Bf16> {
+    static RD_INLINE Floats read(const char *w, int half) {
+        const Words pair = load<Words>(w);
+        return as_floats(half ? pair & 0xffff0000u : pair << 16);
+    }
+    static RD_INLINE void write(char *w, int half, Floats x) {  // the low half first
+        const Words bits = as_words(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        store(w, half ? load<Words>(w) | (rounded << 16) : rounded);
+    }
+};
+
+template <class Element, class Form> void weight_transform(const WeightTransform &p) {
+    constexpr int t = Form::t;
+    const size_t tap = static_cast<size_t>(p.k_pitch) * 16 * Element::bytes;
+    for (size_t at = 0; at < tap; at += RD_VECTOR_BYTES) {
+        for (int half = 0; half < Element::per_step; half++) {
+            Floats g[9], e[t * 3], out[t * t];
+            RD_UNROLL
+            for (int i = 0; i < 9; i++) g[i] = Weights<Element>::read(static_cast<const char *>(p.w) + i * tap + at, half);
+            RD_UNROLL
+            for (int i = 0; i < 3; i++) Form::weight(g + i, 3, e + i, 3);
+            RD_UNROLL
+            for (int i = 0; i < t; i++) Form::weight(e + i * 3, 1, out + i * t, 1);
+            RD_UNROLL
+            for (int i = 0; i < t * t; i++)
+                Weights<Element>::write(static_cast<char *>(p.out) + i * p.plane_bytes + at, half, out[i]);
+        }
+    }
+}
+
+// --- pooling and images
+
+template <class Element> void max_pool(const MaxPool &p) {
+    for (int pixel = 0; pixel < p.pixels; pixel++) {
+        char *const out = static_cast<char *>(p.out[pixel]);
+        for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
+            Floats largest = Element::read(static_cast<const char *>(p.a[pixel]) + c);
+            for (int t = 1; t < p.taps; t++) {
+                const Floats x = Element::read(static_cast<const char *>(p.a[t * p.pixels + pixel]) + c);
+                largest = x > largest ? x : largest;
+            }
+            Element::write(out + c, largest);
+        }
+    }
+}
+
+template <class Element> void average(const Average &p) {
+    const float share = 1.0f / static_cast<float>(p.pixels);
+    for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
+        Floats sum{};
+        for (int pixel = 0; pixel < p.pixels; pixel++) sum += Element::read(static_cast<const char *>(p.a[pixel]) + c);
+        Element::write(static_cast<char *>(p.out) + c, sum * share);
+    }
+}
+
+template <class Element> void interleave(const Interleave &p) {
+    for (int c = 0; c < p.channels; c++) {
+        const float *const in = p.in + c * p.plane;
+        char *out = static_cast<char *>(p.out) + c * Element::bytes;
+        for (int x = 0; x < p.width; x++, out += p.channels * Element::bytes) Element::write_one(out, in[x]);
+    }
+}
+
+template <class Element, class Form> constexpr Kernels table(bool bf16) {
+    return {RD_ISA_NAME,
+            bf16,
+            RD_TILE_PIXELS,
+            Form::m,
+            nullptr,
+            product<Element>,
+            input_transform<Element, Form>,
+            output_transform<Element, Form>,
+            weight_transform<Element, Form>,
+            max_pool<Element>,
+            average<Element>,
+            interleave<Element>,
+            nullptr,
+            nullptr};
+}
+
+constexpr Kernels kFp32 = table<Fp32, Four>(false), kBf16 = table<Bf16, Two>(true);
+
+}  // namespace
+}  // namespace rd

@@ -1,0 +1,553 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "error.h"
+
+namespace rd {
+
+void FreeDeleter::operator()(void *memory) const { std::free(memory); }
+
+Memory allocate(std::size_t bytes) {
+    constexpr std::size_t huge = std::size_t{2} << 20;
+    const std::size_t alignment = bytes >= huge ? huge : kAlignment;
+    const std::size_t whole = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+    void *memory = std::aligned_alloc(alignment, whole);
+    if (!memory) throw Error(RD_ERROR_MEMORY, "not enough memory for " + std::to_string(bytes) + " bytes");
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (alignment == huge) madvise(memory, whole, MADV_HUGEPAGE);  // advice: nothing is lost if it is not taken
+#endif
+    return Memory(static_cast<std::byte *>(memory));
+}
+
+namespace {
+
+constexpr std::size_t kMostLayers = 3;  // a window, expand, reduce
+// Pixels of a chunk: enough that weights are read from the cache rarely per pixel, few enough that the chunk's tiles
+// stay in a core's second-level cache. Measured in docs/engine.md.
+constexpr int kDirectPixels = 112;
+constexpr int kWinogradTiles = 28;
+constexpr std::size_t kTileBytes = 128 << 10;  // of a map that exists in scratch only
+// A thread with fewer pixels than this would read all weights for too little work: share out the outputs instead.
+constexpr int kLeastPixels = 14;
+constexpr int kSlicesPerThread = 2;
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+class Builder {
+  public:
+    Builder(std::shared_ptr<const Network> network, const Options &options) : plan_(std::make_shared<Plan>()) {
+        plan_->network = std::move(network);
+        plan_->options = options;
+        plan_->kernels = choose_kernels(options.isa, net().precision == Precision::bf16);
+        plan_->options.isa = plan_->kernels.main->isa;
+        plan_->element = element_bytes(net().precision);
+    }
+
+    std::shared_ptr<const Plan> build() {
+        infer_shapes();
+        count_readers();
+        for (std::size_t at = 0; at < net().steps.size();) at = add_operation(at);
+        for (Operation &operation : plan_->operations) share_out(operation);
+        for (Operation &operation : plan_->operations) lay_out_scratch(operation);
+        place_buffers();
+        transform_weights();
+        make_zeros();
+        describe();
+        return plan_;
+    }
+
+  private:
+    const Network &net() const { return *plan_->network; }
+    const Options &options() const { return plan_->options; }
+    const Step &step(std::size_t index) const { return net().steps[index]; }
+    bool flag(unsigned flag) const { return (options().flags & flag) != 0; }
+
+    // --- shapes
+
+    void infer_shapes() {
+        images_ = {net().channels, options().height, options().width};
+        for (const Step &step : net().steps) {
+            Shape out = source_shape(step);
+            if (step.kind == StepKind::conv || step.kind == StepKind::max_pool) {
+                out.height = slides(out.height, step.kernel_h, step);
+                out.width = slides(out.width, step.kernel_w, step);
+            } else {
+                out.height = out.width = 1;
+            }
+            if (step.kind == StepKind::conv || step.kind == StepKind::linear) out.channels = step.out_channels;
+            shapes_.push_back(out);
+        }
+    }
+
+    Shape source_shape(const Step &step) const { return step.source == kImages ? images_ : shapes_[index(step.source)]; }
+
+    int slides(int size, int kernel, const Step &step) const {
+        const int room = size + 2 * step.padding - kernel;
+        if (room < 0)
+            throw Error(RD_ERROR_ARGUMENT, "images of " + std::to_string(options().height) + "x" +
+                                               std::to_string(options().width) + " are too small for this network at " +
+                                               step.name);
+        return room / step.stride + 1;
+    }
+
+    static std::size_t index(int number) { return static_cast<std::size_t>(number); }
+
+    void count_readers() {
+        readers_.assign(net().steps.size(), 0);
+        map_of_.assign(net().steps.size(), kScratch);
+        for (const Step &step : net().steps) {
+            if (step.source >= 0) readers_[index(step.source)]++;
+            if (step.add >= 0) readers_[index(step.add)]++;
+        }
+    }
+
+    // --- from steps to operations
+
+    // Make the operation that begins with step `at`; returns the first step after it.
+    std::size_t add_operation(std::size_t at) {
+        Operation operation;
+        operation.name = step(at).name;
+        operation.in = source_shape(step(at));
+        operation.source = step(at).source == kImages ? kImages : read_map(step(at).source);
+        const std::size_t next = step(at).kind == StepKind::conv ? begin_with_convolution(operation, at)
+                                                                 : stand_alone(operation, at);
+        plan_->operations.push_back(std::move(operation));
+        return next;
+    }
+
+    std::size_t stand_alone(Operation &operation, std::size_t at) {
+        if (step(at).kind == StepKind::linear) {
+            operation.kind = OperationKind::linear;
+            add_layer(operation, at);
+            return at + 1;
+        }
+        return add_pool(operation, at, step(at).kind == StepKind::max_pool ? OperationKind::max_pool : OperationKind::average);
+    }
+
+    std::size_t begin_with_convolution(Operation &operation, std::size_t at) {
+        add_layer(operation, at);
+        if (step(at).source == kImages) {
+            operation.kind = OperationKind::stem;
+            if (joins_as_pool(at, StepKind::max_pool)) {
+                operation.layers[0].map = kScratch;
+                add_pool(operation, ++at, OperationKind::stem);
+            }
+            return absorb(operation, at);
+        }
+        if (ends_in_average(at)) {
+            operation.layers[0].map = kScratch;
+            return add_pool(operation, at + 1, OperationKind::convolution_average);
+        }
+        choose_winograd(operation.layers[0]);
+        return absorb(operation, at);
+    }
+
+    void add_layer(Operation &operation, std::size_t at) {
+        Layer layer;
+        layer.step = &step(at);
+        layer.in = source_shape(step(at));
+        layer.out = shapes_[at];
+        layer.weight = step(at).weight;
+        if (step(at).add >= 0) layer.add = read_map(step(at).add);
+        layer.map = make_map(at);
+        if (!operation.layers.empty()) operation.name += "+" + step(at).name;
+        operation.layers.push_back(layer);
+    }
+
+    std::size_t add_pool(Operation &operation, std::size_t at, OperationKind kind) {
+        operation.kind = kind;
+        operation.pool = &step(at);
+        operation.pooled = shapes_[at];
+        operation.pool_map = make_map(at);
+        if (!operation.layers.empty()) operation.name += "+" + step(at).name;
+        return at + 1;
+    }
+
+    // Let 1x1 convolutions that follow step `at` join the operation, each on the pixels that the one before it makes.
+    std::size_t absorb(Operation &operation, std::size_t at) {
+        for (; joins(operation, at); at++) {
+            if (readers_[at] == 1) last_output(operation) = kScratch;
+            add_layer(operation, at + 1);
+        }
+        return at + 1;
+    }
+
+    static int &last_output(Operation &operation) {
+        return operation.pool && operation.layers.size() == 1 ? operation.pool_map : operation.layers.back().map;
+    }
+
+    bool joins(const Operation &operation, std::size_t at) const {
+        if (flag(RD_FLAG_UNFUSED) || at + 1 >= net().steps.size() || operation.layers.size() == kMostLayers) return false;
+        return is_pointwise(step(at + 1)) && step(at + 1).source == static_cast<int>(at) && !is_small(shapes_[at]) &&
+               !ends_in_average(at + 1);
+    }
+
+    static bool is_pointwise(const Step &step) {
+        return step.kind == StepKind::conv && step.kernel_h == 1 && step.kernel_w == 1 && step.stride == 1 && step.padding == 0;
+    }
+
+    // Too few pixels to be shared out among the threads.
+    bool is_small(const Shape &out) const { return options().batch * out.pixels() < kLeastPixels * options().threads; }
+
+    bool joins_as_pool(std::size_t at, StepKind kind) const {
+        return !flag(RD_FLAG_UNFUSED) && readers_[at] == 1 && at + 1 < net().steps.size() && step(at + 1).kind == kind &&
+               step(at + 1).source == static_cast<int>(at);
+    }
+
+    bool ends_in_average(std::size_t at) const { return is_pointwise(step(at)) && joins_as_pool(at, StepKind::average_pool); }
+
+    int current() const { return static_cast<int>(plan_->operations.size()); }
+
+    int make_map(std::size_t at) {
+        plan_->maps.push_back({step(at).name, shapes_[at], current(), current(), -1});
+        return map_of_[at] = static_cast<int>(plan_->maps.size()) - 1;
+    }
+
+    int read_map(int step) {
+        const int map = map_of_[index(step)];
+        plan_->maps[index(map)].last = current();
+        return map;
+    }
+
+    void choose_winograd(Layer &layer) const {
+        const Step &conv = *layer.step;
+        const int m = plan_->kernels.main->winograd, t = m + 2;
+        const bool possible = m > 0 && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.padding == 1;
+        if (!possible || flag(RD_FLAG_NO_WINOGRAD)) return;
+        // Nothing here depends on the batch or the threads, so that no result does.
+        const double tiles = static_cast<double>(ceil_div(layer.out.height, m)) * ceil_div(layer.out.width, m);
+        // Multiply-accumulates per image; a transformed element costs about as much as kTransform of them.
+        constexpr double kTransform = 10;
+        const double in = layer.in.pitch(), out = layer.out.pitch();
+        const double transformed = tiles * t * t * (in * out + kTransform * (in + out));
+        layer.winograd = transformed < 9.0 * layer.out.pixels() * in * out;
+    }
+
+    // --- sharing the work out
+
+    void share_out(Operation &o) const {
+        const int batch = options().batch, threads = options().threads;
+        const auto divide = [&](int units, int most) {  // into chunks of nearly equal size, a multiple of the threads
+            o.units = units;
+            const int total = batch * units;
+            const int chunks = std::min(total, ceil_div(total, most * threads) * threads);
+            o.chunk = ceil_div(total, chunks);
+            o.chunks = ceil_div(total, o.chunk);
+        };
+        const auto slice = [&](int blocks, int chunks) {
+            const int wanted = ceil_div(threads * kSlicesPerThread, chunks);
+            o.slices = std::min(blocks, std::max(1, wanted));
+        };
+        switch (o.kind) {
+            case OperationKind::stem: {
+                const Shape &out = o.pool ? o.pooled : o.layers[0].out;
+                const int bands = std::min(out.height, ceil_div(threads * kSlicesPerThread, batch));
+                o.units = out.height;
+                o.chunk = ceil_div(out.height, bands);  // rows: a chunk lies in one image
+                o.chunks = batch * ceil_div(out.height, o.chunk);
+                o.piece = out.width;
+                break;
+            }
+            case OperationKind::convolution:
+                share_out_convolution(o, divide, slice);
+                break;
+            case OperationKind::convolution_average:
+                o.units = 1;
+                o.chunks = batch;
+                slice(o.layers[0].step->blocks(), 1);
+                o.slices = std::min(o.layers[0].step->blocks(), std::max(o.slices, ceil_div(o.layers[0].step->blocks(), 8)));
+                o.piece = o.in.pixels();
+                break;
+            case OperationKind::max_pool:
+                divide(o.pooled.pixels(), kDirectPixels);
+                break;
+            case OperationKind::average:
+                o.units = 1;
+                o.chunks = batch;
+                break;
+            case OperationKind::linear:
+                divide(1, kDirectPixels);
+                o.chunk = std::min(batch, kDirectPixels);
+                o.chunks = ceil_div(batch, o.chunk);
+                slice(o.layers[0].step->blocks(), o.chunks);
+                break;
+        }
+    }
+
+    template <class Divide, class Slice> void share_out_convolution(Operation &o, Divide divide, Slice slice) const {
+        const Layer &head = o.layers[0];
+        std::size_t widest = 1;
+        for (const Layer &layer : o.layers)
+            if (layer.map == kScratch) widest = std::max(widest, layer.out.pitch() * plan_->element);
+        o.piece = std::clamp(static_cast<int>(kTileBytes / widest), kLeastPixels, kDirectPixels);
+        if (head.winograd) {
+            const int m = plan_->kernels.main->winograd;
+            divide(ceil_div(head.out.height, m) * ceil_div(head.out.width, m), m == 2 ? kWinogradTiles : kWinogradTiles / 2);
+        } else {
+            divide(head.out.pixels(), kDirectPixels);
+        }
+        if (is_small(head.out) && o.layers.size() == 1) {
+            o.chunk = options().batch * o.units;
+            o.chunks = 1;
+            slice(head.step->blocks(), o.chunks);
+        }
+    }
+
+    // --- memory
+
+    void lay_out_scratch(Operation &o) const {
+        ScratchLayout &s = o.scratch;
+        const auto take = [&s](std::size_t bytes) {
+            const std::size_t offset = s.bytes;
+            s.bytes += aligned(bytes);
+            return offset;
+        };
+        const std::size_t pointer = sizeof(void *), element = plan_->element, pixels = chunk_pixels(o);
+        if (!o.layers.empty() && o.layers[0].winograd) {
+            const std::size_t m = index(plan_->kernels.main->winograd), spots = (m + 2) * (m + 2) * index(o.chunk);
+            s.taps = take(spots * pointer);
+            s.transformed = take(spots * index(o.layers[0].in.pitch()) * element);
+            s.products = take(spots * kProductBlocks * kLane * sizeof(float));
+            s.product_rows = take(spots * pointer);
+            s.spare = take(index(o.layers[0].out.pitch()) * element);
+        } else {
+            s.taps = take(most_taps(o) * pixels * pointer);
+        }
+        s.pixels = take(pixels * sizeof(int));
+        for (std::size_t &out : s.out) out = take(pixels * pointer);
+        s.add = take(pixels * pointer);
+        if (o.kind == OperationKind::stem) {
+            const Step &conv = *o.layers[0].step;
+            s.images = take(index(conv.kernel_h + 1) * stem_row_elements(o) * element);
+            if (o.pool) s.rows = take(index(o.pool->kernel_h * o.layers[0].out.width * o.layers[0].out.pitch()) * element);
+        }
+        lay_out_tiles(o, take);
+    }
+
+    template <class Take> void lay_out_tiles(Operation &o, Take take) const {
+        const std::size_t element = plan_->element, pixels = chunk_pixels(o);
+        if (o.kind == OperationKind::convolution_average || o.kind == OperationKind::linear) {
+            const std::size_t slice = index(ceil_div(o.layers[0].step->blocks(), o.slices) * kLane);
+            o.scratch.tile[0] = take(pixels * slice * (o.kind == OperationKind::linear ? sizeof(float) : element));
+            return;
+        }
+        if (o.layers.size() < 2) return;
+        // The first layer makes a whole chunk, the second only a piece of it at a time.
+        const int first = o.pool ? o.pool_map : o.layers[0].map;
+        if (first == kScratch) o.scratch.tile[0] = take(pixels * index(o.layers[1].in.pitch()) * element);
+        if (o.layers[1].map == kScratch) o.scratch.tile[1] = take(index(o.piece * o.layers[1].out.pitch()) * element);
+    }
+
+    // Pixels of a chunk's output (of a stem: of a row; of an average: of what is averaged; of a linear layer: images).
+    std::size_t chunk_pixels(const Operation &o) const {
+        switch (o.kind) {
+            case OperationKind::stem:
+                return index(std::max(o.layers[0].out.width, o.pooled.width));
+            case OperationKind::convolution_average:
+            case OperationKind::average:
+                return index(o.in.pixels());
+            default:
+                break;
+        }
+        const int m = plan_->kernels.main->winograd;
+        return index(o.chunk) * (!o.layers.empty() && o.layers[0].winograd ? index(m * m) : 1);
+    }
+
+    static std::size_t most_taps(const Operation &o) {
+        const int pool = o.pool && o.pool->kind == StepKind::max_pool ? o.pool->kernel_h * o.pool->kernel_w : 1;
+        return index(std::max(pool, o.layers.empty() ? 1 : o.layers[0].step->taps));
+    }
+
+    void place_buffers() {
+        for (int at = 0; at < static_cast<int>(plan_->operations.size()); at++) {
+            Operation &o = plan_->operations[index(at)];
+            if (o.pool_map != kScratch) give_buffer(o.pool_map, -1, o, at);
+            for (const Layer &layer : o.layers)
+                if (layer.map != kScratch) give_buffer(layer.map, layer.add, o, at);
+            o.scratch_buffer = static_cast<int>(plan_->buffers.size());
+            plan_->buffers.push_back({"scratch", o.scratch.bytes * index(options().threads), at, at, true, 0});
+        }
+        plan_->info.arena_bytes = place(plan_->buffers);
+    }
+
+    void give_buffer(int number, int add, const Operation &o, int at) {
+        Map &map = plan_->maps[index(number)];
+        if (number + 1 == static_cast<int>(plan_->maps.size())) return;  // the logits: the caller's memory
+        if (add >= 0 && add != o.source && plan_->maps[index(add)].last == at) {
+            map.buffer = plan_->maps[index(add)].buffer;  // the sum takes the place of what is added, pixel by pixel
+            plan_->buffers[index(map.buffer)].last = map.last;
+            return;
+        }
+        map.buffer = static_cast<int>(plan_->buffers.size());
+        const std::size_t elements = index(options().batch) * index(map.shape.pixels()) * index(map.shape.pitch());
+        plan_->buffers.push_back({map.name, elements * plan_->element, map.first, map.last, false, 0});
+    }
+
+    // --- weights
+
+    void transform_weights() {
+        for (Operation &o : plan_->operations)
+            if (!o.layers.empty() && o.layers[0].winograd) transform(o.layers[0]);
+    }
+
+    // Planes [t * t] of [blocks] packed blocks of one tap each.
+    void transform(Layer &layer) {
+        const Kernels &kernels = *plan_->kernels.main;
+        const Step &conv = *layer.step;
+        const std::size_t block = index(conv.k_pitch) * kLane * plan_->element, plane = block * index(conv.blocks());
+        const std::size_t planes = index((kernels.winograd + 2) * (kernels.winograd + 2));
+        Memory memory = allocate(planes * plane);
+        const auto work = [&](int first, int step) {
+            for (int n = first; n < conv.blocks(); n += step)
+                kernels.weight_transform({conv.weight + index(n) * conv.block_bytes(net().precision), conv.k_pitch,
+                                          memory.get() + index(n) * block, plane});
+        };
+        const int threads = std::min(options().threads, conv.blocks());
+        std::vector<std::thread> others;
+        try {
+            for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread, threads);
+        } catch (const std::system_error &) {
+            for (std::thread &other : others) other.join();
+            throw Error(RD_ERROR_MEMORY, "the system refuses to start threads: ask for fewer");
+        }
+        work(0, threads);
+        for (std::thread &other : others) other.join();
+        layer.weight = memory.get();
+        plan_->info.packed_bytes += planes * plane;
+        plan_->transformed.push_back(std::move(memory));
+    }
+
+    void make_zeros() {
+        int widest = kLane;
+        for (const Map &map : plan_->maps) widest = std::max(widest, map.shape.pitch());
+        const std::size_t bytes = index(widest) * plan_->element + kAlignment;
+        plan_->zeros = allocate(bytes);
+        std::memset(plan_->zeros.get(), 0, bytes);
+    }
+
+    // --- what is said of a plan
+
+    void describe() {
+        std::size_t largest = 0;
+        std::vector<std::string> names;
+        rd_plan_info &info = plan_->info;
+        for (int at = 0; at < static_cast<int>(plan_->operations.size()); at++) {
+            Operation &o = plan_->operations[index(at)];
+            describe(o);
+            info.macs += o.info.macs / index(options().batch);
+            const Live live = live_at(plan_->buffers, at);
+            o.info.live_bytes = live.maps + live.scratch;
+            names.push_back(o.name);
+            if (o.info.live_bytes <= largest) continue;
+            largest = o.info.live_bytes;
+            info.feature_map_bytes = live.maps;
+            info.scratch_bytes = live.scratch;
+        }
+        info.alignment_bytes = info.arena_bytes - largest;
+        info.batch = static_cast<std::uint32_t>(options().batch);
+        info.threads = static_cast<std::uint32_t>(options().threads);
+        info.channels = static_cast<std::uint32_t>(images_.channels);
+        info.height = static_cast<std::uint32_t>(images_.height);
+        info.width = static_cast<std::uint32_t>(images_.width);
+        info.classes = static_cast<std::uint32_t>(net().classes.size());
+        info.steps = static_cast<std::uint32_t>(plan_->operations.size());
+        info.weight_bytes = net().weight_bytes;
+        info.isa = options().isa;
+        if (flag(RD_FLAG_TRACE_MEMORY)) trace_maxima(plan_->buffers, names, info.arena_bytes);
+    }
+
+    void describe(Operation &o) const {
+        rd_step_info &info = o.info;
+        const std::size_t batch = index(options().batch);
+        info.map_bytes = o.source == kImages ? batch * index(images_.channels * images_.pixels()) * sizeof(float) : map_bytes(o.source);
+        info.map_bytes += map_bytes(o.pool_map);
+        for (const Layer &layer : o.layers) {
+            const Step &step = *layer.step;
+            const std::size_t macs = index(step.kernel_h * step.kernel_w * step.in_channels) * index(step.out_channels);
+            info.macs += batch * macs * index(layer.out.pixels());
+            info.flops += flops(o, layer);
+            info.map_bytes += map_bytes(layer.map) + map_bytes(layer.add);
+            const std::size_t spots = layer.winograd ? index((plan_->kernels.main->winograd + 2) * (plan_->kernels.main->winograd + 2)) : index(step.taps);
+            info.weight_bytes += spots * index(step.blocks()) * index(step.k_pitch) * kLane * plan_->element;
+        }
+        o.kernel = kernel_name(o);
+        info.name = o.name.c_str();
+        info.kernel = o.kernel.c_str();
+    }
+
+    std::uint64_t flops(const Operation &o, const Layer &layer) const {
+        const Step &step = *layer.step;
+        const std::size_t out = index(step.blocks() * kLane);
+        if (layer.winograd) {
+            const std::size_t t = index(plan_->kernels.main->winograd + 2);
+            return 2 * index(options().batch) * index(o.units) * t * t * index(step.k) * out;
+        }
+        return 2 * index(options().batch) * index(layer.out.pixels()) * index(step.taps * step.k) * out;
+    }
+
+    std::uint64_t map_bytes(int number) const {
+        if (number == kScratch) return 0;
+        const Shape &shape = plan_->maps[index(number)].shape;
+        return index(options().batch) * index(shape.pixels()) * index(shape.pitch()) * plan_->element;
+    }
+
+    std::string kernel_name(const Operation &o) const {
+        switch (o.kind) {
+            case OperationKind::stem:
+                return o.pool ? "rows, max-pooled" : "rows";
+            case OperationKind::convolution:
+                break;
+            case OperationKind::convolution_average:
+                return "direct, averaged";
+            case OperationKind::max_pool:
+                return "max-pool";
+            case OperationKind::average:
+                return "average";
+            case OperationKind::linear:
+                return "linear";
+        }
+        const std::string m = std::to_string(plan_->kernels.main->winograd);
+        const std::string head = o.layers[0].winograd ? "winograd " + m + "x" + m : "direct";
+        return o.layers.size() > 1 ? "fused " + head : head;
+    }
+
+    std::shared_ptr<Plan> plan_;
+    Shape images_;
+    std::vector<Shape> shapes_;
+    std::vector<int> readers_, map_of_;
+};
+
+void check(const Network &network, Options &options) {
+    const auto require = [](bool condition, const std::string &message) {
+        if (!condition) throw Error(RD_ERROR_ARGUMENT, message);
+    };
+    require(options.batch >= 1 && options.batch <= 4096, "the batch must be from 1 to 4096");
+    require(options.threads >= 1 && options.threads <= 1024, "the number of threads must be from 1 to 1024");
+    options.height = options.height ? options.height : network.height;
+    options.width = options.width ? options.width : network.width;
+    require(options.height >= 1 && options.height <= 4096 && options.width >= 1 && options.width <= 4096,
+            "the image size must be from 1 to 4096 pixels");
+}
+
+}  // namespace
+
+std::size_t stem_row_elements(const Operation &o) {
+    const Step &conv = *o.layers[0].step;
+    return aligned(static_cast<std::size_t>((o.in.width + 2 * conv.padding) * o.in.channels + conv.k_pitch));
+}
+
+std::shared_ptr<const Plan> make_plan(std::shared_ptr<const Network> network, const Options &options) {
+    Options checked = options;
+    check(*network, checked);
+    return Builder(std::move(network), checked).build();
+}
+
+}  // namespace rd
