@@ -102,29 +102,46 @@ class Item {
         return add_;
     }
 
-    // The input pixels of a window whose outputs are this chunk's pixels, tap by tap: [kernel_h * kernel_w][count].
-    // What lies outside the map is `outside`; null: the nearest pixel inside.
-    void list_window(const Step &window, const Shape &in, const Shape &out, const std::byte *base, int count,
-                     const void *outside) const {
-        const std::size_t bytes = pixel_bytes(in);
-        for (int i = 0; i < count; i++) {
-            const int image = pixels_[i] / out.pixels(), pixel = pixels_[i] % out.pixels();
-            const int top = pixel / out.width * window.stride - window.padding;
-            const int left = pixel % out.width * window.stride - window.padding;
-            const std::byte *const first = base + static_cast<std::size_t>(image) * static_cast<std::size_t>(in.pixels()) * bytes;
-            Pointers to = taps_ + i;
-            for (int y = top; y < top + window.kernel_h; y++)
-                for (int x = left; x < left + window.kernel_w; x++, to += count)
-                    *to = locate(first, in, y, x, bytes, outside);
+    // A square of a map, whose corner may lie outside.
+    struct Square {
+        const std::byte *image;  // the map's first pixel
+        int y, x, height, width;
+    };
+
+    // Pointers to a square's pixels, row by row, each `step` further in `to`. What lies outside the map is `outside`;
+    // null: the nearest pixel inside.
+    void list_square(const Shape &map, const Square &square, const void *outside, Pointers to, int step) const {
+        const auto bytes = static_cast<std::ptrdiff_t>(pixel_bytes(map)), row = bytes * map.width;
+        const std::byte *first = square.image + square.y * row + square.x * bytes;
+        const bool within = square.y >= 0 && square.x >= 0 && square.y + square.height <= map.height && square.x + square.width <= map.width;
+        if (within) {
+            for (int y = 0; y < square.height; y++, first += row)
+                for (int x = 0; x < square.width; x++, to += step) *to = first + x * bytes;
+            return;
         }
+        for (int y = square.y; y < square.y + square.height; y++)
+            for (int x = square.x; x < square.x + square.width; x++, to += step) {
+                const bool inside = y >= 0 && y < map.height && x >= 0 && x < map.width;
+                const bool zero = !inside && outside;
+                *to = zero ? outside : square.image + std::clamp(y, 0, map.height - 1) * row + std::clamp(x, 0, map.width - 1) * bytes;
+            }
     }
 
-    static const void *locate(const std::byte *first, const Shape &in, int y, int x, std::size_t bytes, const void *outside) {
-        const bool inside = y >= 0 && y < in.height && x >= 0 && x < in.width;
-        if (!inside && outside) return outside;
-        y = std::clamp(y, 0, in.height - 1);
-        x = std::clamp(x, 0, in.width - 1);
-        return first + (static_cast<std::size_t>(y) * static_cast<std::size_t>(in.width) + static_cast<std::size_t>(x)) * bytes;
+    // The input pixels of a window whose outputs are this chunk's pixels, tap by tap: [kernel_h * kernel_w][count].
+    void list_window(const Step &window, const Shape &in, const Shape &out, const std::byte *base, int count,
+                     const void *outside) const {
+        const std::size_t image_bytes = static_cast<std::size_t>(in.pixels()) * pixel_bytes(in);
+        int image = pixels_[0] / out.pixels(), y = pixels_[0] % out.pixels() / out.width, x = pixels_[0] % out.width;
+        for (int i = 0; i < count; i++) {
+            const Square square{base + static_cast<std::size_t>(image) * image_bytes, y * window.stride - window.padding,
+                                x * window.stride - window.padding, window.kernel_h, window.kernel_w};
+            list_square(in, square, outside, taps_ + i, count);
+            if (++x < out.width) continue;
+            x = 0;
+            if (++y < out.height) continue;
+            y = 0;
+            image++;
+        }
     }
 
     // Flat indices of this chunk's pixels; returns how many.
@@ -182,10 +199,10 @@ class Item {
 
     void winograd() {
         const Layer &head = o_.layers[0];
-        const int t = kernels_.winograd + 2, first = chunk_ * o_.chunk;
+        const int t = head.winograd->m + 2, first = chunk_ * o_.chunk;
         const int tiles = std::min(o_.chunk, plan_.options.batch * o_.units - first);
         list_tile_inputs(head, t, first, tiles);
-        kernels_.input_transform({taps_, tiles, head.in.pitch(), scratch_ + o_.scratch.transformed});
+        head.winograd->input({taps_, tiles, head.in.pitch(), scratch_ + o_.scratch.transformed});
         list_transformed(head, t, tiles);
         const int count = list_tile_outputs(head, first, tiles);
         multiply_tiles(head, t, tiles);
@@ -197,7 +214,7 @@ class Item {
         int image, y, x;
     };
     Corner corner(const Layer &head, int tile) const {
-        const int m = kernels_.winograd, across = (head.out.width + m - 1) / m, at = tile % o_.units;
+        const int m = head.winograd->m, across = (head.out.width + m - 1) / m, at = tile % o_.units;
         return {tile / o_.units, at / across * m, at % across * m};
     }
 
@@ -205,18 +222,17 @@ class Item {
     void list_tile_inputs(const Layer &head, int t, int first, int tiles) const {
         const std::size_t bytes = pixel_bytes(head.in), image_bytes = static_cast<std::size_t>(head.in.pixels()) * bytes;
         Pointers to = taps_;
-        for (int tile = first; tile < first + tiles; tile++) {
+        for (int tile = first; tile < first + tiles; tile++, to += t * t) {
             const Corner c = corner(head, tile);
             const std::byte *const image = map(o_.source) + static_cast<std::size_t>(c.image) * image_bytes;
-            for (int y = c.y - 1; y < c.y - 1 + t; y++)
-                for (int x = c.x - 1; x < c.x - 1 + t; x++) *to++ = locate(image, head.in, y, x, bytes, zeros());
+            list_square(head.in, {image, c.y - 1, c.x - 1, t, t}, zeros(), to, 1);
         }
     }
 
     // The output pixels of each tile, [tiles][m * m] in out_[1], and what is added to them; those beyond the map go to a
     // spare pixel. Numbers the pixels inside and lists their outputs in out_[0]; returns how many there are.
     int list_tile_outputs(const Layer &head, int first, int tiles) const {
-        const int m = kernels_.winograd;
+        const int m = head.winograd->m;
         const std::size_t bytes = pixel_bytes(head.out);
         const bool tiled = head.map == kScratch;
         std::byte *const base = tiled ? scratch_ + o_.scratch.tile[0] : map(head.map);
@@ -260,7 +276,7 @@ class Item {
                 p.w = head.weight + static_cast<std::size_t>(position) * plane + static_cast<std::size_t>(first) * block;
                 multiply(p);
             }
-            kernels_.output_transform({products, tiles, kProductBlocks * kLane, p.blocks, step.bias + first * kLane,
+            head.winograd->output({products, tiles, kProductBlocks * kLane, p.blocks, step.bias + first * kLane,
                                        head.add < 0 ? nullptr : add_, out_[1], first * kLane, step.relu});
         }
     }

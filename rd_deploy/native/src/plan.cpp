@@ -217,19 +217,35 @@ class Builder {
         return map;
     }
 
+    // The convolution that costs least, in multiply-accumulates for the whole batch. Nothing here depends on the threads,
+    // so that no result does.
     void choose_winograd(Layer &layer) const {
         const Step &conv = *layer.step;
-        const int m = plan_->kernels.main->winograd, t = m + 2;
-        const bool possible = m > 0 && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.padding == 1;
+        const bool possible = conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.padding == 1;
         if (!possible || flag(RD_FLAG_NO_WINOGRAD)) return;
-        // Nothing here depends on the batch or the threads, so that no result does.
-        const double tiles = static_cast<double>(ceil_div(layer.out.height, m)) * ceil_div(layer.out.width, m);
-        // Multiply-accumulates per image; a transformed element costs about as much as kTransform of them.
-        constexpr double kTransform = 10;
-        const double in = layer.in.pitch(), out = layer.out.pitch();
-        const double transformed = tiles * t * t * (in * out + kTransform * (in + out));
-        layer.winograd = transformed < 9.0 * layer.out.pixels() * in * out;
+        double least = cost(layer, 9.0 * layer.out.pixels(), 9, 0);
+        for (const Winograd &form : plan_->kernels.main->winograd) {
+            if (form.m == 0) continue;
+            const double spots = (form.m + 2) * (form.m + 2), tiles = tiles_of(layer, form.m);
+            const double candidate = cost(layer, tiles * spots, spots, tiles * spots);
+            if (candidate < least) {
+                least = candidate;
+                layer.winograd = &form;
+            }
+        }
     }
+
+    // `rows`: pixels times taps that meet all weights, per image; `planes`: of weights; `transformed`: pixels, per image.
+    double cost(const Layer &layer, double rows, double planes, double transformed) const {
+        // A channel of a transformed pixel costs about as much as 10 multiply-accumulates, and a byte of weights, which
+        // come from memory once per run, as much as the 6 (fp32) or 12 (bf16) that are done meanwhile: fitted to the
+        // profiles in docs/engine.md.
+        constexpr double transform = 10, weight = 24;
+        const double in = layer.in.pitch(), out = layer.out.pitch();
+        return options().batch * (rows * in * out + transform * transformed * (in + out)) + weight * planes * in * out;
+    }
+
+    static int tiles_of(const Layer &layer, int m) { return ceil_div(layer.out.height, m) * ceil_div(layer.out.width, m); }
 
     // --- sharing the work out
 
@@ -289,8 +305,8 @@ class Builder {
             if (layer.map == kScratch) widest = std::max(widest, layer.out.pitch() * plan_->element);
         o.piece = std::clamp(static_cast<int>(kTileBytes / widest), kLeastPixels, kDirectPixels);
         if (head.winograd) {
-            const int m = plan_->kernels.main->winograd;
-            divide(ceil_div(head.out.height, m) * ceil_div(head.out.width, m), m == 2 ? kWinogradTiles : kWinogradTiles / 2);
+            const int m = head.winograd->m;
+            divide(tiles_of(head, m), m == 2 ? kWinogradTiles : kWinogradTiles / 2);
         } else {
             divide(head.out.pixels(), kDirectPixels);
         }
@@ -312,7 +328,7 @@ class Builder {
         };
         const std::size_t pointer = sizeof(void *), element = plan_->element, pixels = chunk_pixels(o);
         if (!o.layers.empty() && o.layers[0].winograd) {
-            const std::size_t m = index(plan_->kernels.main->winograd), spots = (m + 2) * (m + 2) * index(o.chunk);
+            const std::size_t m = index(o.layers[0].winograd->m), spots = (m + 2) * (m + 2) * index(o.chunk);
             s.taps = take(spots * pointer);
             s.transformed = take(spots * index(o.layers[0].in.pitch()) * element);
             s.products = take(spots * kProductBlocks * kLane * sizeof(float));
@@ -357,8 +373,8 @@ class Builder {
             default:
                 break;
         }
-        const int m = plan_->kernels.main->winograd;
-        return index(o.chunk) * (!o.layers.empty() && o.layers[0].winograd ? index(m * m) : 1);
+        const int m = !o.layers.empty() && o.layers[0].winograd ? o.layers[0].winograd->m : 1;
+        return index(o.chunk * m * m);
     }
 
     static std::size_t most_taps(const Operation &o) {
@@ -400,15 +416,15 @@ class Builder {
 
     // Planes [t * t] of [blocks] packed blocks of one tap each.
     void transform(Layer &layer) {
-        const Kernels &kernels = *plan_->kernels.main;
+        const Winograd &form = *layer.winograd;
         const Step &conv = *layer.step;
         const std::size_t block = index(conv.k_pitch) * kLane * plan_->element, plane = block * index(conv.blocks());
-        const std::size_t planes = index((kernels.winograd + 2) * (kernels.winograd + 2));
+        const std::size_t planes = index((form.m + 2) * (form.m + 2));
         Memory memory = allocate(planes * plane);
         const auto work = [&](int first, int step) {
             for (int n = first; n < conv.blocks(); n += step)
-                kernels.weight_transform({conv.weight + index(n) * conv.block_bytes(net().precision), conv.k_pitch,
-                                          memory.get() + index(n) * block, plane});
+                form.weight({conv.weight + index(n) * conv.block_bytes(net().precision), conv.k_pitch,
+                             memory.get() + index(n) * block, plane});
         };
         const int threads = std::min(options().threads, conv.blocks());
         std::vector<std::thread> others;
@@ -475,7 +491,7 @@ class Builder {
             info.macs += batch * macs * index(layer.out.pixels());
             info.flops += flops(o, layer);
             info.map_bytes += map_bytes(layer.map) + map_bytes(layer.add);
-            const std::size_t spots = layer.winograd ? index((plan_->kernels.main->winograd + 2) * (plan_->kernels.main->winograd + 2)) : index(step.taps);
+            const std::size_t t = layer.winograd ? index(layer.winograd->m + 2) : 0, spots = t > 0 ? t * t : index(step.taps);
             info.weight_bytes += spots * index(step.blocks()) * index(step.k_pitch) * kLane * plan_->element;
         }
         o.kernel = kernel_name(o);
@@ -487,7 +503,7 @@ class Builder {
         const Step &step = *layer.step;
         const std::size_t out = index(step.blocks() * kLane);
         if (layer.winograd) {
-            const std::size_t t = index(plan_->kernels.main->winograd + 2);
+            const std::size_t t = index(layer.winograd->m + 2);
             return 2 * index(options().batch) * index(o.units) * t * t * index(step.k) * out;
         }
         return 2 * index(options().batch) * index(layer.out.pixels()) * index(step.taps * step.k) * out;
@@ -514,8 +530,8 @@ class Builder {
             case OperationKind::linear:
                 return "linear";
         }
-        const std::string m = std::to_string(plan_->kernels.main->winograd);
-        const std::string head = o.layers[0].winograd ? "winograd " + m + "x" + m : "direct";
+        const std::string m = o.layers[0].winograd ? std::to_string(o.layers[0].winograd->m) : "";
+        const std::string head = m.empty() ? "direct" : "winograd " + m + "x" + m;
         return o.layers.size() > 1 ? "fused " + head : head;
     }
 

@@ -40,7 +40,7 @@ struct Layer {
     Shape in, out;
     int map = kScratch;       // its output, or kScratch
     int add = -1;             // map to be added
-    bool winograd = false;
+    const Winograd *winograd = nullptr;  // null: direct
     const std::byte *weight = nullptr;  // as in the file, or Winograd's planes
 };
 

@@ -144,8 +144,8 @@ void tiled_product(const Product &p) {
     }
 }
 
-constexpr Kernels kTiles = {RD_ISA_NAME, true,           2 * kRows,     0,   supports, tiled_product, nullptr, nullptr, nullptr,
-                            max_pool<Bf16>, average<Bf16>, interleave<Bf16>, begin, end};
+constexpr Kernels kTiles = {
+    RD_ISA_NAME, true, 2 * kRows, {}, supports, tiled_product, max_pool<Bf16>, average<Bf16>, interleave<Bf16>, begin, end};
 
 }  // namespace
 

@@ -55,9 +55,13 @@ struct Fp32 {
     static constexpr int per_step = 1;  // elements of k in one step of the inner loop
     static RD_INLINE Floats read(const void *from) { return load<Floats>(from); }
     static RD_INLINE void write(void *to, Floats x) { store(to, x); }
+    template <int Count> static RD_INLINE void write_row(void *to, const Floats *x) {
+        RD_UNROLL
+        for (int j = 0; j < Count; j++) store(static_cast<Floats *>(to) + j, x[j]);
+    }
     static RD_INLINE void write_one(void *to, float x) { store(to, x); }
     static RD_INLINE Floats spread(const void *a) { return broadcast(load<float>(a)); }
-    static RD_INLINE Floats dot(Floats sum, Floats a, const char *w) { return sum + a * load<Floats>(w); }
+    static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) { return sum + a * w; }
 };
 
 struct Bf16 {
@@ -75,6 +79,34 @@ struct Bf16 {
         store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
 #endif
     }
+    // Two neighbouring vectors at a time where there is an instruction for it.
+    template <int Count> static RD_INLINE void write_row(void *to, const Floats *x) {
+        RD_UNROLL
+        for (int j = 0; j < Count; j++) {
+#ifdef RD_TO_BF16_TWICE
+            if (j + 1 < Count) {
+                RD_TO_BF16_TWICE(static_cast<Halves *>(to) + j, x[j], x[j + 1]);
+                j++;
+                continue;
+            }
+#endif
+            write(static_cast<Halves *>(to) + j, x[j]);
+        }
+    }
+    // Elements 0, 2, 4, ... and 1, 3, 5, ... of two neighbouring vectors: cheaper to take apart than one half each.
+    static RD_INLINE void read_pairs(const void *from, Floats &even, Floats &odd) {
+        const Words pairs = load<Words>(from);
+        even = as_floats(pairs << 16);
+        odd = as_floats(pairs & 0xffff0000u);
+    }
+    static RD_INLINE void write_pairs(void *to, Floats even, Floats odd) {
+#ifdef RD_PAIRS_TO_BF16
+        RD_PAIRS_TO_BF16(to, even, odd);
+#else
+        const Words low = as_words(even), high = as_words(odd);
+        store(to, ((low + 0x7fffu + ((low >> 16) & 1u)) >> 16) | ((high + 0x7fffu + ((high >> 16) & 1u)) & 0xffff0000u));
+#endif
+    }
     static RD_INLINE void write_one(void *to, float x) {
         uint32_t bits;
         memcpy(&bits, &x, sizeof bits);
@@ -84,11 +116,11 @@ struct Bf16 {
         return as_floats(Words{} + load<uint32_t>(a));
     }
     // Each 32-bit lane of `a` and `w` holds two elements, the first one low.
-    static RD_INLINE Floats dot(Floats sum, Floats a, const char *w) {
+    static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) {
 #ifdef RD_DOT_BF16
-        return RD_DOT_BF16(sum, a, load<Floats>(w));
+        return RD_DOT_BF16(sum, a, w);
 #else
-        const Words x = as_words(a), y = load<Words>(w);
+        const Words x = as_words(a), y = as_words(w);
         sum += as_floats(x << 16) * as_floats(y << 16);
         return sum + as_floats(x & 0xffff0000u) * as_floats(y & 0xffff0000u);
 #endif
@@ -97,22 +129,35 @@ struct Bf16 {
 
 // --- matrix products
 
+// What a tile's pixels are written through. A copy in registers: the compiler must assume that stores change `p` itself.
+struct Ending {
+    const void *const *add;
+    void *const *out;
+    int offset;
+    bool relu;
+};
+
 template <class Element, int Pixels, int Blocks>
-RD_INLINE void finish(const Product &p, Floats (&sum)[Pixels][Blocks * kParts], int pixel, int block) {
+RD_INLINE void finish(const Ending &e, Floats (&sum)[Pixels][Blocks * kParts]) {
     RD_UNROLL
     for (int i = 0; i < Pixels; i++) {
-        RD_UNROLL
-        for (int j = 0; j < Blocks * kParts; j++) {
-            const int n = p.offset + block * 16 + j * kLanes;
-            Floats x = sum[i][j];
-            if (p.add) x += Element::read(static_cast<const char *>(p.add[pixel + i]) + n * Element::bytes);
-            if (p.relu) x = positive(x);
-            if (p.raw)
-                store(static_cast<float *>(p.out[pixel + i]) + n, x);
-            else
-                Element::write(static_cast<char *>(p.out[pixel + i]) + n * Element::bytes, x);
+        char *const out = static_cast<char *>(e.out[i]) + e.offset * Element::bytes;
+        if (e.add) {
+            const char *const add = static_cast<const char *>(e.add[i]) + e.offset * Element::bytes;
+            RD_UNROLL
+            for (int j = 0; j < Blocks * kParts; j++) sum[i][j] += Element::read(add + j * kLanes * Element::bytes);
         }
+        if (e.relu) {
+            RD_UNROLL
+            for (int j = 0; j < Blocks * kParts; j++) sum[i][j] = positive(sum[i][j]);
+        }
+        Element::template write_row<Blocks * kParts>(out, sum[i]);
     }
+}
+
+template <int Pixels, int Registers> RD_INLINE void finish_raw(const Ending &e, Floats (&sum)[Pixels][Registers]) {
+    RD_UNROLL
+    for (int i = 0; i < Pixels; i++) Fp32::write_row<Registers>(static_cast<float *>(e.out[i]) + e.offset, sum[i]);
 }
 
 // The register tile: Pixels x (16 * Blocks) outputs, each weight read once for all pixels.
@@ -126,7 +171,7 @@ template <class Element, int Pixels, int Blocks> void tile(const Product &p, int
         for (int i = 0; i < Pixels; i++) sum[i][j] = bias;
     }
     const int steps = (p.k + Element::per_step - 1) / Element::per_step;
-    const size_t tap_bytes = static_cast<size_t>(p.k_pitch) * 16 * Element::bytes;
+    const size_t tap_bytes = static_cast<size_t>(p.k_pitch) * 16 * Element::bytes, w_block = p.w_block;
     const char *const first = static_cast<const char *>(p.w) + block * p.w_block;
     for (int t = 0; t < p.taps; t++) {
         const char *a[Pixels];
@@ -135,16 +180,23 @@ template <class Element, int Pixels, int Blocks> void tile(const Product &p, int
             a[i] = static_cast<const char *>(p.a[static_cast<size_t>(t) * p.a_pitch + pixel + i]);
         const char *w = first + t * tap_bytes;
         for (int s = 0; s < steps; s++, w += 64) {
+            Floats weights[registers];
+            RD_UNROLL
+            for (int j = 0; j < registers; j++)
+                weights[j] = load<Floats>(w + (j / kParts) * w_block + (j % kParts) * RD_VECTOR_BYTES);
             RD_UNROLL
             for (int i = 0; i < Pixels; i++) {
                 const Floats x = Element::spread(a[i] + s * 4);
                 RD_UNROLL
-                for (int j = 0; j < registers; j++)
-                    sum[i][j] = Element::dot(sum[i][j], x, w + (j / kParts) * p.w_block + (j % kParts) * RD_VECTOR_BYTES);
+                for (int j = 0; j < registers; j++) sum[i][j] = Element::dot(sum[i][j], x, weights[j]);
             }
         }
     }
-    finish<Element, Pixels, Blocks>(p, sum, pixel, block);
+    const Ending ending{p.add ? p.add + pixel : nullptr, p.out + pixel, p.offset + block * 16, p.relu};
+    if (p.raw)
+        finish_raw(ending, sum);
+    else
+        finish<Element, Pixels, Blocks>(ending, sum);
 }
 
 // Lists that are no multiple of the tile are cut into nearly equal tiles; `pixels` is from 1 to RD_TILE_PIXELS.
@@ -231,22 +283,54 @@ struct Four {
     }
 };
 
+template <class Form> RD_INLINE void transform_in(Floats *d) {
+    constexpr int t = Form::t;
+    Floats e[t * t];
+    RD_UNROLL
+    for (int i = 0; i < t; i++) Form::input(d + i, t, e + i);
+    RD_UNROLL
+    for (int i = 0; i < t; i++) Form::input(e + i * t, 1, d + i * t);
+}
+
+template <class Form> RD_INLINE void transform_channels(Fp32, const void *const *in, int byte, char *out, size_t plane) {
+    constexpr int spots = Form::t * Form::t;
+    Floats d[spots];
+    RD_UNROLL
+    for (int i = 0; i < spots; i++) d[i] = load<Floats>(static_cast<const char *>(in[i]) + byte);
+    transform_in<Form>(d);
+    RD_UNROLL
+    for (int i = 0; i < spots; i++) store(out + i * plane, d[i]);
+}
+
+template <class Form> RD_INLINE void transform_channels(Bf16, const void *const *in, int byte, char *out, size_t plane) {
+    constexpr int spots = Form::t * Form::t;
+    Floats even[spots], odd[spots];
+    RD_UNROLL
+    for (int i = 0; i < spots; i++) Bf16::read_pairs(static_cast<const char *>(in[i]) + byte, even[i], odd[i]);
+    transform_in<Form>(even);
+    transform_in<Form>(odd);
+    RD_UNROLL
+    for (int i = 0; i < spots; i++) Bf16::write_pairs(out + i * plane, even[i], odd[i]);
+}
+
+// A register of elements at a time. Where that is 32 bfloat16 and 16 channels are left, they go half by half.
 template <class Element, class Form> void input_transform(const InputTransform &p) {
     constexpr int t = Form::t;
-    const size_t plane = static_cast<size_t>(p.tiles) * p.channels * Element::bytes;
+    const size_t pixel = static_cast<size_t>(p.channels) * Element::bytes, plane = pixel * static_cast<size_t>(p.tiles);
+    const int bytes = p.channels * Element::bytes;
     for (int tile = 0; tile < p.tiles; tile++) {
-        const void *const *in = p.in + static_cast<size_t>(tile) * t * t;
-        char *out = static_cast<char *>(p.out) + static_cast<size_t>(tile) * p.channels * Element::bytes;
-        for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
-            Floats d[t * t], e[t * t];
+        const void *const *const in = p.in + static_cast<size_t>(tile) * t * t;
+        char *const out = static_cast<char *>(p.out) + static_cast<size_t>(tile) * pixel;
+        int byte = 0;
+        for (; byte + RD_VECTOR_BYTES <= bytes; byte += RD_VECTOR_BYTES)
+            transform_channels<Form>(Element(), in, byte, out + byte, plane);
+        for (; byte < bytes; byte += kLanes * Element::bytes) {
+            Floats d[t * t];
             RD_UNROLL
-            for (int i = 0; i < t * t; i++) d[i] = Element::read(static_cast<const char *>(in[i]) + c);
+            for (int i = 0; i < t * t; i++) d[i] = Element::read(static_cast<const char *>(in[i]) + byte);
+            transform_in<Form>(d);
             RD_UNROLL
-            for (int i = 0; i < t; i++) Form::input(d + i, t, e + i);
-            RD_UNROLL
-            for (int i = 0; i < t; i++) Form::input(e + i * t, 1, d + i * t);
-            RD_UNROLL
-            for (int i = 0; i < t * t; i++) Element::write(out + i * plane + c, d[i]);
+            for (int i = 0; i < t * t; i++) Element::write(out + byte + i * plane, d[i]);
         }
     }
 }
@@ -347,16 +431,17 @@ template <class Element> void interleave(const Interleave &p) {
     }
 }
 
-template <class Element, class Form> constexpr Kernels table(bool bf16) {
+template <class Element, class Form> constexpr Winograd winograd() {
+    return {Form::m, input_transform<Element, Form>, output_transform<Element, Form>, weight_transform<Element, Form>};
+}
+
+template <class Element> constexpr Kernels table(bool bf16, Winograd large) {
     return {RD_ISA_NAME,
             bf16,
             RD_TILE_PIXELS,
-            Form::m,
+            {winograd<Element, Two>(), large},
             nullptr,
             product<Element>,
-            input_transform<Element, Form>,
-            output_transform<Element, Form>,
-            weight_transform<Element, Form>,
             max_pool<Element>,
             average<Element>,
             interleave<Element>,
@@ -364,7 +449,8 @@ template <class Element, class Form> constexpr Kernels table(bool bf16) {
             nullptr};
 }
 
-constexpr Kernels kFp32 = table<Fp32, Four>(false), kBf16 = table<Bf16, Two>(true);
+[[maybe_unused]] constexpr Kernels kFp32 = table<Fp32>(false, winograd<Fp32, Four>());
+[[maybe_unused]] constexpr Kernels kBf16 = table<Bf16>(true, {});
 
 }  // namespace
 }  // namespace rd

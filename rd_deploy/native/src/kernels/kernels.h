@@ -74,20 +74,25 @@ struct Interleave {
     void *out;             // [width][channels]
 };
 
+// Transforms of one F(m x m, 3 x 3).
+struct Winograd {
+    int m;
+    void (*input)(const InputTransform &);
+    void (*output)(const OutputTransform &);
+    void (*weight)(const WeightTransform &);
+};
+
 struct Kernels {
     const char *isa;
     bool bf16;
-    int pixels;           // of one register tile: lists of a multiple of this run best
-    int winograd;         // m, or 0 when this table has no Winograd transforms
+    int pixels;            // of one register tile: lists of a multiple of this run best
+    Winograd winograd[2];  // m = 0: none
     bool (*supports)(const Product &);  // null: everything
     void (*product)(const Product &);
-    void (*input_transform)(const InputTransform &);
-    void (*output_transform)(const OutputTransform &);
-    void (*weight_transform)(const WeightTransform &);
     void (*max_pool)(const MaxPool &);
     void (*average)(const Average &);
     void (*interleave)(const Interleave &);
-    void (*begin)();      // before a thread's first product of a run, and after its last; null: nothing to do
+    void (*begin)();       // before a thread's first product, and after its last; null: nothing to do
     void (*end)();
 };
 
