@@ -2,47 +2,86 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 namespace rd {
 namespace {
 
 using Pointers = const void **;
 
-// One item of one operation: where everything lies, and the steps that every kind of operation is made of.
-class Item {
+// A map as it lies in memory: whole, or as a ring of rows of one image.
+struct View {
+    std::byte *base;
+    std::size_t image, row, pixel;  // bytes from one to the next
+    int rows;                       // of the ring; 0: whole
+
+    std::byte *row_at(int number, int y) const {
+        const int at = rows > 0 ? y % rows : y;
+        return base + static_cast<std::size_t>(number) * image + static_cast<std::size_t>(at) * row;
+    }
+};
+
+// One operation, or one part of a streamed one, on one thread: where everything lies, and how it is computed.
+class Work {
   public:
-    Item(const Run &run, const Operation &operation, int item, int thread)
+    Work(const Run &run, const Operation &operation, std::byte *scratch)
         : run_(run),
           plan_(*run.plan),
           o_(operation),
           kernels_(*plan_.kernels.main),
           element_(plan_.element),
-          chunk_(item % operation.chunks),
-          slice_(item / operation.chunks) {
-        const Buffer &buffer = plan_.buffers[static_cast<std::size_t>(operation.scratch_buffer)];
-        scratch_ = run.arena + buffer.offset + static_cast<std::size_t>(thread) * operation.scratch.bytes;
-        taps_ = pointers(operation.scratch.taps);
-        out_[0] = outputs(operation.scratch.out[0]);
-        out_[1] = outputs(operation.scratch.out[1]);
-        add_ = pointers(operation.scratch.add);
-        pixels_ = reinterpret_cast<int *>(scratch_ + operation.scratch.pixels);
-    }
+          scratch_(scratch),
+          taps_(pointers(operation.scratch.taps)),
+          add_(pointers(operation.scratch.add)),
+          out_{outputs(operation.scratch.out[0]), outputs(operation.scratch.out[1])},
+          pixels_(reinterpret_cast<int *>(scratch + operation.scratch.pixels)) {}
 
-    void execute() {
+    void execute(int item) {
+        const int chunk = item % o_.chunks;
+        slice_ = item / o_.chunks;
         switch (o_.kind) {
             case OperationKind::stem:
-                return stem();
+                return stem(chunk);
             case OperationKind::convolution:
-                return o_.layers[0].winograd ? winograd() : convolution();
+                return convolution(chunk * o_.chunk, std::min(o_.chunk, plan_.options.batch * o_.units - chunk * o_.chunk));
             case OperationKind::convolution_average:
-                return convolution_average();
+                return convolution_average(chunk);
             case OperationKind::max_pool:
-                return max_pool();
+                return max_pool(chunk);
             case OperationKind::average:
-                return average();
+                return average(chunk);
             case OperationKind::linear:
-                return linear();
+                return linear(chunk);
+            case OperationKind::streamed:
+                break;  // `stream` runs its parts
         }
+    }
+
+    // A part of a streamed operation: forget the rows of the last band, and begin at row `y` of an image.
+    void begin_band(int image, int y) {
+        row_ = y;
+        if (o_.kind == OperationKind::stem) begin_stem(image);
+        image_ = image;
+    }
+    // The next rows that it will make, and the rows of its input that they need.
+    int next_row() const { return row_; }
+    int input_rows() const {
+        const Step &window = *o_.layers[0].step;
+        const int last = std::min(row_ + o_.step_rows, o_.out().height) - 1;
+        return std::min(last * window.stride - window.padding + window.kernel_h, o_.in.height);
+    }
+    int first_input_row(int y) const { return std::max(y * o_.layers[0].step->stride - o_.layers[0].step->padding, 0); }
+    int step_rows() const { return o_.step_rows; }
+
+    void make_rows() {
+        if (o_.kind == OperationKind::stem) {
+            stem_row(row_);
+        } else {
+            const int across = (o_.layers[0].out.width + o_.step_rows - 1) / o_.step_rows;
+            const int first = image_ * o_.units + row_ / o_.step_rows * across;
+            for (int unit = 0; unit < across; unit += o_.chunk) convolution(first + unit, std::min(o_.chunk, across - unit));
+        }
+        row_ += o_.step_rows;
     }
 
   private:
@@ -51,10 +90,15 @@ class Item {
     std::size_t pixel_bytes(const Shape &shape) const { return static_cast<std::size_t>(shape.pitch()) * element_; }
     const std::byte *zeros() const { return plan_.zeros.get(); }
 
-    std::byte *map(int number) const {
-        const Map &map = plan_.maps[static_cast<std::size_t>(number)];
-        return run_.arena + plan_.buffers[static_cast<std::size_t>(map.buffer)].offset;
+    View view(int map, const Shape &shape, const Ring &ring) const {
+        const std::size_t pixel = pixel_bytes(shape), row = static_cast<std::size_t>(shape.width) * pixel;
+        if (map == kRing) return {scratch_ + ring.offset, 0, row, pixel, ring.rows};
+        const int buffer = plan_.maps[static_cast<std::size_t>(map)].buffer;
+        std::byte *const base = run_.arena + plan_.buffers[static_cast<std::size_t>(buffer)].offset;
+        return {base, static_cast<std::size_t>(shape.height) * row, row, pixel, 0};
     }
+    View source() const { return view(o_.source, o_.in, o_.in_ring); }
+    View destination(int map, const Shape &shape) const { return view(map, shape, o_.out_ring); }
 
     void multiply(const Product &product) const {
         const bool main = !kernels_.supports || kernels_.supports(product);
@@ -83,59 +127,63 @@ class Item {
     // --- lists of pixels
 
     // Pointers for the outputs of a layer on this chunk's pixels from `first` on: into its map, or a tile in scratch.
-    void list_outputs(int map_number, const Shape &shape, std::size_t tile, int first, int count, void **out) const {
-        const std::size_t bytes = pixel_bytes(shape);
-        if (map_number == kScratch) {
-            std::byte *at = scratch_ + tile;
-            for (int i = 0; i < count; i++, at += bytes) out[i] = at;
-            return;
-        }
-        std::byte *const base = map(map_number);
-        for (int i = 0; i < count; i++) out[i] = base + static_cast<std::size_t>(pixels_[first + i]) * bytes;
+    void list_outputs(int map, const Shape &shape, std::size_t tile, int first, int count, void **out) const {
+        if (map != kScratch) return list_pixels(destination(map, shape), shape, first, count, const_cast<const void **>(out));
+        std::byte *at = scratch_ + tile;
+        for (int i = 0; i < count; i++, at += pixel_bytes(shape)) out[i] = at;
     }
 
     const void *const *list_added(const Layer &layer, int first, int count) const {
         if (layer.add < 0) return nullptr;
-        const std::byte *const base = map(layer.add);
-        const std::size_t bytes = pixel_bytes(layer.out);
-        for (int i = 0; i < count; i++) add_[i] = base + static_cast<std::size_t>(pixels_[first + i]) * bytes;
+        list_pixels(destination(layer.add, layer.out), layer.out, first, count, add_);
         return add_;
     }
 
-    // A square of a map, whose corner may lie outside.
+    // Numbered pixels of a map.
+    void list_pixels(const View &map, const Shape &shape, int first, int count, Pointers to) const {
+        if (map.rows == 0) {
+            for (int i = 0; i < count; i++) to[i] = map.base + static_cast<std::size_t>(pixels_[first + i]) * map.pixel;
+            return;
+        }
+        for (int i = 0; i < count; i++) {
+            const int pixel = pixels_[first + i] % shape.pixels();
+            to[i] = map.row_at(0, pixel / shape.width) + static_cast<std::size_t>(pixel % shape.width) * map.pixel;
+        }
+    }
+
+    // A square of an image's map, whose corner may lie outside.
     struct Square {
-        const std::byte *image;  // the map's first pixel
-        int y, x, height, width;
+        int image, y, x, height, width;
     };
 
     // Pointers to a square's pixels, row by row, each `step` further in `to`. What lies outside the map is `outside`;
     // null: the nearest pixel inside.
-    void list_square(const Shape &map, const Square &square, const void *outside, Pointers to, int step) const {
-        const auto bytes = static_cast<std::ptrdiff_t>(pixel_bytes(map)), row = bytes * map.width;
-        const std::byte *first = square.image + square.y * row + square.x * bytes;
-        const bool within = square.y >= 0 && square.x >= 0 && square.y + square.height <= map.height && square.x + square.width <= map.width;
-        if (within) {
-            for (int y = 0; y < square.height; y++, first += row)
-                for (int x = 0; x < square.width; x++, to += step) *to = first + x * bytes;
-            return;
-        }
-        for (int y = square.y; y < square.y + square.height; y++)
-            for (int x = square.x; x < square.x + square.width; x++, to += step) {
-                const bool inside = y >= 0 && y < map.height && x >= 0 && x < map.width;
-                const bool zero = !inside && outside;
-                *to = zero ? outside : square.image + std::clamp(y, 0, map.height - 1) * row + std::clamp(x, 0, map.width - 1) * bytes;
+    static void list_square(const View &map, const Shape &shape, const Square &square, const void *outside, Pointers to, int step) {
+        const bool within = square.x >= 0 && square.x + square.width <= shape.width;
+        for (int y = square.y; y < square.y + square.height; y++) {
+            const bool row_inside = y >= 0 && y < shape.height;
+            const std::byte *const row = map.row_at(square.image, std::clamp(y, 0, shape.height - 1));
+            if (within && (row_inside || !outside)) {
+                const std::byte *at = row + static_cast<std::size_t>(square.x) * map.pixel;
+                for (int x = 0; x < square.width; x++, to += step, at += map.pixel) *to = at;
+                continue;
             }
+            for (int x = square.x; x < square.x + square.width; x++, to += step) {
+                const bool inside = row_inside && x >= 0 && x < shape.width;
+                const bool zero = !inside && outside;
+                *to = zero ? outside : row + static_cast<std::size_t>(std::clamp(x, 0, shape.width - 1)) * map.pixel;
+            }
+        }
     }
 
     // The input pixels of a window whose outputs are this chunk's pixels, tap by tap: [kernel_h * kernel_w][count].
-    void list_window(const Step &window, const Shape &in, const Shape &out, const std::byte *base, int count,
-                     const void *outside) const {
-        const std::size_t image_bytes = static_cast<std::size_t>(in.pixels()) * pixel_bytes(in);
+    void list_window(const Step &window, const Shape &out, int count, const void *outside) const {
+        const View in = source();
         int image = pixels_[0] / out.pixels(), y = pixels_[0] % out.pixels() / out.width, x = pixels_[0] % out.width;
         for (int i = 0; i < count; i++) {
-            const Square square{base + static_cast<std::size_t>(image) * image_bytes, y * window.stride - window.padding,
-                                x * window.stride - window.padding, window.kernel_h, window.kernel_w};
-            list_square(in, square, outside, taps_ + i, count);
+            const Square square{image, y * window.stride - window.padding, x * window.stride - window.padding,
+                                window.kernel_h, window.kernel_w};
+            list_square(in, o_.in, square, outside, taps_ + i, count);
             if (++x < out.width) continue;
             x = 0;
             if (++y < out.height) continue;
@@ -144,20 +192,18 @@ class Item {
         }
     }
 
-    // Flat indices of this chunk's pixels; returns how many.
-    int number_pixels(int units) const {
-        const int first = chunk_ * o_.chunk;
-        const int count = std::min(o_.chunk, plan_.options.batch * units - first);
+    void number_pixels(int first, int count) const {
         for (int i = 0; i < count; i++) pixels_[i] = first + i;
-        return count;
     }
 
     // --- convolutions
 
-    void convolution() {
+    // Some units of the batch: pixels of the first layer's output, or Winograd's tiles of it.
+    void convolution(int first, int count) {
         const Layer &head = o_.layers[0];
-        const int count = number_pixels(o_.units);
-        list_window(*head.step, head.in, head.out, map(o_.source), count, zeros());
+        if (head.winograd) return winograd(first, count);
+        number_pixels(first, count);
+        list_window(*head.step, head.out, count, zeros());
         list_outputs(head.map, head.out, o_.scratch.tile[0], 0, count, out_[0]);
         Product p = product(head, taps_, count, count, out_[0]);
         p.add = list_added(head, 0, count);
@@ -197,10 +243,9 @@ class Item {
 
     // --- Winograd's convolution
 
-    void winograd() {
+    void winograd(int first, int tiles) {
         const Layer &head = o_.layers[0];
-        const int t = head.winograd->m + 2, first = chunk_ * o_.chunk;
-        const int tiles = std::min(o_.chunk, plan_.options.batch * o_.units - first);
+        const int t = head.winograd->m + 2;
         list_tile_inputs(head, t, first, tiles);
         head.winograd->input({taps_, tiles, head.in.pitch(), scratch_ + o_.scratch.transformed});
         list_transformed(head, t, tiles);
@@ -220,12 +265,11 @@ class Item {
 
     // The input pixels of each tile, [tiles][t * t].
     void list_tile_inputs(const Layer &head, int t, int first, int tiles) const {
-        const std::size_t bytes = pixel_bytes(head.in), image_bytes = static_cast<std::size_t>(head.in.pixels()) * bytes;
+        const View in = source();
         Pointers to = taps_;
         for (int tile = first; tile < first + tiles; tile++, to += t * t) {
             const Corner c = corner(head, tile);
-            const std::byte *const image = map(o_.source) + static_cast<std::size_t>(c.image) * image_bytes;
-            list_square(head.in, {image, c.y - 1, c.x - 1, t, t}, zeros(), to, 1);
+            list_square(in, head.in, {c.image, c.y - 1, c.x - 1, t, t}, zeros(), to, 1);
         }
     }
 
@@ -233,23 +277,24 @@ class Item {
     // spare pixel. Numbers the pixels inside and lists their outputs in out_[0]; returns how many there are.
     int list_tile_outputs(const Layer &head, int first, int tiles) const {
         const int m = head.winograd->m;
-        const std::size_t bytes = pixel_bytes(head.out);
-        const bool tiled = head.map == kScratch;
-        std::byte *const base = tiled ? scratch_ + o_.scratch.tile[0] : map(head.map);
-        const std::byte *const added = head.add < 0 ? nullptr : map(head.add);
+        const bool tiled = head.map == kScratch, adds = head.add >= 0;
+        const View out = tiled ? View{scratch_ + o_.scratch.tile[0], 0, 0, pixel_bytes(head.out), 0} : destination(head.map, head.out);
+        const View added = adds ? destination(head.add, head.out) : out;
         int count = 0, listed = 0;
         for (int tile = first; tile < first + tiles; tile++) {
             const Corner c = corner(head, tile);
             for (int i = 0; i < m * m; i++, listed++) {
                 const int y = c.y + i / m, x = c.x + i % m;
-                const bool inside = y < head.out.height && x < head.out.width;
-                const int pixel = (c.image * head.out.height + y) * head.out.width + x;
-                void *const out = inside ? base + static_cast<std::size_t>(tiled ? count : pixel) * bytes : scratch_ + o_.scratch.spare;
-                out_[1][listed] = out;
-                if (added) add_[listed] = inside ? added + static_cast<std::size_t>(pixel) * bytes : zeros();
-                if (!inside) continue;
-                pixels_[count] = pixel;
-                out_[0][count++] = out;
+                const std::size_t across = static_cast<std::size_t>(x) * out.pixel;
+                if (y >= head.out.height || x >= head.out.width) {
+                    out_[1][listed] = scratch_ + o_.scratch.spare;
+                    if (adds) add_[listed] = zeros();
+                    continue;
+                }
+                if (adds) add_[listed] = added.row_at(c.image, y) + across;
+                out_[1][listed] = tiled ? out.base + static_cast<std::size_t>(count) * out.pixel : out.row_at(c.image, y) + across;
+                pixels_[count] = (c.image * head.out.height + y) * head.out.width + x;
+                out_[0][count++] = out_[1][listed];
             }
         }
         return count;
@@ -295,51 +340,50 @@ class Item {
 
     // --- pooling and the classifier
 
-    void max_pool() {
-        const int count = number_pixels(o_.units);
-        list_window(*o_.pool, o_.in, o_.pooled, map(o_.source), count, nullptr);
+    void max_pool(int chunk) {
+        const int first = chunk * o_.chunk, count = std::min(o_.chunk, plan_.options.batch * o_.units - first);
+        number_pixels(first, count);
+        list_window(*o_.pool, o_.pooled, count, nullptr);
         list_outputs(o_.pool_map, o_.pooled, 0, 0, count, out_[0]);
         kernels_.max_pool({taps_, o_.pool->kernel_h * o_.pool->kernel_w, count, o_.in.pitch(), out_[0]});
     }
 
-    // All pixels of this chunk's image.
+    // All pixels of one image.
     void list_image(int image) const {
-        const std::byte *at = map(o_.source) + static_cast<std::size_t>(image) * static_cast<std::size_t>(o_.in.pixels()) * pixel_bytes(o_.in);
-        for (int i = 0; i < o_.in.pixels(); i++, at += pixel_bytes(o_.in)) taps_[i] = at;
+        number_pixels(image * o_.in.pixels(), o_.in.pixels());
+        list_pixels(source(), o_.in, 0, o_.in.pixels(), taps_);
     }
 
-    void average() {
-        list_image(chunk_);
-        std::byte *const out = map(o_.pool_map) + static_cast<std::size_t>(chunk_) * pixel_bytes(o_.pooled);
-        kernels_.average({taps_, o_.in.pixels(), o_.in.pitch(), out});
+    void average(int image) {
+        list_image(image);
+        kernels_.average({taps_, o_.in.pixels(), o_.in.pitch(), destination(o_.pool_map, o_.pooled).row_at(image, 0)});
     }
 
     // A 1x1 convolution for a slice of its outputs on all pixels of an image, averaged at once: its map never exists.
-    void convolution_average() {
+    void convolution_average(int image) {
         const Layer &layer = o_.layers[0];
         const int count = o_.in.pixels();
-        list_image(chunk_);
-        for (int i = 0; i < count; i++) pixels_[i] = chunk_ * count + i;
+        list_image(image);
         Product p = product(layer, taps_, count, count, out_[0]);
-        p.add = list_added(layer, 0, count);
         take_slice(p, layer);
-        const std::size_t bytes = static_cast<std::size_t>(p.blocks * kLane) * element_;
-        std::byte *const tile = scratch_ + o_.scratch.tile[0];
-        // The product writes output n at offset + n of a pixel, of which the tile holds the slice only.
         const std::size_t before = static_cast<std::size_t>(p.offset) * element_;
-        for (int i = 0; i < count; i++) out_[0][i] = tile + static_cast<std::size_t>(i) * bytes - before;
+        const std::size_t bytes = static_cast<std::size_t>(p.blocks * kLane) * element_;
+        if (list_added(layer, 0, count)) {
+            for (int i = 0; i < count; i++) add_[i] = static_cast<const std::byte *>(add_[i]) + before;
+            p.add = add_;
+        }
+        p.offset = 0;
+        for (int i = 0; i < count; i++) out_[0][i] = scratch_ + o_.scratch.tile[0] + static_cast<std::size_t>(i) * bytes;
         multiply(p);
-        for (int i = 0; i < count; i++) out_[0][i] = tile + static_cast<std::size_t>(i) * bytes;
-        std::byte *const out = map(o_.pool_map) + static_cast<std::size_t>(chunk_) * pixel_bytes(o_.pooled) + before;
-        kernels_.average({out_[0], count, p.blocks * kLane, out});
+        kernels_.average({out_[0], count, p.blocks * kLane, destination(o_.pool_map, o_.pooled).row_at(image, 0) + before});
     }
 
     // Logits are not padded to whole blocks as maps are, so they pass through a tile.
-    void linear() {
+    void linear(int chunk) {
         const Layer &layer = o_.layers[0];
-        const int first = chunk_ * o_.chunk, count = std::min(o_.chunk, plan_.options.batch - first);
-        const std::byte *at = map(o_.source) + static_cast<std::size_t>(first) * pixel_bytes(o_.in);
-        for (int i = 0; i < count; i++, at += pixel_bytes(o_.in)) taps_[i] = at;
+        const int first = chunk * o_.chunk, count = std::min(o_.chunk, plan_.options.batch - first);
+        number_pixels(first, count);
+        list_pixels(source(), o_.in, 0, count, taps_);
         Product p = product(layer, taps_, count, count, out_[0]);
         take_slice(p, layer);
         const int offset = p.offset, width = p.blocks * kLane;
@@ -354,25 +398,31 @@ class Item {
                         tile + i * width, static_cast<std::size_t>(kept) * sizeof(float));
     }
 
-    // --- the stem: a band of rows of one image
+    // --- the stem: rows of one image, from top to bottom
 
-    void stem() {
+    void stem(int chunk) {
+        const int bands = o_.chunks / plan_.options.batch, band = chunk % bands;
+        begin_stem(chunk / bands);
+        for (int y = band * o_.chunk; y < std::min((band + 1) * o_.chunk, o_.units); y++) stem_row(y);
+    }
+
+    void begin_stem(int image) {
+        const std::size_t rows = static_cast<std::size_t>(o_.layers[0].step->kernel_h) + 1;
+        std::memset(scratch_ + o_.scratch.images, 0, image_row_bytes() * rows);
+        image_ = image;
+        next_image_row_ = next_conv_row_ = 0;
+    }
+
+    void stem_row(int y) {
         const Layer &conv = o_.layers[0];
-        const int bands = o_.chunks / plan_.options.batch, band = chunk_ % bands;
-        image_ = chunk_ / bands;
-        const int last = std::min((band + 1) * o_.chunk, o_.units);
-        std::memset(scratch_ + o_.scratch.images, 0, image_row_bytes() * static_cast<std::size_t>(conv.step->kernel_h + 1));
-        next_image_row_ = next_row_ = 0;
-        for (int y = band * o_.chunk; y < last; y++) {
-            const Shape &out = o_.pool ? o_.pooled : conv.out;
-            for (int x = 0; x < out.width; x++) pixels_[x] = (image_ * out.height + y) * out.width + x;
-            list_outputs(o_.pool ? o_.pool_map : conv.map, out, o_.scratch.tile[0], 0, out.width, out_[0]);
-            if (o_.pool)
-                pool_row(y);
-            else
-                image_convolution(y, out_[0]);
-            further_layers(out.width);
-        }
+        const Shape &out = o_.pool ? o_.pooled : conv.out;
+        number_pixels((image_ * out.height + y) * out.width, out.width);
+        list_outputs(o_.pool ? o_.pool_map : conv.map, out, o_.scratch.tile[0], 0, out.width, out_[0]);
+        if (o_.pool)
+            pool_row(y);
+        else
+            image_convolution(y, out_[0]);
+        further_layers(out.width);
     }
 
     std::size_t image_row_bytes() const { return stem_row_elements(o_) * element_; }
@@ -411,9 +461,9 @@ class Item {
         const Shape &rows = o_.layers[0].out;
         const Step &pool = *o_.pool;
         const int top = y * pool.stride - pool.padding;
-        for (next_row_ = std::max(next_row_, std::max(top, 0)); next_row_ < std::min(top + pool.kernel_h, rows.height); next_row_++) {
-            for (int x = 0; x < rows.width; x++) out_[1][x] = row_pixel(next_row_, x);
-            image_convolution(next_row_, out_[1]);
+        for (next_conv_row_ = std::max(next_conv_row_, std::max(top, 0)); next_conv_row_ < std::min(top + pool.kernel_h, rows.height); next_conv_row_++) {
+            for (int x = 0; x < rows.width; x++) out_[1][x] = row_pixel(next_conv_row_, x);
+            image_convolution(next_conv_row_, out_[1]);
         }
         const int width = o_.pooled.width;
         for (int ky = 0; ky < pool.kernel_h; ky++)
@@ -435,18 +485,57 @@ class Item {
     const Operation &o_;
     const Kernels &kernels_;
     const std::size_t element_;
-    const int chunk_, slice_;
-    std::byte *scratch_;
-    Pointers taps_, add_;
-    void **out_[2];
-    int *pixels_;
-    int image_ = 0, next_image_row_ = 0, next_row_ = 0;  // the stem's
+    std::byte *const scratch_;
+    const Pointers taps_, add_;
+    void **const out_[2];
+    int *const pixels_;
+    int slice_ = 0;
+    int image_ = 0, row_ = 0;                        // a part's: the image in work and the next rows to make
+    int next_image_row_ = 0, next_conv_row_ = 0;     // the stem's: rows that are not yet in their rings
 };
+
+// A band of rows of a streamed operation's last part; each part makes rows when the next one needs them.
+class Band {
+  public:
+    Band(const Run &run, const Operation &operation, std::byte *scratch) : parts_(static_cast<int>(operation.parts.size())) {
+        for (int i = 0; i < parts_; i++) works_[i].emplace(run, operation.parts[static_cast<std::size_t>(i)], scratch);
+    }
+
+    void run(int image, int first, int last) {
+        for (int part = parts_ - 1, y = first; part >= 0; part--) {
+            Work &work = *works_[part];
+            y = y / work.step_rows() * work.step_rows();
+            work.begin_band(image, y);
+            y = work.first_input_row(y);
+        }
+        make_until(parts_ - 1, last);
+    }
+
+  private:
+    void make_until(int part, int row) {
+        Work &work = *works_[part];
+        while (work.next_row() < row) {
+            if (part > 0) make_until(part - 1, work.input_rows());
+            work.make_rows();
+        }
+    }
+
+    const int parts_;
+    std::optional<Work> works_[kMostParts];
+};
+
+void stream(const Run &run, const Operation &operation, int item, std::byte *scratch) {
+    const int bands = operation.chunks / run.plan->options.batch, first = item % bands * operation.chunk;
+    Band(run, operation, scratch).run(item / bands, first, std::min(first + operation.chunk, operation.units));
+}
 
 }  // namespace
 
 void execute(const Run &run, const Operation &operation, int item, int thread) {
-    Item(run, operation, item, thread).execute();
+    const Buffer &buffer = run.plan->buffers[static_cast<std::size_t>(operation.scratch_buffer)];
+    std::byte *const scratch = run.arena + buffer.offset + static_cast<std::size_t>(thread) * operation.scratch.bytes;
+    if (operation.kind == OperationKind::streamed) return stream(run, operation, item, scratch);
+    Work(run, operation, scratch).execute(item);
 }
 
 }  // namespace rd

@@ -21,10 +21,11 @@ std::size_t lowest_fit(const Buffer &buffer, const std::vector<Buffer *> &placed
 
 }  // namespace
 
-std::size_t place(std::vector<Buffer> &buffers) {
-    std::vector<Buffer *> order, placed;
-    for (Buffer &buffer : buffers) order.push_back(&buffer);
-    std::stable_sort(order.begin(), order.end(), [](const Buffer *a, const Buffer *b) { return a->bytes > b->bytes; });
+namespace {
+
+// Place buffers in an order, each at the lowest place that is free throughout its life; returns the arena's bytes.
+std::size_t place_in_order(const std::vector<Buffer *> &order) {
+    std::vector<Buffer *> placed;
     std::size_t arena = 0;
     for (Buffer *buffer : order) {
         buffer->offset = lowest_fit(*buffer, placed);
@@ -34,6 +35,39 @@ std::size_t place(std::vector<Buffer> &buffers) {
                       buffer);
     }
     return arena;
+}
+
+// No arena can be smaller than what lives at one step.
+std::size_t lower_bound(const std::vector<Buffer> &buffers) {
+    std::size_t bound = 0;
+    for (const Buffer &at : buffers) {  // the live set is largest where some buffer begins
+        std::size_t live = 0;
+        for (const Buffer &buffer : buffers)
+            if (buffer.first <= at.first && at.first <= buffer.last) live += aligned(buffer.bytes);
+        bound = std::max(bound, live);
+    }
+    return bound;
+}
+
+}  // namespace
+
+std::size_t place(std::vector<Buffer> &buffers) {
+    constexpr int tries = 64;
+    std::vector<Buffer *> order;
+    for (Buffer &buffer : buffers) order.push_back(&buffer);
+    std::stable_sort(order.begin(), order.end(), [](const Buffer *a, const Buffer *b) { return a->bytes > b->bytes; });
+    std::vector<Buffer *> best = order;
+    std::size_t least = place_in_order(order);
+    const std::size_t bound = lower_bound(buffers);
+    for (int attempt = 0; attempt < tries && least > bound; attempt++) {
+        const std::size_t arena = place_in_order(order);
+        if (arena < least) {
+            least = arena;
+            best = order;
+        }
+        std::stable_partition(order.begin(), order.end(), [arena](const Buffer *b) { return b->offset + aligned(b->bytes) == arena; });
+    }
+    return place_in_order(best);
 }
 
 Live live_at(const std::vector<Buffer> &buffers, int step) {

@@ -20,7 +20,8 @@ struct Buffer {
 };
 
 // Give every buffer an offset so that no two that live at the same step overlap; returns the arena's bytes.
-// Largest first, each at the lowest place that is free throughout its life (Pisarchyk & Lee 2020, "greedy by size").
+// Largest first, each at the lowest place that is free throughout its life (Pisarchyk & Lee 2020, "greedy by size");
+// while that wastes memory, again with what lay topmost placed first.
 std::size_t place(std::vector<Buffer> &buffers);
 
 // Sizes of what lives at one step.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <optional>
 #include <system_error>
 #include <thread>
 #if defined(__linux__)
@@ -41,6 +43,8 @@ constexpr int kSlicesPerThread = 2;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+using Operations = std::vector<Operation>;
+
 class Builder {
   public:
     Builder(std::shared_ptr<const Network> network, const Options &options) : plan_(std::make_shared<Plan>()) {
@@ -55,9 +59,8 @@ class Builder {
         infer_shapes();
         count_readers();
         for (std::size_t at = 0; at < net().steps.size();) at = add_operation(at);
-        for (Operation &operation : plan_->operations) share_out(operation);
-        for (Operation &operation : plan_->operations) lay_out_scratch(operation);
-        place_buffers();
+        lay_out();
+        if (!flag(RD_FLAG_UNFUSED)) stream();
         transform_weights();
         make_zeros();
         describe();
@@ -116,7 +119,7 @@ class Builder {
         Operation operation;
         operation.name = step(at).name;
         operation.in = source_shape(step(at));
-        operation.source = step(at).source == kImages ? kImages : read_map(step(at).source);
+        operation.source = step(at).source == kImages ? kImages : map_of_[index(step(at).source)];
         const std::size_t next = step(at).kind == StepKind::conv ? begin_with_convolution(operation, at)
                                                                  : stand_alone(operation, at);
         plan_->operations.push_back(std::move(operation));
@@ -156,7 +159,7 @@ class Builder {
         layer.in = source_shape(step(at));
         layer.out = shapes_[at];
         layer.weight = step(at).weight;
-        if (step(at).add >= 0) layer.add = read_map(step(at).add);
+        if (step(at).add >= 0) layer.add = map_of_[index(step(at).add)];
         layer.map = make_map(at);
         if (!operation.layers.empty()) operation.name += "+" + step(at).name;
         operation.layers.push_back(layer);
@@ -204,17 +207,9 @@ class Builder {
 
     bool ends_in_average(std::size_t at) const { return is_pointwise(step(at)) && joins_as_pool(at, StepKind::average_pool); }
 
-    int current() const { return static_cast<int>(plan_->operations.size()); }
-
     int make_map(std::size_t at) {
-        plan_->maps.push_back({step(at).name, shapes_[at], current(), current(), -1});
+        plan_->maps.push_back({step(at).name, shapes_[at], 0, 0, -1});
         return map_of_[at] = static_cast<int>(plan_->maps.size()) - 1;
-    }
-
-    int read_map(int step) {
-        const int map = map_of_[index(step)];
-        plan_->maps[index(map)].last = current();
-        return map;
     }
 
     // The convolution that costs least, in multiply-accumulates for the whole batch. Nothing here depends on the threads,
@@ -222,7 +217,7 @@ class Builder {
     void choose_winograd(Layer &layer) const {
         const Step &conv = *layer.step;
         const bool possible = conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.padding == 1;
-        if (!possible || flag(RD_FLAG_NO_WINOGRAD)) return;
+        if (!possible || flag(RD_FLAG_NO_WINOGRAD) || flag(RD_FLAG_SMALL)) return;
         double least = cost(layer, 9.0 * layer.out.pixels(), 9, 0);
         for (const Winograd &form : plan_->kernels.main->winograd) {
             if (form.m == 0) continue;
@@ -238,97 +233,296 @@ class Builder {
     // `rows`: pixels times taps that meet all weights, per image; `planes`: of weights; `transformed`: pixels, per image.
     double cost(const Layer &layer, double rows, double planes, double transformed) const {
         // A channel of a transformed pixel costs about as much as 10 multiply-accumulates, and a byte of weights, which
-        // come from memory once per run, as much as the 6 (fp32) or 12 (bf16) that are done meanwhile: fitted to the
+        // come from memory once per run, as much as the 7 (fp32) or 14 (bf16) that are done meanwhile: fitted to the
         // profiles in docs/engine.md.
-        constexpr double transform = 10, weight = 24;
+        constexpr double transform = 10, weight = 28;
         const double in = layer.in.pitch(), out = layer.out.pitch();
         return options().batch * (rows * in * out + transform * transformed * (in + out)) + weight * planes * in * out;
     }
 
     static int tiles_of(const Layer &layer, int m) { return ceil_div(layer.out.height, m) * ceil_div(layer.out.width, m); }
 
+    // --- streaming
+
+    // While the arena's largest moments can be made smaller so, let an operation feed its successor row by row, so that
+    // the map between them never exists.
+    void stream() {
+        while (std::optional<Operations> better = smaller_plan()) {
+            plan_->operations = std::move(*better);
+            lay_out();
+        }
+    }
+
+    std::optional<Operations> smaller_plan() {
+        const Operations now = plan_->operations;
+        std::vector<std::size_t> least = live_sizes();
+        const std::size_t peak = peak_operation();
+        std::optional<Operations> best;
+        for (const std::size_t first : {peak, peak - 1}) {  // peak - 1 may wrap around: no operation then
+            if (first >= now.size() || first + 1 >= now.size() || !can_stream(now[first], now[first + 1])) continue;
+            plan_->operations = joined(now, first);
+            lay_out();
+            std::vector<std::size_t> sizes = live_sizes();
+            if (sizes >= least) continue;
+            least = std::move(sizes);
+            best = plan_->operations;
+        }
+        plan_->operations = now;
+        lay_out();
+        return best;
+    }
+
+    // Of all operations, largest first: of two plans with the same peak, the one with fewer operations there is better,
+    // since the next step may end it.
+    std::vector<std::size_t> live_sizes() const {
+        std::vector<std::size_t> sizes;
+        for (std::size_t at = 0; at < plan_->operations.size(); at++) sizes.push_back(live(at));
+        std::sort(sizes.begin(), sizes.end(), std::greater<>());
+        return sizes;
+    }
+
+    std::size_t live(std::size_t operation) const {
+        const Live live = live_at(plan_->buffers, static_cast<int>(operation));
+        return live.maps + live.scratch;
+    }
+
+    std::size_t peak_operation() const {
+        std::size_t peak = 0;
+        for (std::size_t at = 1; at < plan_->operations.size(); at++)
+            if (live(at) > live(peak)) peak = at;
+        return peak;
+    }
+
+    bool can_stream(const Operation &first, const Operation &second) const {
+        const std::size_t parts = std::max<std::size_t>(1, first.parts.size()) + std::max<std::size_t>(1, second.parts.size());
+        const Operation &head = second.parts.empty() ? second : second.parts[0], &last = first.parts.empty() ? first : first.parts.back();
+        if (!is_row_wise(first) || !is_row_wise(second) || head.source < 0 || head.source != last_map(last)) return false;
+        if (readers_of_map(head.source) != 1 || parts > kMostParts) return false;
+        if (flag(RD_FLAG_SMALL)) return true;
+        // A band begins by computing a few rows that the band before it computes as well: bands must be much taller. The
+        // map before a stride is the largest one, and worth it.
+        constexpr int tall = 8;
+        return parts == 2 && head.layers[0].step->stride > 1 && second.out().height >= tall * bands(second.out());
+    }
+
+    // Whether an operation makes nothing but one map, each row from a few of its source's.
+    static bool is_row_wise(const Operation &o) {
+        if (o.kind == OperationKind::streamed) return true;
+        if (o.kind != OperationKind::stem && o.kind != OperationKind::convolution) return false;
+        int maps = o.pool_map != kScratch;
+        for (const Layer &layer : o.layers) {
+            if (layer.add >= 0) return false;
+            maps += layer.map != kScratch;
+        }
+        return maps == 1 && o.slices == 1;
+    }
+
+    static int last_map(const Operation &o) { return o.pool && o.layers.size() == 1 ? o.pool_map : o.layers.back().map; }
+
+    int readers_of_map(int map) const {
+        for (std::size_t at = 0; at < map_of_.size(); at++)
+            if (map_of_[at] == map) return readers_[at];
+        return 0;
+    }
+
+    static Operations joined(const Operations &operations, std::size_t first) {
+        Operations result(operations.begin(), operations.begin() + static_cast<std::ptrdiff_t>(first));
+        Operation streamed;
+        streamed.kind = OperationKind::streamed;
+        for (std::size_t at : {first, first + 1}) {
+            const Operation &o = operations[at];
+            if (o.kind == OperationKind::streamed)
+                streamed.parts.insert(streamed.parts.end(), o.parts.begin(), o.parts.end());
+            else
+                streamed.parts.push_back(o);
+        }
+        connect(streamed);
+        result.push_back(std::move(streamed));
+        result.insert(result.end(), operations.begin() + static_cast<std::ptrdiff_t>(first) + 2, operations.end());
+        return result;
+    }
+
+    static void connect(Operation &streamed) {
+        std::vector<Operation> &parts = streamed.parts;
+        streamed.name.clear();
+        for (std::size_t i = 0; i < parts.size(); i++) {
+            streamed.name += (i == 0 ? "" : "+") + parts[i].name;
+            if (i > 0) parts[i].source = kRing;
+            if (i + 1 < parts.size()) last_output(parts[i]) = kRing;
+        }
+        streamed.source = parts[0].source;
+        streamed.in = parts[0].in;
+    }
+
+    // Bands of rows into which each image is cut.
+    int bands(const Shape &out) const { return std::min(out.height, ceil_div(options().threads, options().batch)); }
+
     // --- sharing the work out
 
+    void lay_out() {
+        for (Operation &o : plan_->operations) share_out(o);
+        for (Operation &o : plan_->operations) lay_out_scratch(o, o.scratch, 0);
+        find_lives();
+        place_buffers();
+    }
+
     void share_out(Operation &o) const {
-        const int batch = options().batch, threads = options().threads;
-        const auto divide = [&](int units, int most) {  // into chunks of nearly equal size, a multiple of the threads
-            o.units = units;
-            const int total = batch * units;
-            const int chunks = std::min(total, ceil_div(total, most * threads) * threads);
-            o.chunk = ceil_div(total, chunks);
-            o.chunks = ceil_div(total, o.chunk);
-        };
-        const auto slice = [&](int blocks, int chunks) {
-            const int wanted = ceil_div(threads * kSlicesPerThread, chunks);
-            o.slices = std::min(blocks, std::max(1, wanted));
-        };
         switch (o.kind) {
-            case OperationKind::stem: {
-                const Shape &out = o.pool ? o.pooled : o.layers[0].out;
-                const int bands = std::min(out.height, ceil_div(threads * kSlicesPerThread, batch));
-                o.units = out.height;
-                o.chunk = ceil_div(out.height, bands);  // rows: a chunk lies in one image
-                o.chunks = batch * ceil_div(out.height, o.chunk);
-                o.piece = out.width;
+            case OperationKind::stem:
+                share_out_rows(o, o.pool ? o.pooled : o.layers[0].out, kSlicesPerThread, 1);
+                o.piece = piece(o);
+                break;
+            case OperationKind::convolution:
+                share_out_convolution(o);
+                break;
+            case OperationKind::convolution_average: {
+                const int blocks = o.layers[0].step->blocks();
+                o.units = 1;
+                o.chunks = options().batch;
+                // Slices of 128 outputs: their weights stay in the cache while the batch passes by.
+                o.slices = std::min(blocks, std::max(kSlicesPerThread * options().threads, ceil_div(blocks, 8)));
                 break;
             }
-            case OperationKind::convolution:
-                share_out_convolution(o, divide, slice);
-                break;
-            case OperationKind::convolution_average:
-                o.units = 1;
-                o.chunks = batch;
-                slice(o.layers[0].step->blocks(), 1);
-                o.slices = std::min(o.layers[0].step->blocks(), std::max(o.slices, ceil_div(o.layers[0].step->blocks(), 8)));
-                o.piece = o.in.pixels();
-                break;
             case OperationKind::max_pool:
-                divide(o.pooled.pixels(), kDirectPixels);
+                divide(o, o.pooled.pixels(), kDirectPixels);
                 break;
             case OperationKind::average:
                 o.units = 1;
-                o.chunks = batch;
+                o.chunks = options().batch;
                 break;
             case OperationKind::linear:
-                divide(1, kDirectPixels);
-                o.chunk = std::min(batch, kDirectPixels);
-                o.chunks = ceil_div(batch, o.chunk);
-                slice(o.layers[0].step->blocks(), o.chunks);
+                o.units = 1;
+                o.chunk = std::min(options().batch, kDirectPixels);
+                o.chunks = ceil_div(options().batch, o.chunk);
+                slice(o);
+                break;
+            case OperationKind::streamed:
+                share_out_streamed(o);
                 break;
         }
     }
 
-    template <class Divide, class Slice> void share_out_convolution(Operation &o, Divide divide, Slice slice) const {
-        const Layer &head = o.layers[0];
+    // Chunks of nearly equal size, at most `most` units, as many as a multiple of the threads.
+    void divide(Operation &o, int units, int most) const {
+        o.units = units;
+        const int total = options().batch * units, chunks = ceil_div(total, most * options().threads) * options().threads;
+        o.chunk = ceil_div(total, std::min(total, chunks));
+        o.chunks = ceil_div(total, o.chunk);
+    }
+
+    // Share out the outputs of a single layer as well, so that there are items for all threads.
+    void slice(Operation &o) const {
+        const int wanted = ceil_div(options().threads * kSlicesPerThread, o.chunks);
+        o.slices = std::clamp(wanted, 1, o.layers[0].step->blocks());
+    }
+
+    // Chunks are rows of one image, a multiple of `step`, and in all so many per thread.
+    void share_out_rows(Operation &o, const Shape &out, int per_thread, int step) const {
+        const int wanted = std::min(out.height, ceil_div(options().threads * per_thread, options().batch));
+        o.units = out.height;
+        o.chunk = ceil_div(ceil_div(out.height, wanted), step) * step;
+        o.chunks = options().batch * ceil_div(out.height, o.chunk);
+    }
+
+    void share_out_streamed(Operation &o) const {
+        for (Operation &part : o.parts) {
+            part.slices = 1;
+            part.chunks = 1;
+            part.step_rows = 1;
+            part.piece = piece(part);
+            if (part.kind == OperationKind::stem) {
+                part.units = part.out().height;
+                continue;
+            }
+            const Layer &head = part.layers[0];
+            part.step_rows = head.winograd ? head.winograd->m : 1;
+            const int across = ceil_div(head.out.width, part.step_rows);
+            part.units = across * ceil_div(head.out.height, part.step_rows);
+            part.chunk = std::min(across, head.winograd ? tiles_at_once(head) : kDirectPixels);
+        }
+        share_out_rows(o, o.parts.back().out(), 1, o.parts.back().step_rows);
+        for (std::size_t i = 1; i < o.parts.size(); i++) {
+            Operation &from = o.parts[i - 1], &to = o.parts[i];
+            const Step &window = *to.layers[0].step;
+            // What one step of the window covers, in whole steps of the rows' maker, which may begin in between.
+            const int covered = (to.step_rows - 1) * window.stride + window.kernel_h;
+            from.out_ring.rows = (ceil_div(covered - 1, from.step_rows) + 1) * from.step_rows;
+        }
+    }
+
+    static int tiles_at_once(const Layer &head) { return head.winograd->m == 2 ? kWinogradTiles : kWinogradTiles / 2; }
+
+    // Pixels for which outputs that exist in scratch only stay in the cache.
+    int piece(const Operation &o) const {
         std::size_t widest = 1;
         for (const Layer &layer : o.layers)
-            if (layer.map == kScratch) widest = std::max(widest, layer.out.pitch() * plan_->element);
-        o.piece = std::clamp(static_cast<int>(kTileBytes / widest), kLeastPixels, kDirectPixels);
-        if (head.winograd) {
-            const int m = head.winograd->m;
-            divide(tiles_of(head, m), m == 2 ? kWinogradTiles : kWinogradTiles / 2);
-        } else {
-            divide(head.out.pixels(), kDirectPixels);
-        }
-        if (is_small(head.out) && o.layers.size() == 1) {
-            o.chunk = options().batch * o.units;
-            o.chunks = 1;
-            slice(head.step->blocks(), o.chunks);
-        }
+            if (layer.map == kScratch) widest = std::max(widest, index(layer.out.pitch()) * plan_->element);
+        const std::size_t most = flag(RD_FLAG_SMALL) ? kTileBytes / 8 : kTileBytes;
+        return std::clamp(static_cast<int>(most / widest), kLeastPixels, kDirectPixels);
+    }
+
+    void share_out_convolution(Operation &o) const {
+        const Layer &head = o.layers[0];
+        o.piece = piece(o);
+        if (head.winograd)
+            divide(o, tiles_of(head, head.winograd->m), tiles_at_once(head));
+        else
+            divide(o, head.out.pixels(), flag(RD_FLAG_SMALL) ? kDirectPixels / 4 : kDirectPixels);
+        if (!is_small(head.out) || o.layers.size() > 1) return;
+        o.chunk = options().batch * o.units;
+        o.chunks = 1;
+        slice(o);
     }
 
     // --- memory
 
-    void lay_out_scratch(Operation &o) const {
-        ScratchLayout &s = o.scratch;
+    // Lays out from offset `start` on.
+    void lay_out_scratch(Operation &o, ScratchLayout &s, std::size_t start) const {
+        s.bytes = start;
         const auto take = [&s](std::size_t bytes) {
             const std::size_t offset = s.bytes;
             s.bytes += aligned(bytes);
             return offset;
         };
+        if (o.kind == OperationKind::streamed) return lay_out_streamed(o, take);
+        if (o.kind == OperationKind::stem) lay_out_stem_rows(o, take);
+        lay_out_passing(o, take);
+    }
+
+    // Rows that stay while a band is computed come first, and then what each part needs only while it computes.
+    template <class Take> void lay_out_streamed(Operation &o, Take take) const {
+        for (std::size_t i = 0; i < o.parts.size(); i++) {
+            Operation &part = o.parts[i];
+            if (part.kind == OperationKind::stem) lay_out_stem_rows(part, take);
+            if (i + 1 == o.parts.size()) break;
+            const Shape &out = part.out();
+            part.out_ring.offset = take(index(part.out_ring.rows) * index(out.width * out.pitch()) * plan_->element);
+            o.parts[i + 1].in_ring = part.out_ring;
+        }
+        const std::size_t start = o.scratch.bytes;
+        for (Operation &part : o.parts) {
+            part.scratch.bytes = start;
+            lay_out_passing(part, [&part](std::size_t bytes) {
+                const std::size_t offset = part.scratch.bytes;
+                part.scratch.bytes += aligned(bytes);
+                return offset;
+            });
+            o.scratch.bytes = std::max(o.scratch.bytes, part.scratch.bytes);
+        }
+    }
+
+    template <class Take> void lay_out_stem_rows(Operation &o, Take take) const {
+        const Step &conv = *o.layers[0].step;
+        const Shape &out = o.layers[0].out;
+        o.scratch.images = take(index(conv.kernel_h + 1) * stem_row_elements(o) * plan_->element);
+        if (o.pool) o.scratch.rows = take(index(o.pool->kernel_h * out.width * out.pitch()) * plan_->element);
+    }
+
+    template <class Take> void lay_out_passing(Operation &o, Take take) const {
+        ScratchLayout &s = o.scratch;
         const std::size_t pointer = sizeof(void *), element = plan_->element, pixels = chunk_pixels(o);
         if (!o.layers.empty() && o.layers[0].winograd) {
-            const std::size_t m = index(o.layers[0].winograd->m), spots = (m + 2) * (m + 2) * index(o.chunk);
+            const std::size_t t = index(o.layers[0].winograd->m + 2), spots = t * t * index(o.chunk);
             s.taps = take(spots * pointer);
             s.transformed = take(spots * index(o.layers[0].in.pitch()) * element);
             s.products = take(spots * kProductBlocks * kLane * sizeof(float));
@@ -340,11 +534,6 @@ class Builder {
         s.pixels = take(pixels * sizeof(int));
         for (std::size_t &out : s.out) out = take(pixels * pointer);
         s.add = take(pixels * pointer);
-        if (o.kind == OperationKind::stem) {
-            const Step &conv = *o.layers[0].step;
-            s.images = take(index(conv.kernel_h + 1) * stem_row_elements(o) * element);
-            if (o.pool) s.rows = take(index(o.pool->kernel_h * o.layers[0].out.width * o.layers[0].out.pitch()) * element);
-        }
         lay_out_tiles(o, take);
     }
 
@@ -382,16 +571,45 @@ class Builder {
         return index(std::max(pool, o.layers.empty() ? 1 : o.layers[0].step->taps));
     }
 
-    void place_buffers() {
+    // From the operation that makes a map to the last one that reads it.
+    void find_lives() {
         for (int at = 0; at < static_cast<int>(plan_->operations.size()); at++) {
             Operation &o = plan_->operations[index(at)];
-            if (o.pool_map != kScratch) give_buffer(o.pool_map, -1, o, at);
-            for (const Layer &layer : o.layers)
-                if (layer.map != kScratch) give_buffer(layer.map, layer.add, o, at);
+            const auto visit = [&](const Operation &part) {
+                const auto reads = [&](int map) {
+                    if (map >= 0) plan_->maps[index(map)].last = at;
+                };
+                const auto makes = [&](int map) {
+                    if (map >= 0) plan_->maps[index(map)].first = plan_->maps[index(map)].last = at;
+                };
+                reads(part.source);
+                makes(part.pool_map);
+                for (const Layer &layer : part.layers) {
+                    reads(layer.add);
+                    makes(layer.map);
+                }
+            };
+            visit(o);
+            for (const Operation &part : o.parts) visit(part);
+        }
+    }
+
+    void place_buffers() {
+        plan_->buffers.clear();
+        for (int at = 0; at < static_cast<int>(plan_->operations.size()); at++) {
+            Operation &o = plan_->operations[index(at)];
+            give_buffers(o, at);
+            for (const Operation &part : o.parts) give_buffers(part, at);
             o.scratch_buffer = static_cast<int>(plan_->buffers.size());
             plan_->buffers.push_back({"scratch", o.scratch.bytes * index(options().threads), at, at, true, 0});
         }
         plan_->info.arena_bytes = place(plan_->buffers);
+    }
+
+    void give_buffers(const Operation &o, int at) {
+        if (o.pool_map >= 0) give_buffer(o.pool_map, -1, o, at);
+        for (const Layer &layer : o.layers)
+            if (layer.map >= 0) give_buffer(layer.map, layer.add, o, at);
     }
 
     void give_buffer(int number, int add, const Operation &o, int at) {
@@ -410,8 +628,13 @@ class Builder {
     // --- weights
 
     void transform_weights() {
-        for (Operation &o : plan_->operations)
+        const auto visit = [&](Operation &o) {
             if (!o.layers.empty() && o.layers[0].winograd) transform(o.layers[0]);
+        };
+        for (Operation &o : plan_->operations) {
+            visit(o);
+            for (Operation &part : o.parts) visit(part);
+        }
     }
 
     // Planes [t * t] of [blocks] packed blocks of one tap each.
@@ -483,18 +706,26 @@ class Builder {
     void describe(Operation &o) const {
         rd_step_info &info = o.info;
         const std::size_t batch = index(options().batch);
-        info.map_bytes = o.source == kImages ? batch * index(images_.channels * images_.pixels()) * sizeof(float) : map_bytes(o.source);
-        info.map_bytes += map_bytes(o.pool_map);
+        info.map_bytes = map_bytes(o.pool_map);
+        if (o.parts.empty()) info.map_bytes += o.source == kImages ? batch * index(images_.channels * images_.pixels()) * sizeof(float) : map_bytes(o.source);
         for (const Layer &layer : o.layers) {
             const Step &step = *layer.step;
             const std::size_t macs = index(step.kernel_h * step.kernel_w * step.in_channels) * index(step.out_channels);
             info.macs += batch * macs * index(layer.out.pixels());
             info.flops += flops(o, layer);
             info.map_bytes += map_bytes(layer.map) + map_bytes(layer.add);
-            const std::size_t t = layer.winograd ? index(layer.winograd->m + 2) : 0, spots = t > 0 ? t * t : index(step.taps);
-            info.weight_bytes += spots * index(step.blocks()) * index(step.k_pitch) * kLane * plan_->element;
+            const std::size_t t = layer.winograd ? index(layer.winograd->m + 2) : 0, planes = t > 0 ? t * t : index(step.taps);
+            info.weight_bytes += planes * index(step.blocks()) * index(step.k_pitch) * kLane * plan_->element;
         }
         o.kernel = kernel_name(o);
+        for (Operation &part : o.parts) {
+            describe(part);
+            info.macs += part.info.macs;
+            info.flops += part.info.flops;
+            info.map_bytes += part.info.map_bytes;
+            info.weight_bytes += part.info.weight_bytes;
+            o.kernel += (&part == &o.parts[0] ? ": " : ", ") + part.kernel;
+        }
         info.name = o.name.c_str();
         info.kernel = o.kernel.c_str();
     }
@@ -510,7 +741,7 @@ class Builder {
     }
 
     std::uint64_t map_bytes(int number) const {
-        if (number == kScratch) return 0;
+        if (number < 0) return 0;
         const Shape &shape = plan_->maps[index(number)].shape;
         return index(options().batch) * index(shape.pixels()) * index(shape.pitch()) * plan_->element;
     }
@@ -529,6 +760,8 @@ class Builder {
                 return "average";
             case OperationKind::linear:
                 return "linear";
+            case OperationKind::streamed:
+                return "streamed";
         }
         const std::string m = o.layers[0].winograd ? std::to_string(o.layers[0].winograd->m) : "";
         const std::string head = m.empty() ? "direct" : "winograd " + m + "x" + m;

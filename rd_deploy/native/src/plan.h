@@ -26,6 +26,8 @@ struct Shape {
 constexpr int kProductBlocks = 2;  // blocks of outputs for which Winograd's products exist at a time
 
 constexpr int kScratch = -1;  // a layer's output that no other operation reads: it exists tile by tile in scratch
+constexpr int kRing = -3;     // the map between two parts of a streamed operation: a few rows of it exist at a time
+constexpr std::size_t kMostParts = 8;
 
 // A map in the arena: (batch, height, width, pitch).
 struct Map {
@@ -38,13 +40,19 @@ struct Map {
 struct Layer {
     const Step *step = nullptr;
     Shape in, out;
-    int map = kScratch;       // its output, or kScratch
+    int map = kScratch;       // its output, kScratch or kRing
     int add = -1;             // map to be added
     const Winograd *winograd = nullptr;  // null: direct
     const std::byte *weight = nullptr;  // as in the file, or Winograd's planes
 };
 
-enum class OperationKind : std::uint8_t { stem, convolution, convolution_average, max_pool, average, linear };
+enum class OperationKind : std::uint8_t { stem, convolution, convolution_average, max_pool, average, linear, streamed };
+
+// Some rows of an image's map: row y lies at y % rows.
+struct Ring {
+    std::size_t offset = 0;  // in a thread's scratch
+    int rows = 0;
+};
 
 // Scratch of one thread, as offsets from its beginning.
 struct ScratchLayout {
@@ -60,7 +68,7 @@ struct ScratchLayout {
 struct Operation {
     OperationKind kind = OperationKind::convolution;
     std::string name, kernel;
-    int source = kImages;            // map, or the images
+    int source = kImages;            // map, the images or kRing
     Shape in;                        // of the source
     std::vector<Layer> layers;       // the first reads the source, each further one the layer before it
     const Step *pool = nullptr;      // the stem's max-pooling, or a pooling of its own
@@ -72,11 +80,17 @@ struct Operation {
     int chunk = 1, chunks = 1;       // units of a chunk, number of chunks
     int slices = 1;
     int piece = 1;                   // pixels that go through the second and further layers at a time
+    // A streamed operation's parts: each makes rows for the next one, which keeps only as many as its window covers. A
+    // chunk is a band of rows of the last part's output; what two bands need of the parts before is computed twice.
+    std::vector<Operation> parts;
+    int step_rows = 1;               // of a part: rows that it makes at a time
+    Ring in_ring, out_ring;          // of a part
     ScratchLayout scratch;
     int scratch_buffer = -1;
     rd_step_info info{};
 
     int items() const { return chunks * slices; }
+    const Shape &out() const { return layers.empty() || (pool && layers.size() == 1) ? pooled : layers.back().out; }
 };
 
 struct FreeDeleter {
