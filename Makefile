@@ -33,13 +33,18 @@ demo: setup  ## train a small plain network, export it, bench it (under 4 minute
 		"  $(DEMO)/model.pt, model.onnx       the network without shortcuts: checkpoint, and folded for deployment" \
 		"  $(DEMO)/bench/bench.png, bench.json, memory.png   speed and memory against the ResNet it came from"
 
-test: lint  ## everything that CI runs: lint, then the tests
+test: lint  ## everything that CI runs: lint, then the tests, those of the C++ engine among them
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-lint: setup  ## ruff, and hadolint on the Dockerfiles
+lint: setup  ## ruff, hadolint on the Dockerfiles, and the C++ engine without a warning
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint docker/*.Dockerfile
+	@for compiler in g++ clang++; do \
+		if command -v $$compiler >/dev/null 2>&1; then \
+			$(BIN)/python rd_deploy/native/build.py --werror --compiler $$compiler --output build/lint-$$compiler || exit; \
+		else echo "lint: no $$compiler here: it checks nothing"; fi; \
+	done
 
 clean:  ## remove .venv, builds and caches (runs/ stays: it holds what you trained)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rd_deploy/native/librd.*

@@ -8,7 +8,7 @@
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" --entrypoint rd-train residual-distillation:cpu-train
 ARG PYTHON=3.12
 
-# The full image has a C++ compiler; only the wheel leaves this stage.
+# The full image has the C++ compiler that the engine takes; only the wheel leaves this stage.
 FROM python:${PYTHON}-bookworm AS builder
 WORKDIR /src
 COPY . .

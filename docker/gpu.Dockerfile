@@ -10,7 +10,7 @@ ARG EXTRAS=train,tensorboard
 # The version of a Debian package follows the base image's tag.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3-venv \
+    && apt-get install --yes --no-install-recommends g++ python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # An environment that sees the image's packages: pip can add to them, but not replace them.

@@ -36,13 +36,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="likewise; a name takes MODEL's input, classes, stem and width (default: MODEL's ResNet)",
     )
-    parser.add_argument("--engines", metavar="NAMES", help="torch,onnxruntime,openvino (default: those installed)")
+    parser.add_argument(
+        "--engines",
+        metavar="NAMES",
+        help="torch,onnxruntime,openvino,native (default: those installed); RD_ISA in the environment sets native's "
+        "instruction set, default the best here",
+    )
     parser.add_argument("--batch", default="1,8", help="batch sizes (default: %(default)s)")
     parser.add_argument("--precision", default="fp32,bf16", help="precisions (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="(default: the CPUs this process may use)")
     parser.add_argument("--size", type=int, help="pixels, for named networks (default: 224, or 32 for that family)")
     parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images, bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--profile", action="store_true", help="also time the native engine's steps, against this machine's limits"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: short sampling, no conclusions")
     parser.add_argument("--out", default="bench", metavar="FOLDER", help="of the results (default: %(default)s)")
     parser.add_argument(
@@ -100,6 +108,11 @@ def _engines(text: str | None) -> tuple[list, list[dict]]:
     return chosen, skipped
 
 
+def _check_profile(options: argparse.Namespace, engines: list) -> None:
+    if options.profile and not any(engine.name == "native" for engine in engines):
+        raise UserError("--profile times the steps of the native engine: add it to --engines")
+
+
 def _check_folder(name: str) -> None:
     """Try to write into the output folder now, rather than fail after minutes of measuring; nothing stays behind."""
     folder = Path(name)
@@ -145,6 +158,7 @@ def _plan(options: argparse.Namespace, engines: list):
         min_quads=QUICK_QUADS if options.quick else MIN_QUADS,
         seed=options.seed,
         quick=options.quick,
+        profile=options.profile,
     )
 
 
@@ -159,6 +173,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple
     from rd_deploy.bench.measure import document, measure
 
     engines, skipped = _engines(options.engines)
+    _check_profile(options, engines)
     plan = _plan(options, engines)
     machine, before = environment.capture(plan.threads), environment.cpu_ticks()
     model, compare = _subjects(options)

@@ -1,9 +1,10 @@
-"""``rd-export``: a checkpoint (or a named architecture with random weights) to a checked ONNX file and its sidecar."""
+"""``rd-export``: a checkpoint, or an architecture with random weights, to a checked ONNX or .rdp file and a sidecar."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from rd_deploy.common import UserError, nearest, require, run_command
 
@@ -24,12 +25,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rd-export",
         allow_abbrev=False,
-        description="Fold BN and export to ONNX, with preprocessing and class names inside and a JSON sidecar beside; "
-        "checked against the trained network before anything is written (exit code 1 when it differs).",
+        description="Fold BN and export to ONNX, or for the native engine (--native), with preprocessing and class "
+        "names inside and a JSON sidecar beside; checked against the trained network before anything is written (exit "
+        "code 1 when it differs).",
     )
     parser.add_argument("checkpoint", nargs="?", metavar="model.pt", help="made by rd-train")
-    parser.add_argument("--out", metavar="FILE.onnx", help="default: beside model.pt, or ./NAME.onnx for --arch")
-    parser.add_argument("--precision", default="fp32", help="fp32 or fp16 (weights and arithmetic; images stay fp32)")
+    parser.add_argument("--native", action="store_true", help="write a .rdp file for the native engine, and no ONNX")
+    parser.add_argument("--out", metavar="FILE", help="default: beside model.pt, or ./NAME.onnx (.rdp) for --arch")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        help="of weights and feature maps; images and logits stay fp32: fp32 or fp16 for ONNX, fp32 or bf16 with "
+        "--native (default: fp32)",
+    )
     parity = parser.add_argument_group("parity with the trained network")
     parity.add_argument("--tolerance", type=float, help="of the largest error, in standard deviations of the logits")
     parity.add_argument("--images", metavar="FOLDER", help="judge by these image files, not by the test split")
@@ -100,8 +108,8 @@ def _images(options: argparse.Namespace, source, max_batch: int):
 
 
 def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callable[[bytes], dict] | None:
-    """The parity check that `export_onnx` runs before it writes; its table goes to ``report``."""
-    from rd_deploy.parity import TOLERANCES, check_parity
+    """The parity check that the exporter runs before it writes; its table goes to ``report``."""
+    from rd_deploy.parity import TOLERANCES, check_parity, native_ways, onnx_ways
 
     if options.no_parity:
         report.append("parity: not checked (--no-parity)")
@@ -109,9 +117,10 @@ def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callabl
     max_batch = options.max_batch or DEFAULT_MAX_BATCH
     tolerance = options.tolerance or TOLERANCES[options.precision]
     images = _images(options, source, max_batch)
+    ways = native_ways if options.native else onnx_ways
 
     def verify(model: bytes) -> dict:
-        runs = check_parity(source.network, model, images.values, tolerance, max_batch, options.precision)
+        runs = check_parity(source.network, model, images.values, tolerance, max_batch, options.precision, ways)
         report.extend(_table(runs, images.origin, tolerance))
         return {
             "reference": "torch, unfolded, fp32",
@@ -136,12 +145,36 @@ def _table(runs: list, origin: str, tolerance: float) -> list[str]:
     return lines
 
 
-def _default_path(options: argparse.Namespace, name: str) -> Path:
-    suffix = "" if options.precision == "fp32" else f"-{options.precision}"
+def _format(options: argparse.Namespace) -> tuple[ModuleType, Callable[..., dict]]:
+    """The module of the file's format, and its function that writes one; refuses what they do not offer."""
+    from rd_deploy.export import native, onnx
+
+    module, other = (native, onnx) if options.native else (onnx, native)
+    if options.precision in module.PRECISIONS:
+        return module, native.export_native if options.native else onnx.export_onnx
+    if options.precision in other.PRECISIONS:
+        kind = "a .rdp file" if options.native else "an ONNX file"
+        advice = "leave --native away" if options.native else "add --native"
+        raise UserError(f"{kind} is {' or '.join(module.PRECISIONS)}, not {options.precision}: choose one, or {advice}")
+    raise UserError(f"unknown precision '{options.precision}'{nearest(options.precision, module.PRECISIONS)}")
+
+
+def _check_engine() -> None:
+    """Find out that parity cannot be checked before the network is folded, not after."""
+    from rd_deploy import native
+
+    try:
+        native.version()
+    except UserError as error:
+        raise UserError(f"parity cannot be checked: {error}; or pass --no-parity") from error
+
+
+def _default_path(options: argparse.Namespace, name: str, suffix: str) -> Path:
+    precision = "" if options.precision == "fp32" else f"-{options.precision}"
     if options.checkpoint is None:
-        return Path(f"{name}{suffix}.onnx")
+        return Path(f"{name}{precision}{suffix}")
     path = Path(options.checkpoint)
-    return path.with_name(f"{path.stem}{suffix}.onnx")
+    return path.with_name(f"{path.stem}{precision}{suffix}")
 
 
 def _summary(chain, precision: str) -> list[str]:
@@ -159,26 +192,26 @@ def command(arguments: list[str]) -> int:
     """Export, and say what was made. Exit code 1 when the parity check fails."""
     options = _parse(arguments)
     require("torch", "train")
-    from rd_deploy.export.onnx import PRECISIONS, check_target, export_onnx
     from rd_deploy.parity import ParityError
 
-    if options.precision not in PRECISIONS:
-        raise UserError(f"unknown precision '{options.precision}'{nearest(options.precision, PRECISIONS)}")
+    module, export = _format(options)
     if options.out is not None:
-        check_target(options.out)
+        module.check_target(options.out)
+    if options.native and not options.no_parity:
+        _check_engine()
     source, report = _source(options), []
-    path = Path(options.out) if options.out is not None else _default_path(options, source.chain.name)
+    path = Path(options.out) if options.out is not None else _default_path(options, source.chain.name, module.SUFFIX)
     if options.checkpoint is not None and path.resolve() == Path(options.checkpoint).resolve():
         raise UserError(f"--out {path} is the checkpoint itself; choose another output path")
-    check_target(path)
+    module.check_target(path)
     print("\n".join(_summary(source.chain, options.precision)), flush=True)
     try:
-        sidecar = export_onnx(path, source.chain, options.precision, _verifier(options, source, report))
+        sidecar = export(path, source.chain, options.precision, _verifier(options, source, report))
     except ParityError as error:
         print(f"rd-export: {error}; nothing was written", file=sys.stderr)
         return 1
     print("\n".join(report))
-    print(f"wrote {path} ({sidecar['bytes'] / 1e6:.1f} MB) and {path.with_suffix('.json')}")
+    print(f"wrote {path} ({sidecar['bytes'] / 1e6:.1f} MB) and {module.sidecar_path(path)}")
     return 0
 
 

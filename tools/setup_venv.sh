@@ -45,7 +45,13 @@ install_packages() {
         fail "pip could not install; its reason stands above. Once that is mended, run the same command again"
 }
 
+build_engine() { # into the checkout; quick when nothing changed, and pip's build of it below takes the same objects
+    "$PYTHON" rd_deploy/native/build.py ||
+        fail "the compiled engine was not built; its reason stands above. Once that is mended, run the same command again"
+}
+
 check_python
+build_engine
 [ -z "$CONSTRAINTS" ] || [ -f "$CONSTRAINTS" ] || fail "CONSTRAINTS=$CONSTRAINTS: no such file"
 place="$version $PWD" # scripts in a virtual environment stop working when it is moved
 digest=$({ echo "$EXTRAS $TORCH_INDEX $PIP_FLAGS"; cat pyproject.toml setup.py ${CONSTRAINTS:+"$CONSTRAINTS"}; } | sha256sum)

@@ -18,7 +18,7 @@ FLAGS = (
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),
 )
 # Variables that change the engines' threads or kernels.
-VARIABLES = ("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "ORT_", "OV_")
+VARIABLES = ("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "ORT_", "OV_", "RD_")
 BUSY, STOLEN = 0.5, 0.01  # load per CPU at the start, share of stolen time: above these, times are in doubt
 ROOT = Path("/")
 

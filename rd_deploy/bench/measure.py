@@ -3,25 +3,30 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
+import numpy as np
+
 from rd_deploy.bench import claims as judge
 from rd_deploy.bench.agreement import Reference, compare, random_images, reference
 from rd_deploy.bench.claims import claim_name
 from rd_deploy.bench.feature_maps import count_memory, engine_rows, judge_memory
 from rd_deploy.bench.models import Subject
+from rd_deploy.bench.profile import profile
 from rd_deploy.bench.statistics import Ratio, Summary, instability, paired_ratio, summarise
 from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, time_pair
 from rd_deploy.common import UserError
 from rd_deploy.engines import Engine, Session, Unsupported
+from rd_deploy.engines.native import NativeSession
 from rd_deploy.memory import Ledger
 
 FORMAT = "residual-distillation/bench/1"
+PROFILE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to measure. ``seconds``: sampling time per pair, after warm-up of at most ``warm_up`` seconds each.
 
-    ``quick``: a smoke run, whose times support no conclusion.
+    ``quick``: a smoke run, whose times support no conclusion. ``profile``: also time the native engine's steps.
     """
 
     engines: list[Engine]
@@ -33,6 +38,7 @@ class Plan:
     min_quads: int = MIN_QUADS
     seed: int = 0
     quick: bool = False
+    profile: bool = False
 
     def options(self) -> dict:
         """What someone else must set to measure the same."""
@@ -52,6 +58,7 @@ class Report:
     claims: list[judge.Claim] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    profiles: list[dict] = field(default_factory=list)
     ledgers: dict[str, dict[str, Ledger]] = field(default_factory=dict)
 
 
@@ -103,6 +110,7 @@ def document(model: Subject, against: Subject, plan: Plan, report: Report, machi
         "agreement": report.agreement,
         "skipped": report.skipped,
         "warnings": report.warnings,
+        "profiles": report.profiles,
         "environment": machine,
     }
 
@@ -160,6 +168,8 @@ def _time(sessions: tuple[Session, Session], names: tuple[str, str], label: str,
     report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
     for name, session in zip(names, sessions, strict=True):
         report.memory += engine_rows(name, session)
+        if plan.profile and isinstance(session, NativeSession):
+            report.profiles.append(profile(name, session, _images(session, plan), min(plan.seconds, PROFILE_SECONDS)))
     name = claim_name("speed", where["engine"], where["precision"], where["batch"])
     report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high))
     return Pair(sessions, (summaries[0].median, summaries[1].median), ratio)
@@ -188,10 +198,14 @@ def _best_against_best(model, against, pairs: dict[str, Pair], plan: Plan, repor
 
 
 def _interleave(sessions: tuple[Session, Session], plan: Plan) -> tuple[PairedSamples, Ratio]:
-    images = random_images(sessions[0].batch, sessions[0].shape[1:], plan.seed)
+    images = _images(sessions[0], plan)
     first, second = (lambda: sessions[0].run(images)), (lambda: sessions[1].run(images))
     samples = time_pair(first, second, seconds=plan.seconds, min_quads=plan.min_quads, max_warm_up=plan.warm_up)
     return samples, paired_ratio(samples.a, samples.b, plan.seed)
+
+
+def _images(session: Session, plan: Plan) -> np.ndarray:
+    return random_images(session.batch, session.shape[1:], plan.seed)
 
 
 def _summaries(samples: PairedSamples, plan: Plan) -> tuple[Summary, Summary]:
@@ -235,6 +249,7 @@ def _skip(engine: str, precision: str | None, batch: int | None, reason: str) ->
 def _where(session: Session) -> dict:
     return {
         "engine": session.engine.name,
+        "variant": session.variant,
         "precision": session.precision,
         "batch": session.batch,
         "threads": session.threads,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rd_deploy.bench.claims import SPEED
 from rd_deploy.bench.memory_plot import COLOURS, draw_ledgers
+from rd_deploy.bench.report import engine_label
 from rd_deploy.common import atomic_path
 from rd_deploy.memory import Ledger
 
@@ -35,7 +36,7 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Le
 
 
 def _setting(row: dict) -> str:
-    return f"{row['engine']}\n{_where(row)}"
+    return f"{engine_label(row)}\n{_where(row)}"
 
 
 def _where(row: dict) -> str:

@@ -22,6 +22,8 @@ def render(document: dict) -> str:
         "Claims",
         verdicts(document["claims"]),
     ]
+    for entry in document["profiles"]:
+        parts += [_profile_heading(entry), _profile(entry)]
     if document["skipped"]:
         parts += ["Skipped", "\n".join(f"  {_place(entry)}: {entry['reason']}" for entry in document["skipped"])]
     if document["warnings"]:
@@ -75,7 +77,7 @@ def _latency(document: dict) -> str:
         [
             (
                 row["model"],
-                row["engine"],
+                engine_label(row),
                 row["precision"],
                 str(row["batch"]),
                 f"{row['median_ms']:.2f}",
@@ -90,12 +92,17 @@ def _latency(document: dict) -> str:
     )
 
 
+def engine_label(row: dict) -> str:
+    """``native (avx512)``: an engine and what it chose to run with."""
+    return f"{row['engine']} ({row['variant']})" if row["variant"] else row["engine"]
+
+
 def _time(milliseconds: float | None) -> str:
     return "-" if milliseconds is None else f"{milliseconds:.2f}"
 
 
 def _ratios(document: dict) -> str:
-    rows = [(row["engine"], row) for row in document["ratios"]]
+    rows = [(engine_label(row), row) for row in document["ratios"]]
     rows += [(f"best: {row['model_engine']} vs {row['compare_engine']}", row) for row in document["best"]]
     header = ("engine", "precision", "batch", "ratio", "95% interval", "")
     return table(
@@ -136,6 +143,35 @@ def _memory(document: dict) -> str:
             )
         ],
     )
+
+
+def _profile_heading(entry: dict) -> str:
+    limits = entry["limits"]
+    return (
+        f"Steps of {entry['model']} on {engine_label(entry)}, {entry['precision']}, batch {entry['batch']}: medians of "
+        f"{entry['runs']} runs\n  limits here: {limits['gflops']:.0f} GFLOP/s; reading {limits['cache_gb_s']:.0f} GB/s "
+        f"from the cache, {limits['network_gb_s']:.0f} at this network's size, {limits['memory_gb_s']:.0f} from memory"
+    )
+
+
+def _profile(entry: dict) -> str:
+    header = ("step", "how", "ms", "GFLOP/s", "weights GB/s", "of limit", "which is")
+    rows = [
+        (
+            step["name"],
+            step["kernel"],
+            f"{step['median_ms']:.3f}",
+            f"{step['gflops']:.1f}",
+            f"{step['weights_gb_s']:.1f}",
+            f"{step['share']:.0%}",
+            step["limit"],
+        )
+        for step in entry["steps"]
+    ]
+    total, least = entry["median_ms"], sum(step["limit_ms"] for step in entry["steps"])
+    flops, weights = (sum(step[key] for step in entry["steps"]) / total / 1e6 for key in ("flops", "weight_bytes"))
+    rows.append(("all", "", f"{total:.3f}", f"{flops:.1f}", f"{weights:.1f}", f"{least / total:.0%}", ""))
+    return table(header, rows)
 
 
 def _kibibytes(value: int | None) -> str:

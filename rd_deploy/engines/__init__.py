@@ -2,11 +2,12 @@
 
 from rd_deploy.common import UserError, nearest
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
+from rd_deploy.engines.native import Native
 from rd_deploy.engines.onnxruntime import OnnxRuntime
 from rd_deploy.engines.openvino import OpenVino
 from rd_deploy.engines.torch import Torch
 
-ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Torch, OnnxRuntime, OpenVino)}
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Torch, OnnxRuntime, OpenVino, Native)}
 
 __all__ = ["ENGINES", "Engine", "Figure", "Session", "Unsupported", "get_engine"]
 

@@ -52,6 +52,11 @@ class Session(ABC):
         self.weight_bytes = weight_elements(model) * ELEMENT_BYTES[precision]
         self._figures: tuple[Figure, ...] = ()
 
+    @property
+    def variant(self) -> str | None:
+        """What the engine chose to run with, such as an instruction set; None: nothing that it tells."""
+        return None
+
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images (N, C, H, W) float32 in host memory to logits (N, classes) float32 in host memory."""
         if images.shape != self.shape or images.dtype != np.float32:

@@ -4,13 +4,10 @@ The graph takes ``images`` (batch, C, H, W) float32 and gives ``logits`` (batch,
 precision inside. The same chain gives the same bytes.
 """
 
-import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +15,18 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool, Step, weights
-from rd_deploy.common import UserError, atomic_path, nearest
+from rd_deploy.common import UserError, nearest
+from rd_deploy.export import files
+from rd_deploy.export.files import OUTPUT, describe, write_both
 from rd_deploy.preprocessing import Preprocessing
 
 FORMAT = "residual-distillation-onnx/1"
-SIDECAR_FORMAT = "residual-distillation-sidecar/1"
-OUTPUT = "logits"
+SUFFIX = ".onnx"
+PACKAGES = ("residual-distillation", "numpy", "onnx", "onnxruntime", "torch")
 # Opset 17 with IR 8 (2022): read by ONNX Runtime >= 1.12, TensorRT >= 8.6 and every OpenVINO 2023+.
 OPSET, IR_VERSION = 17, 8
 # A protobuf message ends at 2 GiB; a little is left for names and metadata.
 MAX_WEIGHT_BYTES = (2 << 30) - (16 << 20)
-MAX_SIDECAR_BYTES = 256 << 20  # a million class names and more
 DTYPES = {"fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16)}
 PRECISIONS = tuple(DTYPES)
 KEY = "residual_distillation."
@@ -178,80 +176,22 @@ def export_onnx(
     path = check_target(path)
     content = to_onnx(chain, precision).SerializeToString(deterministic=True)
     parity = None if verify is None else verify(content)
-    values = sidecar(path.name, content, chain, precision, parity)
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    with atomic_path(path) as model_file, atomic_path(path.with_suffix(".json")) as json_file:
-        model_file.write_bytes(content)
-        json_file.write_text(text, encoding="utf-8")
+    particular = {"opset": OPSET, "weight_bytes": weight_bytes(chain, precision)}
+    values = describe(path.name, content, chain, precision, parity, particular, PACKAGES)
+    write_both(path, content, sidecar_path(path), values)
     return values
+
+
+def sidecar_path(path: Path) -> Path:
+    """Where the sidecar of an ONNX file lies."""
+    return path.with_suffix(".json")
 
 
 def check_target(path: str | Path) -> Path:
     """The output path, if it ends in .onnx, can be written and nothing of others is in the way: before the work."""
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise UserError(f"output {path} must end in .onnx")
-    for target in (path, path.with_suffix(".json")):
-        if target.is_dir():
-            raise UserError(f"cannot write {target}: it is a folder; choose another output path")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"cannot write {path}: {existing} is not a folder; choose another output path")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
-    _check_sidecar(path.with_suffix(".json"))
+    files.check_target(path, SUFFIX, sidecar_path(path))
     return path
-
-
-def _check_sidecar(path: Path) -> None:
-    """Refuse to replace a JSON file that is not a sidecar, such as a training's results."""
-    if not path.exists():
-        return
-    try:
-        values = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_SIDECAR_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or values.get("format") != SIDECAR_FORMAT:
-        raise UserError(f"{path} exists and is not a sidecar of rd-export; move it, or choose another output path")
-
-
-def sidecar(file_name: str, content: bytes, chain: Chain, precision: str, parity: dict | None) -> dict:
-    """What is known about an ONNX file, as plain containers; ``sha256`` ties it to the file's bytes."""
-    return {
-        "format": SIDECAR_FORMAT,
-        "model": file_name,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-        "name": chain.name,
-        "precision": precision,
-        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", *chain.input_shape]},
-        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(chain.classes)]},
-        "opset": OPSET,
-        "preprocessing": chain.preprocessing.to_dict(),
-        "classes": list(chain.classes),
-        "arch": chain.arch,
-        "macs": chain.macs(),
-        "parameters": chain.parameters(),
-        "weight_bytes": weight_bytes(chain, precision),
-        "weights_sha256": chain.sha256(),
-        "parity": parity,
-        "provenance": chain.provenance,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str | None]:
-    """Versions of what took part; None for what is not installed."""
-    found = {}
-    for package in ("residual-distillation", "numpy", "onnx", "onnxruntime", "torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 # --- reading

@@ -98,7 +98,7 @@ def test_a_checkpoint_meets_its_own_resnet(checkpoint_run):
 
 def test_every_engine_precision_and_batch_is_measured_or_skipped(checkpoint_run):
     document = read(checkpoint_run)
-    for engine in ("torch", "onnxruntime", "openvino"):
+    for engine in ("torch", "onnxruntime", "openvino", "native"):
         for precision in ("fp32", "bf16"):
             for batch in (1, 3):
                 where = {"engine": engine, "precision": precision, "batch": batch}
@@ -145,6 +145,41 @@ def test_memory_rows_and_claims(checkpoint_run):
         assert row["how"].startswith(f"{row['source']}: ")
         assert row["weight_bytes"] % (4 if row["precision"] == "fp32" else 2) == 0
         assert "rss" not in row["how"].lower()
+
+
+def test_the_native_engine_names_its_instruction_set(checkpoint_run):
+    document = read(checkpoint_run)
+    for row in (*document["results"], *document["ratios"]):
+        assert (row["variant"] is not None) == (row["engine"] == "native")
+    assert document["profiles"] == []
+    assert document["options"]["profile"] is False
+
+
+def test_a_profile_per_network_and_setting(tmp_path, capsys):
+    model, other = save_onnx(tmp_path / "a.onnx"), save_onnx(tmp_path / "b.onnx", seed=1)
+    out = tmp_path / "out"
+    arguments = ("--engines", "native", "--precision", "fp32", "--batch", "1,2", "--profile", "--out", out)
+    assert bench(model, "--compare", other, *arguments, *FAST) == 0
+    document = read(out)
+    jsonschema.validate(document, schema())
+    assert [(entry["model"], entry["batch"]) for entry in document["profiles"]] == [
+        ("a", 1),
+        ("b", 1),
+        ("a", 2),
+        ("b", 2),
+    ]
+    printed = capsys.readouterr().out
+    for entry in document["profiles"]:
+        assert f"Steps of {entry['model']} on native ({entry['variant']}), fp32, batch {entry['batch']}" in printed
+        assert all(step["name"] in printed for step in entry["steps"])
+
+
+def test_a_profile_needs_the_native_engine(tmp_path, capsys):
+    model = save_onnx(tmp_path / "a.onnx")
+    arguments = ("--engines", "onnxruntime", "--profile", "--out", tmp_path / "out")
+    assert bench(model, "--compare", model, *arguments, *FAST) == 2
+    assert "--profile times the steps of the native engine" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_engines_agree_before_they_are_timed(checkpoint_run):
@@ -387,7 +422,7 @@ def test_two_files_without_torch(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = read(tmp_path / "o")
-    assert {row["engine"] for row in document["results"]} == {"onnxruntime", "openvino"}
+    assert {row["engine"] for row in document["results"]} == {"onnxruntime", "openvino", "native"}
     (skipped,) = [row for row in document["skipped"] if row["precision"] is None]
     assert skipped["reason"] == "torch is not installed: in the checkout: pip install '.[train]'"
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rd_deploy import cli_export
+from rd_deploy import cli_export, native
 from rd_deploy.export.images import folder_images, spread
 from rd_deploy.export.onnx import read_metadata
 from rd_deploy.export.source import _without_folders
+from rd_deploy.native import library
 from rd_deploy.parity import onnx_runner
 from rd_deploy.preprocessing import Preprocessing
 from rd_deploy.random_weights import random_network
@@ -161,10 +162,73 @@ def test_help_and_errors_need_no_torch(tmp_path):
     assert shown.returncode == 0
     assert "--precision" in shown.stdout
     assert "--trt" not in shown.stdout
-    assert "--native" not in shown.stdout
+    assert "--native" in shown.stdout
     missing = run("--arch", "plain20")
     assert missing.returncode == 2
     assert re.fullmatch(r"rd-export: error: torch is not usable.*\[train\]'\n", missing.stderr)
+
+
+# --- for the native engine
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "model"), ("bf16", "model-bf16")])
+def test_native_writes_a_checked_rdp_instead_of_onnx(rd_export, model, digits, precision, name):
+    code, out, err = rd_export(model, "--native", "--precision", precision)
+    assert (code, err) == (0, "")
+    assert files(model.parent) == sorted(["model.pt", f"{name}.rdp", f"{name}.rdp.json"])
+    assert "test images of digits" in out
+    assert f"{name}.rdp.json" in out
+    sidecar = json.loads((model.parent / f"{name}.rdp.json").read_text())
+    runs = sidecar["parity"]["runs"]
+    assert [(run["batch"], run["images"]) for run in runs] == [(1, 8), (3, 8), (64, 256)]
+    assert {run["engine"].split(", ")[0] for run in runs} == {"native"}
+    assert all(0 < run["max_error"] <= sidecar["parity"]["tolerance"] for run in runs)
+    session = native.Session(model.parent / f"{name}.rdp", batch=4)
+    assert session.classes == tuple(digits.classes)
+    assert session.preprocessing == digits.preprocessing
+    images = load_dataset("digits").test.images(torch.arange(4))
+    with torch.no_grad():
+        expected = digits.network()(images).numpy()
+    error = np.abs(session.run(images.numpy()) - expected).max() / expected.std()
+    assert error < {"fp32": 1e-3, "bf16": 0.5}[precision]
+
+
+def test_onnx_and_rdp_lie_side_by_side(rd_export, model):
+    assert rd_export(model)[0] == rd_export(model, "--native")[0] == 0
+    assert files(model.parent) == ["model.json", "model.onnx", "model.pt", "model.rdp", "model.rdp.json"]
+    onnx_sidecar, rdp_sidecar = (json.loads((model.parent / name).read_text()) for name in files(model.parent)[::4])
+    assert (onnx_sidecar["model"], rdp_sidecar["model"]) == ("model.onnx", "model.rdp")
+    assert onnx_sidecar["weights_sha256"] == rdp_sidecar["weights_sha256"]
+
+
+def test_a_named_architecture_becomes_an_rdp(rd_export, tmp_path):
+    code, out, _ = rd_export("--arch", "resnet20", *SMALL, "--native", "--precision", "bf16")
+    assert code == 0
+    assert "random images" in out
+    assert files(tmp_path) == ["resnet20-bf16.rdp", "resnet20-bf16.rdp.json"]
+
+
+def test_a_native_engine_that_computes_something_else_gives_1_and_writes_nothing(rd_export, model, monkeypatch):
+    run = native.Context.run
+    monkeypatch.setattr(native.Context, "run", lambda context, images: run(context, images)[:, ::-1])
+    code, _, err = rd_export(model, "--native", "--precision", "bf16")
+    assert code == 1
+    assert "parity failed" in err
+    assert files(model.parent) == ["model.pt"]
+
+
+def test_without_the_engine_parity_is_refused_before_any_work(rd_export, model, monkeypatch, tmp_path):
+    library.library.cache_clear()
+    monkeypatch.setattr(library, "PATH", tmp_path / "librd.so")
+    try:
+        result = rd_export(model, "--native")
+        assert_refused(result, "parity cannot be checked: .* is not built .* or pass --no-parity")
+        assert result[1] == ""
+        assert files(model.parent) == ["model.pt"]
+        code, out, _ = rd_export(model, "--native", "--no-parity")
+        assert (code, "not checked" in out) == (0, True)
+    finally:
+        library.library.cache_clear()
 
 
 # --- images
@@ -381,7 +445,11 @@ def test_a_full_disk_leaves_nothing(rd_export, model, monkeypatch):
         (["--arch", "plain20", "--prec", "fp16"], "unknown argument --prec"),
         (["--arch", "plain20", "--precision", "fp61"], "did you mean 'fp16'"),
         (["--arch", "plain20", "--trt"], "unknown argument --trt"),
-        (["--arch", "plain20", "--native"], "unknown argument --native"),
+        (["--arch", "plain20", "--precision", "bf16"], "an ONNX file is fp32 or fp16, not bf16: .* add --native"),
+        (["--arch", "plain20", "--native", "--precision", "fp16"], "is fp32 or bf16, not fp16: .* leave --native away"),
+        (["--arch", "plain20", "--native", "--precision", "bf61"], "did you mean 'bf16'"),
+        (["--arch", "plain20", "--native", "--out", "a.onnx"], r"must end in \.rdp"),
+        (["--arch", "plain20", "--out", "a.rdp"], r"must end in \.onnx"),
         (["--arch", "plain20", "--size", "big"], "--size: invalid int value"),
         (["--arch", "plain20", "--size", "0"], "image size 0"),
         (["--arch", "plain20", "--width", "nan"], "width must be"),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rd_deploy.common import UserError
+from rd_deploy.export.native import to_rdp
 from rd_deploy.export.onnx import to_onnx
 from rd_deploy.export.source import source_from_name
 from rd_deploy.parity import (
@@ -18,6 +19,7 @@ from rd_deploy.parity import (
     check_parity,
     compare,
     distinct,
+    native_ways,
     onnx_runner,
     round_up,
     torch_logits,
@@ -196,6 +198,17 @@ def test_activations_that_overflow_fp16_fail_although_the_cpu_computes_them(sour
     assert np.isfinite(onnx_runner(loud, threads=1)(images)).all()
     with pytest.raises(ParityError, match=r"NaN or infinity.*rounded to fp16"):
         check_parity(source.network, loud, images, 1e9, 8, "fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_native_engine_is_judged_like_onnx_runtime(source, images, precision):
+    tolerance = TOLERANCES[precision]
+    right, wrong = (to_rdp(chain, precision) for chain in (source.chain, damage(source.chain, "conv1", relu=False)))
+    runs = check_parity(source.network, right, images, tolerance, 4, precision, native_ways)
+    assert [(run.batch, run.parity.images) for run in runs] == [(1, 8), (3, 8), (4, 10)]
+    assert all(run.engine.startswith("native, ") and run.parity.max_error > 0 for run in runs)
+    with pytest.raises(ParityError, match=r"parity failed: .* \(native, "):
+        check_parity(source.network, wrong, images, tolerance, 4, precision, native_ways)
 
 
 def test_a_model_that_does_not_load_fails(source, images):

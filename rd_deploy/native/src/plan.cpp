@@ -780,6 +780,10 @@ void check(const Network &network, Options &options) {
     };
     require(options.batch >= 1 && options.batch <= 4096, "the batch must be from 1 to 4096");
     require(options.threads >= 1 && options.threads <= 1024, "the number of threads must be from 1 to 1024");
+    constexpr unsigned known = RD_FLAG_TRACE_MEMORY | RD_FLAG_NO_WINOGRAD | RD_FLAG_UNFUSED | RD_FLAG_SMALL;
+    require((options.flags & ~known) == 0, "flags have unknown bits: use RD_FLAG_*");
+    require((options.flags & RD_FLAG_UNFUSED) == 0 || (options.flags & RD_FLAG_SMALL) == 0,
+            "RD_FLAG_UNFUSED and RD_FLAG_SMALL contradict each other");
     options.height = options.height ? options.height : network.height;
     options.width = options.width ? options.width : network.width;
     require(options.height >= 1 && options.height <= 4096 && options.width >= 1 && options.width <= 4096,

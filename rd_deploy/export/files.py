@@ -1,0 +1,102 @@
+"""What every exporter shares: the model's file and its JSON sidecar, of which both are written or neither."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rd_deploy.chain import INPUT, Chain
+from rd_deploy.common import UserError, atomic_path
+
+SIDECAR_FORMAT = "residual-distillation-sidecar/1"
+MAX_SIDECAR_BYTES = 256 << 20  # a million class names and more
+OUTPUT = "logits"
+
+
+def check_target(path: Path, suffix: str, sidecar: Path) -> None:
+    """Raise `UserError` unless ``path`` ends in ``suffix``, both files can be written and neither replaces others'.
+
+    Meant to be called before the work is done.
+    """
+    if path.suffix != suffix:
+        raise UserError(f"output {path} must end in {suffix}")
+    for target in (path, sidecar):
+        if target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder; choose another output path")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write {path}: {existing} is not a folder; choose another output path")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
+    _check_sidecar(sidecar)
+
+
+def _check_sidecar(path: Path) -> None:
+    """Refuse to replace a JSON file that is not a sidecar, such as a training's results."""
+    if not path.exists():
+        return
+    try:
+        values = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_SIDECAR_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or values.get("format") != SIDECAR_FORMAT:
+        raise UserError(f"{path} exists and is not a sidecar of rd-export; move it, or choose another output path")
+
+
+def write_both(path: Path, content: bytes, sidecar: Path, values: dict) -> None:
+    """Write the model and its sidecar; each replaces an older one atomically."""
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    with atomic_path(path) as model_file, atomic_path(sidecar) as json_file:
+        model_file.write_bytes(content)
+        json_file.write_text(text, encoding="utf-8")
+
+
+def describe(
+    file_name: str,
+    content: bytes,
+    chain: Chain,
+    precision: str,
+    parity: dict | None,
+    particular: dict,
+    packages: Sequence[str],
+) -> dict:
+    """The sidecar: what is known about a model's file, as plain containers; ``sha256`` ties it to the file's bytes.
+
+    ``particular``: what only this kind of file has. ``packages``: those whose versions may have mattered.
+    """
+    return {
+        "format": SIDECAR_FORMAT,
+        "model": file_name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "name": chain.name,
+        "precision": precision,
+        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", *chain.input_shape]},
+        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(chain.classes)]},
+        **particular,
+        "preprocessing": chain.preprocessing.to_dict(),
+        "classes": list(chain.classes),
+        "arch": chain.arch,
+        "macs": chain.macs(),
+        "parameters": chain.parameters(),
+        "weights_sha256": chain.sha256(),
+        "parity": parity,
+        "provenance": chain.provenance,
+        "versions": _versions(packages),
+    }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Versions of packages; None for what is not installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,660 @@
+// Every kernel of every instruction set that this CPU has, and AMX's with emulated tiles, against float64.
+//
+// Inputs are rounded to the table's precision first, so what may differ from float64 is the rounding that the kernel
+// does itself. With u the unit roundoff (2^-24 for float32, 2^-8 for bfloat16) and gamma(n) = n u / (1 - n u) for
+// float32's, a sum of n float32 terms differs by at most gamma(n) times the sum of the terms' magnitudes, whatever the
+// order (Higham 2002, "Accuracy and stability of numerical algorithms", section 4.2), and an output rounded once more
+// by at most u of what it is. Every check asserts that bound for each element, and that a wrong weight exceeds it.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "checks.h"
+#include "isa.h"
+
+// Beside the library's copy, which is compiled for real tiles. Its vectors pass between functions of this file only.
+#define RD_EMULATE_TILES
+#define amx_bf16_kernels emulated_amx_bf16_kernels
+#pragma GCC diagnostic ignored "-Wpsabi"
+#include "kernels/amx_bf16.cpp"
+#undef amx_bf16_kernels
+
+namespace {
+
+using rd::Kernels;
+using rd::Product;
+using test::describe;
+using test::Elements;
+using test::Random;
+
+constexpr std::uint64_t kSeed = 20261125;
+constexpr int kProducts = 60, kConvolutions = 16, kPools = 10;  // cases per table
+constexpr int kLane = 16;
+
+std::size_t index(int i) { return static_cast<std::size_t>(i); }
+double gamma(int n) { return n * 0x1p-24 / (1 - n * 0x1p-24); }
+double roundoff(bool bf16) { return bf16 ? 0x1p-8 : 0; }  // of an output that was computed in float32
+
+using Values = std::vector<double>;
+
+// Adds the products of two lists, and their magnitudes.
+void add_products(const Values &a, const Values &b, double &sum, double &magnitude) {
+    const double *const x = a.data(), *const y = b.data();
+    for (std::size_t i = 0; i < a.size(); i++) {
+        sum += x[i] * y[i];
+        magnitude += std::abs(x[i] * y[i]);
+    }
+}
+
+// --- products
+
+// A product on random lists of pixels.
+class ProductCase {
+  public:
+    ProductCase(Random &random, const Kernels &table)
+        : table_(table), bf16_(table.bf16), shape_(random), a_(bf16_, shape_.step * (kPool - 1) + index(shape_.k_pitch)),
+          zeros_(bf16_, index(shape_.k_pitch)), w_(bf16_, shape_.blocks * shape_.block()), bias_(index(shape_.blocks * kLane)),
+          before_(bf16_ && !shape_.raw, shape_.row() * index(shape_.pixels)), out_(bf16_ && !shape_.raw, before_.size()),
+          added_(bf16_, before_.size()) {
+        a_.randomise(random);
+        for (std::size_t i = 0; i < zeros_.size(); i++) zeros_.set(i, 0);
+        fill_weights(random);
+        for (std::size_t i = 0; i < bias_.size(); i++) bias_[i] = random.value();
+        before_.randomise(random);
+        added_.randomise(random);
+        list_pixels(random);
+    }
+
+    // The product of the blocks and pixels from the first to before the last.
+    void run(int pixel, int pixels, int block, int blocks) {
+        Product p{};
+        std::vector<const void *> a, add;
+        std::vector<void *> out;
+        for (const int at : listed_) a.push_back(at < 0 ? zeros_.at(0) : a_.at(shape_.step * index(at)));
+        for (const int at : rows_) {
+            out.push_back(out_.at(shape_.row() * index(at)));
+            add.push_back(shape_.in_place ? out.back() : added_.at(shape_.row() * index(at)));
+        }
+        p.a = a.data() + pixel;
+        p.a_pitch = shape_.a_pitch;
+        p.taps = shape_.taps;
+        p.k = shape_.k;
+        p.k_pitch = shape_.k_pitch;
+        p.pixels = pixels;
+        p.w_block = shape_.block() * w_.width();
+        p.w = w_.at(index(block) * shape_.block());
+        p.blocks = blocks;
+        p.bias = shape_.bias ? bias_.data() + block * kLane : nullptr;
+        p.add = shape_.add ? add.data() + pixel : nullptr;
+        p.out = out.data() + pixel;
+        p.offset = shape_.offset + block * kLane;
+        p.relu = shape_.relu;
+        p.raw = shape_.raw;
+        CHECK(!table_.supports || table_.supports(p));
+        table_.product(p);
+    }
+
+    void run() {
+        out_.copy(before_);
+        run(0, shape_.pixels, 0, shape_.blocks);
+    }
+
+    // The largest error, as a share of what rounding may cause. Elements that are not outputs must not change.
+    double worst() const {
+        const std::vector<Values> inputs = all_inputs(), weights = all_weights();
+        double largest = 0;
+        for (int pixel = 0; pixel < shape_.pixels; pixel++) {
+            const std::size_t row = shape_.row() * index(rows_[index(pixel)]);
+            for (int n = 0; n < shape_.blocks * kLane; n++)
+                largest = std::max(largest, error(inputs[index(pixel)], weights[index(n)], n, row + index(shape_.offset + n)));
+            for (std::size_t i = 0; i < shape_.row(); i++) {
+                const bool output = i >= index(shape_.offset) && i < index(shape_.offset + shape_.blocks * kLane);
+                CHECK(output || std::memcmp(out_.at(row + i), before_.at(row + i), out_.width()) == 0);
+            }
+        }
+        return largest;
+    }
+
+    // A pixel's result does not depend on its neighbours in the list, nor an output's on the other blocks.
+    void check_independence(Random &random) {
+        run();
+        const Elements together(bf16_ && !shape_.raw, out_.size());
+        together.copy(out_);
+        out_.copy(before_);
+        for (int pixel = 0; pixel < shape_.pixels;) {
+            const int pixels = random.between(1, shape_.pixels - pixel);
+            for (int block = 0; block < shape_.blocks;) {
+                const int blocks = random.between(1, shape_.blocks - block);
+                run(pixel, pixels, block, blocks);
+                block += blocks;
+            }
+            pixel += pixels;
+        }
+        CHECK(std::memcmp(out_.at(0), together.at(0), out_.size() * out_.width()) == 0);
+    }
+
+    // The test must see a weight of the wrong sign, if any pixel meets it.
+    void check_sensitivity(Random &random) {
+        const int n = random.below(shape_.blocks * kLane), t = random.below(shape_.taps), i = random.below(shape_.k);
+        const std::size_t at = weight(n, t, i);
+        const double kept = w_.get(at);
+        double met = 0;
+        for (int pixel = 0; pixel < shape_.pixels; pixel++) met = std::max(met, std::abs(input(pixel, t, i)));
+        if (shape_.relu || std::abs(kept) * met < 0.25) return;
+        w_.set(at, static_cast<float>(-kept));
+        run();
+        w_.set(at, static_cast<float>(kept));
+        CHECK(worst() > 1);
+        sensitive_++;
+    }
+    static int sensitive_;
+
+  private:
+    static constexpr int kPool = 40;  // pixels of the map
+
+    struct Shape {
+        explicit Shape(Random &random)
+            : taps(random.any({1, 3, 9})), k_pitch(random.any({16, 32, 32, 48, 64, 64})),
+              k(random.flip() ? k_pitch : k_pitch - random.below(16)), pixels(random.between(1, 33)),
+              a_pitch(pixels + random.below(3)), blocks(random.between(1, 5)), offset(16 * random.below(3)),
+              gap(random.below(4) ? 0 : 32), bias(random.below(4)), raw(random.below(4) == 0), relu(!raw && random.flip()),
+              add(!raw && random.flip()), in_place(random.flip()) {
+            // Pixels of a row of the images overlap; those of a map do not.
+            step = taps == 3 ? index(random.between(1, 6)) : index(k_pitch + 16 * random.below(3));
+        }
+        std::size_t block() const { return index(taps * k_pitch * kLane + gap); }
+        std::size_t row() const { return index(offset + blocks * kLane + 16); }
+        int taps, k_pitch, k, pixels, a_pitch, blocks, offset, gap;
+        bool bias, raw, relu, add, in_place;
+        std::size_t step;
+    };
+
+    // Where the weights of output n stand: as network.h says.
+    std::size_t weight(int n, int t, int i) const {
+        const std::size_t tap = index(n / kLane) * shape_.block() + index(t * shape_.k_pitch * kLane);
+        return tap + index(bf16_ ? (i / 2 * kLane + n % kLane) * 2 + i % 2 : i * kLane + n % kLane);
+    }
+
+    void fill_weights(Random &random) {
+        for (std::size_t i = 0; i < w_.size(); i++) w_.set(i, 0);
+        for (int n = 0; n < shape_.blocks * kLane; n++)
+            for (int t = 0; t < shape_.taps; t++)
+                for (int i = 0; i < shape_.k; i++) w_.set(weight(n, t, i), random.value());
+    }
+
+    // Of each tap: neighbours, pixels at a distance, any, rows with padding between them, backwards, or always the same.
+    void list_pixels(Random &random) {
+        listed_.assign(index(shape_.taps * shape_.a_pitch), 0);
+        for (int t = 0; t < shape_.taps; t++) {
+            const int kind = random.below(6), first = random.below(kPool), width = random.between(3, 20);
+            for (int pixel = 0; pixel < shape_.pixels; pixel++) {
+                const int choices[] = {first + pixel, first + 2 * pixel, random.below(kPool), pixel % width ? first + pixel : -1,
+                                       first + kPool - pixel, first};
+                listed_[index(t * shape_.a_pitch + pixel)] = choices[kind] < 0 ? -1 : choices[kind] % kPool;
+            }
+        }
+        for (int pixel = 0; pixel < shape_.pixels; pixel++) rows_.push_back(pixel);
+        if (random.flip()) std::reverse(rows_.begin(), rows_.end());
+    }
+
+    double input(int pixel, int t, int i) const {
+        const int at = listed_[index(t * shape_.a_pitch + pixel)];
+        return at < 0 ? 0 : a_.get(shape_.step * index(at) + index(i));
+    }
+
+    std::vector<Values> all_inputs() const {  // [pixel][taps * k]
+        std::vector<Values> values(index(shape_.pixels));
+        for (int pixel = 0; pixel < shape_.pixels; pixel++)
+            for (int at = 0; at < shape_.taps * shape_.k; at++)
+                values[index(pixel)].push_back(input(pixel, at / shape_.k, at % shape_.k));
+        return values;
+    }
+    std::vector<Values> all_weights() const {  // [n][taps * k]
+        std::vector<Values> values(index(shape_.blocks * kLane));
+        for (int n = 0; n < shape_.blocks * kLane; n++)
+            for (int at = 0; at < shape_.taps * shape_.k; at++)
+                values[index(n)].push_back(w_.get(weight(n, at / shape_.k, at % shape_.k)));
+        return values;
+    }
+
+    // The error of output n of a pixel, which stands at `at`, as a share of its bound.
+    double error(const Values &input, const Values &weights, int n, std::size_t at) const {
+        double y = shape_.bias ? static_cast<double>(bias_[index(n)]) : 0, magnitude = std::abs(y);
+        add_products(input, weights, y, magnitude);
+        if (shape_.add) {
+            const double term = shape_.in_place ? before_.get(at) : added_.get(at);
+            y += term;
+            magnitude += std::abs(term);
+        }
+        if (shape_.relu) y = std::max(y, 0.0);
+        // Terms: the products, each rounded once, the bias and what is added.
+        const double summed = gamma(shape_.taps * shape_.k + 3) * magnitude;
+        const double bound = summed + roundoff(bf16_ && !shape_.raw) * (std::abs(y) + summed);
+        return std::abs(out_.get(at) - y) / std::max(bound, 0x1p-149);
+    }
+
+    const Kernels &table_;
+    const bool bf16_;
+    const Shape shape_;
+    Elements a_, zeros_, w_;
+    test::Array<float> bias_;
+    Elements before_, out_, added_;  // elements of `out`: before the product, and after it
+    std::vector<int> listed_;        // [taps][a_pitch] pixels, -1 for padding
+    std::vector<int> rows_;          // of `out`, per pixel
+};
+
+int ProductCase::sensitive_ = 0;
+
+bool supported(const Kernels &table, std::uint64_t seed) {  // the same draws as in ProductCase
+    if (!table.supports) return true;
+    Random random(seed);
+    Product p{};
+    random.any({1, 3, 9});
+    p.k_pitch = random.any({16, 32, 32, 48, 64, 64});
+    return table.supports(p);
+}
+
+void test_products(const Kernels &table) {
+    double largest = 0;
+    ProductCase::sensitive_ = 0;
+    for (int i = 0; i < kProducts; i++) {
+        const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
+        describe("a product of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32", static_cast<unsigned long long>(seed));
+        if (!supported(table, seed)) continue;
+        Random random(seed);
+        ProductCase product(random, table);
+        product.run();
+        const double worst = product.worst();
+        CHECK(worst <= 1);
+        largest = std::max(largest, worst);
+        product.check_independence(random);
+        product.check_sensitivity(random);
+    }
+    CHECK(ProductCase::sensitive_ > 3);
+    std::printf("%s %s: products, errors up to %.2f of their bound\n", table.isa, table.bf16 ? "bf16" : "fp32", largest);
+}
+
+// --- Winograd's convolution
+
+using Matrix = std::vector<std::vector<double>>;
+
+// The transforms of Lavin & Gray 2016, for the error bounds.
+struct Form {
+    Matrix input, weight, output;  // B^T, G, A^T
+};
+const Form kTwo = {{{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}},
+                   {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}},
+                   {{1, 1, 1, 0}, {0, 1, -1, -1}}};
+const Form kFour = {{{4, 0, -5, 0, 1, 0}, {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0}, {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}},
+                    {{1 / 4., 0, 0}, {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.}, {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}},
+                    {{1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}}};
+// Roundings of the longest path through a transform, both of its passes, generously: the constants of G are rounded too.
+constexpr int kInputRoundings = 8, kWeightRoundings = 12, kOutputRoundings = 12;
+
+using Square = Values;  // row by row
+
+// L X L^T; with magnitudes |L| |X| |L|^T. X: side x side.
+Square sandwich(const Matrix &l, const Square &x, bool magnitudes) {
+    const std::size_t side = l[0].size(), rows = l.size();
+    const auto value = [magnitudes](double v) { return magnitudes ? std::abs(v) : v; };
+    Square half(rows * side), out(rows * rows);
+    for (std::size_t i = 0; i < rows; i++)
+        for (std::size_t j = 0; j < side; j++)
+            for (std::size_t k = 0; k < side; k++) half[i * side + j] += value(l[i][k]) * value(x[k * side + j]);
+    for (std::size_t i = 0; i < rows; i++)
+        for (std::size_t j = 0; j < rows; j++)
+            for (std::size_t k = 0; k < side; k++) out[i * rows + j] += half[i * side + k] * value(l[j][k]);
+    return out;
+}
+
+// What rounding may add to a transformed square: in float32, and where the result is stored as bfloat16 once more.
+Square rounding(const Matrix &l, const Square &x, int roundings, bool bf16) {
+    const Square exact = sandwich(l, x, false), magnitude = sandwich(l, x, true);
+    Square error(exact.size());
+    for (std::size_t i = 0; i < error.size(); i++) {
+        const double summed = gamma(roundings) * magnitude[i];
+        error[i] = summed + roundoff(bf16) * (std::abs(exact[i]) + summed);
+    }
+    return error;
+}
+
+// A 3x3 convolution of stride 1 with zero padding 1, made of the three transforms and a product for each position.
+class ConvolutionCase {
+  public:
+    ConvolutionCase(Random &random, const Kernels &table, const rd::Winograd &winograd)
+        : table_(table), winograd_(winograd), form_(winograd.m == 2 ? kTwo : kFour), m_(winograd.m), t_(m_ + 2),
+          channels_(random.any({16, 32, 48, 64})), blocks_(random.between(1, 3)), height_(random.between(1, 9)), width_(random.between(1, 9)),
+          exact_(m_ == 2 && random.flip()), add_(random.flip()), relu_(random.flip()), in_(table.bf16, index(height_ * width_ * channels_)), zeros_(table.bf16, index(channels_)),
+          w_(table.bf16, index(blocks_ * 9 * channels_ * kLane)), planes_(table.bf16, index(t_ * t_ * blocks_ * channels_ * kLane)),
+          bias_(index(blocks_ * kLane)), added_(table.bf16, index(height_ * width_ * blocks_ * kLane)), out_(table.bf16, added_.size()),
+          spare_(table.bf16, index(blocks_ * kLane)) {
+        fill(random, in_, 1);
+        fill(random, w_, 4);  // F(2 x 2, 3 x 3) divides by 4
+        fill(random, added_, 1);
+        for (std::size_t i = 0; i < zeros_.size(); i++) zeros_.set(i, 0);
+        for (std::size_t i = 0; i < bias_.size(); i++) bias_[i] = exact_ ? 1 : random.value();
+        transform_weights();
+    }
+
+    int tiles() const { return down() * across(); }
+
+    void run(int first, int tiles) {
+        const int spots = t_ * t_;
+        std::vector<const void *> in, add;
+        std::vector<void *> out;
+        for (int tile = first; tile < first + tiles; tile++) list_tile(tile / across() * m_, tile % across() * m_, in, add, out);
+        Elements transformed(table_.bf16, index(spots * tiles * channels_));
+        test::Array<float> products(index(spots * tiles * blocks_ * kLane));
+        winograd_.input({in.data(), tiles, channels_, transformed.at(0)});
+        for (int spot = 0; spot < spots; spot++) multiply(spot, tiles, transformed, products);
+        winograd_.output({products.data(), tiles, blocks_ * kLane, blocks_, bias_.data(), add_ ? add.data() : nullptr, out.data(), 0, relu_});
+    }
+
+    void run() { run(0, tiles()); }
+
+    double worst() const {
+        const std::vector<Transformed> weights = transformed_weights();
+        double largest = 0;
+        for (int tile = 0; tile < tiles(); tile++) {
+            const int y = tile / across() * m_, x = tile % across() * m_;
+            const Transformed data = transformed_data(y, x);
+            for (int n = 0; n < blocks_ * kLane; n++) {
+                const Square bound = bounds(weights[index(n)], data);
+                for (int i = 0; i < m_ * m_; i++)
+                    if (y + i / m_ < height_ && x + i % m_ < width_) largest = std::max(largest, error(y + i / m_, x + i % m_, n, bound[index(i)]));
+            }
+        }
+        return largest;
+    }
+
+    void check_independence(Random &random) {
+        run();
+        Elements together(table_.bf16, out_.size());
+        together.copy(out_);
+        for (int tile = 0; tile < tiles();) {
+            const int count = random.between(1, tiles() - tile);
+            run(tile, count);
+            tile += count;
+        }
+        CHECK(std::memcmp(out_.at(0), together.at(0), out_.size() * out_.width()) == 0);
+    }
+
+    // Unless nothing is rounded, the bound is many times the usual error: a weight must be quite wrong to be seen for sure.
+    void check_sensitivity(Random &random) {
+        if (relu_) return;
+        const std::size_t at = weight(random.below(blocks_ * kLane), 4, random.below(channels_));
+        const double kept = w_.get(at);
+        const float off = exact_ ? 4 : table_.bf16 ? 64 : 0x1p-4f;
+        set_weight(at, static_cast<float>(kept) + off);
+        run();
+        set_weight(at, static_cast<float>(kept));
+        CHECK(worst() > 1);
+    }
+
+  private:
+    // Small whole numbers, multiples of `unit` but never 0, where all sums but the output's rounding are to be exact.
+    void fill(Random &random, const Elements &elements, int unit) const {
+        if (!exact_) return elements.randomise(random);
+        for (std::size_t i = 0; i < elements.size(); i++) elements.set(i, static_cast<float>(unit * random.any({-2, -1, 1, 2})));
+    }
+
+    int across() const { return (width_ + m_ - 1) / m_; }
+    int down() const { return (height_ + m_ - 1) / m_; }
+    std::size_t plane() const { return index(blocks_ * channels_ * kLane); }
+
+    std::size_t weight(int n, int tap, int c) const {
+        const int block = (n / kLane * 9 + tap) * channels_ * kLane;
+        return index(block + (table_.bf16 ? (c / 2 * kLane + n % kLane) * 2 + c % 2 : c * kLane + n % kLane));
+    }
+
+    void set_weight(std::size_t at, float value) {
+        w_.set(at, value);
+        transform_weights();
+    }
+
+    void transform_weights() {
+        const std::size_t block = index(channels_ * kLane);
+        for (std::size_t b = 0; b < index(blocks_); b++)
+            winograd_.weight({w_.at(b * 9 * block), channels_, planes_.at(b * block), plane() * planes_.width()});
+    }
+
+    void list_tile(int top, int left, std::vector<const void *> &in, std::vector<const void *> &add, std::vector<void *> &out) const {
+        for (int i = 0; i < t_ * t_; i++) {
+            const int y = top - 1 + i / t_, x = left - 1 + i % t_;
+            in.push_back(inside(y, x) ? in_.at(index((y * width_ + x) * channels_)) : zeros_.at(0));
+        }
+        for (int i = 0; i < m_ * m_; i++) {
+            const int y = top + i / m_, x = left + i % m_;
+            const std::size_t at = index((y * width_ + x) * blocks_ * kLane);
+            out.push_back(inside(y, x) ? out_.at(at) : spare_.at(0));
+            add.push_back(inside(y, x) ? added_.at(at) : spare_.at(0));
+        }
+    }
+
+    void multiply(int spot, int tiles, const Elements &transformed, const test::Array<float> &products) const {
+        std::vector<const void *> a;
+        std::vector<void *> out;
+        for (int tile = 0; tile < tiles; tile++) {
+            a.push_back(transformed.at(index((spot * tiles + tile) * channels_)));
+            out.push_back(products.data() + (spot * tiles + tile) * blocks_ * kLane);
+        }
+        Product p{};
+        p.a = a.data();
+        p.a_pitch = p.pixels = tiles;
+        p.taps = 1;
+        p.k = p.k_pitch = channels_;
+        p.w = planes_.at(index(spot) * plane());
+        p.w_block = index(channels_ * kLane) * planes_.width();
+        p.blocks = blocks_;
+        p.out = out.data();
+        p.raw = true;
+        table_.product(p);
+    }
+
+    bool inside(int y, int x) const { return y >= 0 && y < height_ && x >= 0 && x < width_; }
+    double input(int y, int x, int c) const { return inside(y, x) ? in_.get(index((y * width_ + x) * channels_ + c)) : 0; }
+
+    // Transformed squares of all channels, and what rounding may add to them.
+    struct Transformed {
+        std::vector<Square> exact, error;
+    };
+
+    Transformed transformed_data(int y, int x) const {
+        Transformed data;
+        for (int c = 0; c < channels_; c++) {
+            Square d;
+            for (int i = 0; i < t_ * t_; i++) d.push_back(input(y - 1 + i / t_, x - 1 + i % t_, c));
+            data.error.push_back(rounding(form_.input, d, kInputRoundings, table_.bf16));
+            data.exact.push_back(sandwich(form_.input, d, false));
+        }
+        return data;
+    }
+
+    std::vector<Transformed> transformed_weights() const {  // [n]
+        std::vector<Transformed> weights(index(blocks_ * kLane));
+        for (int n = 0; n < blocks_ * kLane; n++)
+            for (int c = 0; c < channels_; c++) {
+                Square g;
+                for (int tap = 0; tap < 9; tap++) g.push_back(w_.get(weight(n, tap, c)));
+                weights[index(n)].error.push_back(rounding(form_.weight, g, kWeightRoundings, table_.bf16));
+                weights[index(n)].exact.push_back(sandwich(form_.weight, g, false));
+            }
+        return weights;
+    }
+
+    // What rounding may add to each output of a tile, but for bias, addition and the output's own rounding: the errors of
+    // the sums over the channels, which pass through the output's transform, and that transform's own.
+    Square bounds(const Transformed &weights, const Transformed &data) const {
+        const std::size_t spots = index(t_ * t_);
+        Square error(spots), magnitude(spots), sum(spots);
+        for (std::size_t c = 0; c < index(channels_); c++) {
+            const double *const u = weights.exact[c].data(), *const du = weights.error[c].data();
+            const double *const v = data.exact[c].data(), *const dv = data.error[c].data();
+            for (std::size_t i = 0; i < spots; i++) {
+                sum[i] += u[i] * v[i];
+                error[i] += std::abs(u[i]) * dv[i] + std::abs(v[i]) * du[i] + du[i] * dv[i];
+                magnitude[i] += (std::abs(u[i]) + du[i]) * (std::abs(v[i]) + dv[i]);
+            }
+        }
+        for (std::size_t i = 0; i < spots; i++) {
+            error[i] += gamma(channels_ + 1) * magnitude[i];
+            magnitude[i] = std::abs(sum[i]) + error[i];
+        }
+        Square bound = sandwich(form_.output, error, true);
+        const Square passed = sandwich(form_.output, magnitude, true);
+        for (std::size_t i = 0; i < bound.size(); i++) bound[i] += gamma(kOutputRoundings) * passed[i];
+        return bound;
+    }
+
+    double error(int y, int x, int n, double bound) const {
+        double sum = static_cast<double>(bias_[index(n)]), magnitude = std::abs(sum);
+        for (int tap = 0; tap < 9; tap++)
+            for (int c = 0; inside(y + tap / 3 - 1, x + tap % 3 - 1) && c < channels_; c++)
+                sum += input(y + tap / 3 - 1, x + tap % 3 - 1, c) * w_.get(weight(n, tap, c));
+        const std::size_t at = index((y * width_ + x) * blocks_ * kLane + n);
+        if (add_) {
+            sum += added_.get(at);
+            magnitude += std::abs(added_.get(at));
+        }
+        bound = exact_ ? 0 : bound + gamma(2) * (magnitude + std::abs(sum) + bound);
+        if (relu_) sum = std::max(sum, 0.0);
+        return std::abs(out_.get(at) - sum) / std::max(bound + roundoff(table_.bf16) * (std::abs(sum) + bound), 0x1p-149);
+    }
+
+    const Kernels &table_;
+    const rd::Winograd &winograd_;
+    const Form &form_;
+    const int m_, t_, channels_, blocks_, height_, width_;
+    const bool exact_, add_, relu_;
+    Elements in_, zeros_, w_, planes_;
+    test::Array<float> bias_;
+    Elements added_, out_, spare_;
+};
+
+void test_convolutions(const Kernels &table) {
+    for (const rd::Winograd &winograd : table.winograd) {
+        if (winograd.m == 0) continue;
+        double largest = 0;
+        for (int i = 0; i < kConvolutions; i++) {
+            const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
+            describe("F(%d x %d, 3 x 3) of %s %s, seed %llu", winograd.m, winograd.m, table.isa, table.bf16 ? "bf16" : "fp32",
+                     static_cast<unsigned long long>(seed));
+            Random random(seed);
+            ConvolutionCase convolution(random, table, winograd);
+            convolution.run();
+            const double worst = convolution.worst();
+            CHECK(worst <= 1);
+            largest = std::max(largest, worst);
+            convolution.check_independence(random);
+            if (i % 4 == 0) convolution.check_sensitivity(random);
+        }
+        std::printf("%s %s: F(%d x %d, 3 x 3), errors up to %.2f of their bound\n", table.isa, table.bf16 ? "bf16" : "fp32",
+                    winograd.m, winograd.m, largest);
+    }
+}
+
+// --- pooling and images
+
+// Values are all negative at times: what is outside the map must not win.
+void test_max_pool(const Kernels &table, Random &random) {
+    const int taps = random.between(1, 9), pixels = random.between(1, 33), channels = 16 * random.between(1, 4), map = 30;
+    Elements in(table.bf16, index(map * channels)), out(table.bf16, index(pixels * channels));
+    in.randomise(random);
+    if (random.flip())
+        for (std::size_t i = 0; i < in.size(); i++) in.set(i, -1 - static_cast<float>(std::abs(in.get(i))));
+    std::vector<int> listed;
+    std::vector<const void *> a;
+    std::vector<void *> to;
+    for (int i = 0; i < taps * pixels; i++) {
+        listed.push_back(random.below(map));
+        a.push_back(in.at(index(listed.back() * channels)));
+    }
+    for (int i = 0; i < pixels; i++) to.push_back(out.at(index((pixels - 1 - i) * channels)));
+    table.max_pool({a.data(), taps, pixels, channels, to.data()});
+    for (int i = 0; i < pixels; i++)
+        for (int c = 0; c < channels; c++) {
+            double largest = -INFINITY;
+            for (int t = 0; t < taps; t++) largest = std::max(largest, in.get(index(listed[index(t * pixels + i)] * channels + c)));
+            CHECK(out.get(index((pixels - 1 - i) * channels + c)) == largest);
+        }
+}
+
+void test_average(const Kernels &table, Random &random) {
+    const int pixels = random.between(1, 80), channels = 16 * random.between(1, 4);
+    Elements in(table.bf16, index(pixels * channels)), out(table.bf16, index(channels));
+    in.randomise(random);
+    std::vector<const void *> a;
+    for (int i = 0; i < pixels; i++) a.push_back(in.at(index(i * channels)));
+    table.average({a.data(), pixels, channels, out.at(0)});
+    for (int c = 0; c < channels; c++) {
+        double mean = 0, magnitude = 0;
+        for (int i = 0; i < pixels; i++) {
+            mean += in.get(index(i * channels + c)) / pixels;
+            magnitude += std::abs(in.get(index(i * channels + c))) / pixels;
+        }
+        const double summed = gamma(pixels + 2) * magnitude;
+        CHECK(std::abs(out.get(index(c)) - mean) <= summed + roundoff(table.bf16) * (std::abs(mean) + summed));
+    }
+}
+
+// Ties between two bfloat16 are among the values.
+void test_interleave(const Kernels &table, Random &random) {
+    const int channels = random.between(1, 5), width = random.between(1, 40);
+    const std::size_t plane = index(width + random.below(9));
+    test::Array<float> in(plane * index(channels));
+    for (std::size_t i = 0; i < in.size(); i++) {
+        in[i] = random.flip() ? random.value() : 1 + 0x1p-8f * static_cast<float>(random.below(16));
+    }
+    Elements out(table.bf16, index(width * channels)), expected(table.bf16, out.size());
+    table.interleave({in.data(), plane, channels, width, out.at(0)});
+    for (int x = 0; x < width; x++)
+        for (int c = 0; c < channels; c++) expected.set(index(x * channels + c), in[index(c) * plane + index(x)]);
+    CHECK(std::memcmp(out.at(0), expected.at(0), out.size() * out.width()) == 0);
+}
+
+void test_pools(const Kernels &table) {
+    for (int i = 0; i < kPools; i++) {
+        const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
+        describe("pools of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32", static_cast<unsigned long long>(seed));
+        Random random(seed);
+        test_max_pool(table, random);
+        test_average(table, random);
+        test_interleave(table, random);
+    }
+}
+
+// --- the reference itself
+
+void test_rounding() {
+    const auto round = [](float value) { return test::from_bf16(test::to_bf16(value)); };
+    CHECK(round(1 + 0x1p-8f) == 1 && round(1 + 3 * 0x1p-8f) == 1 + 0x1p-6f);  // ties to even
+    CHECK(round(1 + 0x1p-8f + 0x1p-20f) == 1 + 0x1p-7f && round(-0.3f) == -0.30078125f);
+}
+
+void test_table(const Kernels &table) {
+    if (table.begin) table.begin();
+    test_products(table);
+    test_convolutions(table);
+    test_pools(table);
+    if (table.end) table.end();
+}
+
+std::vector<const Kernels *> tables() {
+    std::vector<const Kernels *> found;
+    for (const bool bf16 : {false, true}) {
+        std::string names = rd::available_isas() + std::string(",");
+        for (std::size_t end; (end = names.find(',')) != std::string::npos; names.erase(0, end + 1)) {
+            const std::string name = names.substr(0, end);
+            if (bf16 || name.find("bf16") == std::string::npos) found.push_back(rd::choose_kernels(name.c_str(), bf16).main);
+        }
+    }
+    found.push_back(rd::emulated_amx_bf16_kernels(true));
+    return found;
+}
+
+}  // namespace
+
+int main() {
+    test_rounding();
+    for (const Kernels *table : tables()) test_table(*table);
+}

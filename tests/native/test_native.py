@@ -1,0 +1,47 @@
+"""The C++ tests: each test_*.cpp beside this file is a program, built with the engine's sources under sanitizers.
+
+A program gets an empty folder as its argument and passes when it ends with 0. Those named test_threads*.cpp run under
+ThreadSanitizer, the others under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from rd_deploy.native.build import OBJECTS, Build, BuildError, Compiler
+
+FOLDER = Path(__file__).parent
+PROGRAMS = sorted(path.name for path in FOLDER.glob("test_*.cpp"))
+OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def sanitizers(program: str) -> str:
+    return "thread" if program.startswith("test_threads") else "address,undefined"
+
+
+@cache
+def usable(sanitize: str) -> Compiler | str:
+    """The compiler, or why programs under these sanitizers cannot be built or run here."""
+    try:
+        compiler = Compiler.find()
+    except BuildError as reason:
+        return str(reason)
+    if compiler.runs([f"-fsanitize={sanitize}"]):
+        return compiler
+    return f"{compiler} has no runtime for -fsanitize={sanitize} that works here"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program(program, tmp_path):
+    sanitize = sanitizers(program)
+    compiler = usable(sanitize)
+    if isinstance(compiler, str):
+        pytest.skip(compiler)
+    built = Build(compiler, sanitize).executable(OBJECTS / "tests" / Path(program).stem, [FOLDER / program])
+    ran = subprocess.run(
+        [built, tmp_path], cwd=tmp_path, env=os.environ | OPTIONS, capture_output=True, text=True, errors="replace"
+    )
+    assert ran.returncode == 0, f"{program} ended with {ran.returncode}\n{ran.stdout[-4000:]}\n{ran.stderr[-8000:]}"
