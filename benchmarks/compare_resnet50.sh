@@ -5,8 +5,8 @@ set -eu
 : "${1:?usage: $0 MACHINE}"
 results="$(dirname "$0")/results/$1"
 out="${OUT:-runs/bench-plain50}"
-rd-bench plain50 --compare resnet50 --engines torch,onnxruntime,openvino --batch 1,8 --precision fp32,bf16 \
-    --seconds "${SECONDS_PER_PAIR:-20}" --out "$out"
+rd-bench plain50 --compare resnet50 --engines torch,onnxruntime,openvino,native --batch 1,8 --precision fp32,bf16 \
+    --profile --seconds "${SECONDS_PER_PAIR:-20}" --out "$out"
 mkdir -p "$results"
 cp "$out/bench.json" "$results/$(date +%F)-bench-plain50.json"
 echo "wrote $results/$(date +%F)-bench-plain50.json; next: python benchmarks/tables.py"

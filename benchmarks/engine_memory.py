@@ -29,7 +29,7 @@ PLANS = {
 
 
 def engine_curve(network: Network, flags: Flag) -> tuple[np.ndarray, np.ndarray, int]:
-    """Share of the multiply-accumulates done before each step (n + 1), live MiB of each step (n), bytes of the arena."""
+    """Share of multiply-accumulates done before each step (n + 1), live MiB of each step (n), bytes of the arena."""
     plan = network.plan(1, THREADS, flags=flags)
     macs = np.cumsum([0, *(step.macs for step in plan.steps)])
     return macs / macs[-1], np.array([step.live_bytes for step in plan.steps]) / 2**20, plan.info.arena_bytes

@@ -20,6 +20,7 @@ from rd_deploy.memory import Ledger
 
 FORMAT = "residual-distillation/bench/1"
 PROFILE_SECONDS = 2.0
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Report:
     results: list[dict] = field(default_factory=list)
     ratios: list[dict] = field(default_factory=list)
     best: list[dict] = field(default_factory=list)
+    native_against_others: list[dict] = field(default_factory=list)
     memory: list[dict] = field(default_factory=list)
     agreement: list[dict] = field(default_factory=list)
     claims: list[judge.Claim] = field(default_factory=list)
@@ -105,6 +107,7 @@ def document(model: Subject, against: Subject, plan: Plan, report: Report, machi
         "results": report.results,
         "ratios": report.ratios,
         "best": report.best,
+        "native_against_others": report.native_against_others,
         "memory": report.memory,
         "claims": [claim.to_dict() for claim in report.claims],
         "agreement": report.agreement,
@@ -140,6 +143,7 @@ def _setting(model, against, truths, precision: str, batch: int, plan: Plan, rep
         pairs[engine.name] = _time(sessions, (model.name, against.name), label, plan, report)
     if pairs:
         _best_against_best(model, against, pairs, plan, report, say)
+        _native_against_others(model, against, pairs, plan, report, say)
     else:
         name = claim_name("speed", "best", precision, batch)
         report.claims.append(judge.not_measured(name, judge.SPEED, "no engine could"))
@@ -176,25 +180,41 @@ def _time(sessions: tuple[Session, Session], names: tuple[str, str], label: str,
 
 
 def _best_against_best(model, against, pairs: dict[str, Pair], plan: Plan, report: Report, say) -> None:
-    """Each network on its fastest engine; when those differ, the two sessions are measured interleaved as well."""
-    fastest = [min(pairs, key=lambda name: pairs[name].medians[side]) for side in (0, 1)]
-    chosen = tuple(pairs[name].sessions[side] for side, name in enumerate(fastest))
-    ratio, timed = pairs[fastest[0]].ratio, (None, None)
+    """Each network on its fastest engine."""
+    fastest = [_fastest(pairs, side) for side in (0, 1)]
+    report.best.append(_across("best", (model, against), pairs, fastest, plan, report, say))
+
+
+def _native_against_others(model, against, pairs: dict[str, Pair], plan: Plan, report: Report, say) -> None:
+    """Our engine's answer to the question of who has the ResNet on the best engine there was before."""
+    others = {name: pair for name, pair in pairs.items() if name != NATIVE}
+    if NATIVE in pairs and others:
+        engines = [NATIVE, _fastest(others, 1)]
+        row = _across("native-against-others", (model, against), pairs, engines, plan, report, say)
+        report.native_against_others.append(row)
+
+
+def _fastest(pairs: dict[str, Pair], side: int) -> str:
+    return min(pairs, key=lambda name: pairs[name].medians[side])
+
+
+def _across(who: str, subjects, pairs: dict[str, Pair], engines: list[str], plan: Plan, report: Report, say) -> dict:
+    """Each network on its engine; when those differ, the two sessions are measured interleaved as well."""
+    chosen = tuple(pairs[name].sessions[side] for side, name in enumerate(engines))
+    ratio, timed = pairs[engines[0]].ratio, (None, None)
     setting = {"precision": chosen[0].precision, "batch": chosen[0].batch}
-    label = f"best engines {setting['precision']} batch {setting['batch']}"
-    if fastest[0] != fastest[1]:
-        say(f"{label}: timing {model.name} on {fastest[0]} and {against.name} on {fastest[1]} interleaved")
+    names = [f"{subject.name} on {engine}" for subject, engine in zip(subjects, engines, strict=True)]
+    if engines[0] != engines[1]:
+        label = f"{who} {setting['precision']} batch {setting['batch']}"
+        say(f"{label}: timing {names[0]} and {names[1]} interleaved")
         samples, ratio = _interleave(chosen, plan)
         summaries = _summaries(samples, plan)
-        names = [f"{name} on {engine}" for name, engine in zip((model.name, against.name), fastest, strict=True)]
         report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
         timed = _times(samples, summaries)
-    engines = {"model_engine": fastest[0], "compare_engine": fastest[1]}
-    times = {"model_times": timed[0], "compare_times": timed[1]}
-    report.best.append({**setting, **engines, **_ratio(ratio), **times})
-    note = f": {model.name} on {fastest[0]} against {against.name} on {fastest[1]}"
-    name = claim_name("speed", "best", **setting)
+    name, note = claim_name("speed", who, **setting), f": {names[0]} against {names[1]}"
     report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high, note))
+    used = {"model_engine": engines[0], "compare_engine": engines[1]}
+    return {**setting, **used, **_ratio(ratio), "model_times": timed[0], "compare_times": timed[1]}
 
 
 def _interleave(sessions: tuple[Session, Session], plan: Plan) -> tuple[PairedSamples, Ratio]:

@@ -104,6 +104,10 @@ def _time(milliseconds: float | None) -> str:
 def _ratios(document: dict) -> str:
     rows = [(engine_label(row), row) for row in document["ratios"]]
     rows += [(f"best: {row['model_engine']} vs {row['compare_engine']}", row) for row in document["best"]]
+    rows += [
+        (f"{row['model_engine']} vs best other: {row['compare_engine']}", row)
+        for row in document["native_against_others"]
+    ]
     header = ("engine", "precision", "batch", "ratio", "95% interval", "")
     return table(
         header,

@@ -163,7 +163,9 @@ def test_a_missing_library_is_a_reason(monkeypatch):
 def test_the_engines_accounts_are_the_plans():
     session = get_engine("native").load(to_onnx(CHAINS["plain bottlenecks"]), "bf16", 2, 3)
     info = session.plan.info
-    maps, arena = session.feature_maps()
+    maps, arena, small = session.feature_maps()
     assert (maps.source, maps.peak_bytes) == ("native maps", info.feature_map_bytes)
     assert (arena.source, arena.peak_bytes) == ("native arena", info.arena_bytes)
+    assert small.source == "native small arena"
+    assert 0 < small.peak_bytes <= arena.peak_bytes
     assert f"{info.weight_bytes:,} bytes of weights in the file" in maps.how
