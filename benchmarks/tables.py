@@ -1,7 +1,7 @@
-"""The README's tables, made from the committed results, so that no figure in it is typed by hand.
+"""The tables of README.md and docs/engine.md, made from the committed results, so that no figure is typed by hand.
 
-python benchmarks/tables.py            rewrite the tables between the README's markers
-python benchmarks/tables.py --check    exit 1 where the README differs (a test runs this)
+python benchmarks/tables.py            rewrite the tables between the markers
+python benchmarks/tables.py --check    exit 1 where a page differs (a test runs this)
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 
 
 def newest(pattern: str) -> dict:
@@ -28,13 +27,13 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def provenance(bench: dict) -> str:
+def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> str:
     """Machine, versions, date and script of a committed bench.json."""
     environment = bench["environment"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
     return (
         f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}. "
-        f"From `{bench['path']}`, made by `benchmarks/compare_resnet50.sh`."
+        f"From `{bench['path']}`, made by `{script}`."
     )
 
 
@@ -52,7 +51,7 @@ def speed() -> str:
                 f"{key[0]} {key[1]}, batch {key[2]}{' *' if warned else ''}",
                 f"{times[(compare, *key)]['median_ms']:.1f}",
                 f"{times[(model, *key)]['median_ms']:.1f}",
-                f"{ratio['ratio']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})",
+                _ratio(ratio),
                 str(len(times[(model, *key)]["samples_ms"]) // 2),
             ]
         )
@@ -125,15 +124,165 @@ def accuracy() -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
-TABLES = {"speed": speed, "memory": memory, "accuracy": accuracy}
+def native() -> str:
+    """plain-50 on our engine against ResNet-50 on the best of the others, and both networks on our engine."""
+    bench = newest("*-bench-plain50.json")
+    model, compare = (network["name"] for network in bench["networks"])
+    times = {(row["model"], row["engine"], row["precision"], row["batch"]): row for row in bench["results"]}
+    same = {(row["precision"], row["batch"]): row for row in bench["ratios"] if row["engine"] == "native"}
+    rows = []
+    for row in bench["native_against_others"]:
+        setting = (row["precision"], row["batch"])
+        ours = times[model, "native", *setting]["median_ms"]
+        theirs, others = times[compare, "native", *setting], times[compare, row["compare_engine"], *setting]
+        rows.append(
+            [
+                f"{setting[0]}, batch {setting[1]}",
+                f"{others['median_ms']:.1f} ({row['compare_engine']})",
+                f"{theirs['median_ms']:.1f}",
+                f"{ours:.1f}",
+                _ratio(row),
+                _ratio(same[setting]),
+            ]
+        )
+    header = [
+        "",
+        f"{compare}, best other engine, ms",
+        f"{compare}, native, ms",
+        f"{model}, native, ms",
+        "faster than on the best other",
+        "faster, both native",
+    ]
+    kinds = sorted({f"{row['precision']}: {row['variant']}" for row in same.values()})
+    return f"{markdown(header, rows)}\n\nInstruction sets: {', '.join(kinds)}. {provenance(bench)}"
 
 
-def filled(text: str) -> str:
-    """The README's text with every table made anew."""
-    for name, make in TABLES.items():
+def _ratio(row: dict) -> str:
+    return f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def native_basic() -> str:
+    """The networks of basic blocks, whose maps are all narrow: plain-18 and plain-34 against their ResNets."""
+    rows, last = [], None
+    for depth in (18, 34):
+        bench = last = newest(f"*-bench-plain{depth}.json")
+        times = {(row["model"], row["engine"]): row["median_ms"] for row in bench["results"]}
+        across = bench["native_against_others"][0]
+        model, compare = (network["name"] for network in bench["networks"])
+        rows.append(
+            [
+                f"{model} and {compare}",
+                f"{times[compare, across['compare_engine']]:.1f} ({across['compare_engine']})",
+                f"{times[compare, 'native']:.1f}",
+                f"{times[model, 'native']:.1f}",
+                _ratio(across),
+                _ratio(next(row for row in bench["ratios"] if row["engine"] == "native")),
+            ]
+        )
+    header = [
+        "bf16, batch 1",
+        "ResNet, best other engine, ms",
+        "ResNet, native, ms",
+        "plain, native, ms",
+        "faster than on the best other",
+        "faster, both native",
+    ]
+    return f"{markdown(header, rows)}\n\n{provenance(last, 'benchmarks/compare_basic.sh')}"
+
+
+def native_memory() -> str:
+    """Arena of plain-50 in bf16 at batch 1, by what it consists of, against ResNet-50's optimal plan."""
+    bench = newest("*-bench-plain50.json")
+    model, compare = (network["name"] for network in bench["networks"])
+    peaks = {(row["model"], row["source"]): row["peak_bytes"] for row in bench["memory"] if _is_bf16_single(row)}
+    best = peaks[compare, "ledger, in-place"]
+    memory = next(row for row in bench["profiles"] if row["model"] == model and _is_bf16_single(row))["memory"]
+    rows = [
+        [f"{compare}, optimal plan (maps alone)", str(best), "-", "-", "1.00x"],
+        [
+            f"{model}, native",
+            f"{memory['arena_bytes']}",
+            f"{memory['feature_map_bytes']}",
+            f"{memory['scratch_bytes']} + {memory['alignment_bytes']}",
+            f"{best / memory['arena_bytes']:.2f}x",
+        ],
+    ]
+    small = peaks[model, "native small arena"]
+    rows.append([f"{model}, native, `RD_FLAG_SMALL`", str(small), "-", "-", f"{best / small:.2f}x"])
+    header = ["bf16, batch 1", "bytes in all", "of which maps", "scratch + alignment", "smaller by"]
+    return f"{markdown(header, rows)}\n\n{provenance(bench)}"
+
+
+def _is_bf16_single(row: dict) -> bool:
+    return (row["precision"], row["batch"]) == ("bf16", 1)
+
+
+def profile() -> str:
+    """Every step of plain-50 on our engine in bf16 at batch 1, against this machine's limits."""
+    bench = newest("*-bench-plain50.json")
+    model = bench["networks"][0]["name"]
+    entry = next(row for row in bench["profiles"] if row["model"] == model and _is_bf16_single(row))
+    rows = [
+        [
+            f"{step['name']} ({step['kernel']})",
+            f"{step['median_ms']:.3f}",
+            f"{step['gflops']:.0f}",
+            f"{2 * step['macs'] / step['median_ms'] / 1e6:.0f}",
+            f"{step['share']:.0%} of {step['limit']}",
+        ]
+        for step in entry["steps"]
+    ]
+    header = ["step", "ms", "GFLOP/s done", "as a direct convolution", "share of the limit"]
+    limits = entry["limits"]
+    source = (
+        f"Medians of {entry['runs']} runs. Limits, measured in the same run: {limits['gflops']:.0f} GFLOP/s of matrix "
+        f"products in the first cache, {limits['network_gb_s']:.0f} GB/s reading as many bytes as a run touches. "
+        "The limit of a step is the longer of its arithmetic and of reading its weights and maps."
+    )
+    return f"{markdown(header, rows)}\n\n{source} {provenance(bench)}"
+
+
+def agreement() -> str:
+    """Top-1 agreement of the compiled engine with torch on trained networks."""
+    document = newest("*-native-agreement.json")
+    rows = [
+        [
+            f"{row['model']}, {row['plan']} ({row['isa']})",
+            f"{row['images']:,}",
+            f"{row['top1_agreement']:.2%}",
+            f"{row['accuracy_torch']:.2%}",
+            f"{row['accuracy_native']:.2%}",
+            f"{row['max_error']:.1e}",
+        ]
+        for row in document["results"]
+    ]
+    header = ["network and plan", "test images", "same class", "accuracy, torch fp32", "accuracy, native", "max error"]
+    source = (
+        "The error is that of a logit, in standard deviations of the logits. "
+        f"{document['environment']['cpu']['model']}, {document['date']}. From `{document['path']}`, made by "
+        "`benchmarks/native_agreement.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+PAGES = {
+    "README.md": {"speed": speed, "native": native, "memory": memory, "accuracy": accuracy},
+    "docs/engine.md": {
+        "native": native,
+        "basic": native_basic,
+        "arena": native_memory,
+        "agreement": agreement,
+        "profile": profile,
+    },
+}
+
+
+def filled(page: str, text: str) -> str:
+    """A page's text with every table made anew."""
+    for name, make in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise SystemExit(f"README.md has no markers for the table '{name}'")
+            raise SystemExit(f"{page} has no markers for the table '{name}'")
         table = make()
         text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
     return text
@@ -141,13 +290,24 @@ def filled(text: str) -> str:
 
 def main() -> int:
     """Rewrite or check."""
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv[1:]:
-        print("README.md is what the results say" if after == before else "README.md differs: run benchmarks/tables.py")
-        return int(after != before)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    differing = []
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        after = filled(page, before)
+        if after == before:
+            continue
+        differing.append(page)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after, encoding="utf-8")
+    if "--check" not in sys.argv[1:]:
+        return 0
+    print(
+        f"{', '.join(differing)} differs: run benchmarks/tables.py"
+        if differing
+        else "the pages say what the results say"
+    )
+    return int(bool(differing))
 
 
 if __name__ == "__main__":

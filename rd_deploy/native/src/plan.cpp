@@ -615,8 +615,10 @@ class Builder {
     void give_buffer(int number, int add, const Operation &o, int at) {
         Map &map = plan_->maps[index(number)];
         if (number + 1 == static_cast<int>(plan_->maps.size())) return;  // the logits: the caller's memory
-        if (add >= 0 && add != o.source && plan_->maps[index(add)].last == at) {
-            map.buffer = plan_->maps[index(add)].buffer;  // the sum takes the place of what is added, pixel by pixel
+        // A sum takes the place of what is added, pixel by pixel: if nothing reads that later, and if it is neither this
+        // operation's source, whose neighbouring pixels are still read, nor made by this operation itself, slice by slice.
+        if (add >= 0 && add != o.source && plan_->maps[index(add)].first < at && plan_->maps[index(add)].last == at) {
+            map.buffer = plan_->maps[index(add)].buffer;
             plan_->buffers[index(map.buffer)].last = map.last;
             return;
         }
