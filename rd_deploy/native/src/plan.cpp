@@ -5,7 +5,6 @@
 #include <cstring>
 #include <functional>
 #include <optional>
-#include <system_error>
 #include <thread>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -639,6 +638,20 @@ class Builder {
         }
     }
 
+    // Call work(first, step) on so many threads, as far as the system gives them; the caller's own does what is left.
+    template <class Work> static void in_parallel(int threads, Work work) {
+        std::vector<std::thread> others;
+        int thread = 1;
+        try {
+            others.reserve(index(threads));
+            for (; thread < threads; thread++) others.emplace_back(work, thread, threads);
+        } catch (const std::exception &) {  // no more threads, or no memory for them
+        }
+        for (; thread < threads; thread++) work(thread, threads);
+        work(0, threads);
+        for (std::thread &other : others) other.join();
+    }
+
     // Planes [t * t] of [blocks] packed blocks of one tap each.
     void transform(Layer &layer) {
         const Winograd &form = *layer.winograd;
@@ -651,16 +664,7 @@ class Builder {
                 form.weight({conv.weight + index(n) * conv.block_bytes(net().precision), conv.k_pitch,
                              memory.get() + index(n) * block, plane});
         };
-        const int threads = std::min(options().threads, conv.blocks());
-        std::vector<std::thread> others;
-        try {
-            for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread, threads);
-        } catch (const std::system_error &) {
-            for (std::thread &other : others) other.join();
-            throw Error(RD_ERROR_MEMORY, "the system refuses to start threads: ask for fewer");
-        }
-        work(0, threads);
-        for (std::thread &other : others) other.join();
+        in_parallel(std::min(options().threads, conv.blocks()), work);
         layer.weight = memory.get();
         plan_->info.packed_bytes += planes * plane;
         plan_->transformed.push_back(std::move(memory));

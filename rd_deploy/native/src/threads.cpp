@@ -32,6 +32,9 @@ Threads::Threads(int count, void (*begin)(), void (*end)()) : begin_(begin), end
     } catch (const std::system_error &) {
         stop();
         throw Error(RD_ERROR_MEMORY, "the system refuses to start " + std::to_string(count) + " threads: ask for fewer");
+    } catch (...) {  // threads that run must be joined, whatever happened
+        stop();
+        throw;
     }
 }
 
