@@ -611,12 +611,18 @@ class Builder {
             if (layer.map >= 0) give_buffer(layer.map, layer.add, o, at);
     }
 
+    // Whether a sum may take the place of what is added, pixel by pixel: if nothing else reads that now or later, and if
+    // it is neither this operation's source, whose neighbouring pixels are still read, nor made by this operation itself.
+    bool can_overwrite(int added, const Operation &o, int at) const {
+        const Map &map = plan_->maps[index(added)];
+        const auto adds = [added](const Layer &layer) { return layer.add == added; };
+        return added != o.source && map.first < at && map.last == at && std::count_if(o.layers.begin(), o.layers.end(), adds) == 1;
+    }
+
     void give_buffer(int number, int add, const Operation &o, int at) {
         Map &map = plan_->maps[index(number)];
         if (number + 1 == static_cast<int>(plan_->maps.size())) return;  // the logits: the caller's memory
-        // A sum takes the place of what is added, pixel by pixel: if nothing reads that later, and if it is neither this
-        // operation's source, whose neighbouring pixels are still read, nor made by this operation itself, slice by slice.
-        if (add >= 0 && add != o.source && plan_->maps[index(add)].first < at && plan_->maps[index(add)].last == at) {
+        if (add >= 0 && can_overwrite(add, o, at)) {
             map.buffer = plan_->maps[index(add)].buffer;
             plan_->buffers[index(map.buffer)].last = map.last;
             return;
