@@ -446,7 +446,13 @@ class Work {
             const std::byte *at = image_row(top + ky);
             for (int x = 0; x < width; x++, at += step) taps_[ky * width + x] = at;
         }
-        multiply(product(layer, taps_, width, width, out));
+        Product p = product(layer, taps_, width, width, out);
+        if (layer.add >= 0) {
+            const View added = destination(layer.add, layer.out);
+            for (int x = 0; x < width; x++) add_[x] = added.row_at(image_, y) + static_cast<std::size_t>(x) * added.pixel;
+            p.add = add_;
+        }
+        multiply(p);
     }
 
     void interleave(int y) const {
