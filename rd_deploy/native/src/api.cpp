@@ -66,12 +66,16 @@ const char *rd_last_error(void) { return last_error.c_str(); }
 const char *rd_available_isas(void) { return rd::available_isas(); }
 
 rd_status rd_network_load(const char *path, rd_network **network) {
-    return guarded([&] { *required(network, "network") = new rd_network{rd::load_network(required(path, "path"))}; });
+    return guarded([&] {
+        required(network, "network");
+        *network = new rd_network{rd::load_network(required(path, "path"))};
+    });
 }
 
 rd_status rd_network_from_memory(const void *data, size_t bytes, rd_network **network) {
     return guarded([&] {
-        *required(network, "network") = new rd_network{rd::parse_network(required(data, "data"), bytes, nullptr)};
+        required(network, "network");
+        *network = new rd_network{rd::parse_network(required(data, "data"), bytes, nullptr)};
     });
 }
 
@@ -108,12 +112,13 @@ void rd_network_free(rd_network *network) { delete network; }
 rd_status rd_plan_create(const rd_network *network, const rd_options *options, rd_plan **plan) {
     return guarded([&] {
         required(network, "network");
+        required(plan, "plan");
         const rd_options &given = *required(options, "options");
         for (const uint32_t value : {given.batch, given.threads, given.height, given.width})
             if (value > 4096) throw rd::Error(RD_ERROR_ARGUMENT, "batch, threads, height and width must be at most 4096");
         const rd::Options wanted{static_cast<int>(given.batch), static_cast<int>(given.threads),
                                  static_cast<int>(given.height), static_cast<int>(given.width), given.flags, given.isa};
-        *required(plan, "plan") = new rd_plan{rd::make_plan(network->network, wanted)};
+        *plan = new rd_plan{rd::make_plan(network->network, wanted)};
     });
 }
 
