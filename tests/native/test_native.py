@@ -1,20 +1,23 @@
 """The C++ tests: each test_*.cpp beside this file is a program, built with the engine's sources under sanitizers.
 
 A program gets an empty folder as its argument and passes when it ends with 0. Those named test_threads*.cpp run under
-ThreadSanitizer, the others under AddressSanitizer and UndefinedBehaviorSanitizer.
+ThreadSanitizer, the others under AddressSanitizer and UndefinedBehaviorSanitizer. fuzz_rdp.cpp is run by libFuzzer:
+for `FUZZ_SECONDS`, or as many as RD_FUZZ_SECONDS of the environment says.
 """
 
 import os
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from rd_deploy.native.build import OBJECTS, Build, BuildError, Compiler
+from rd_deploy.native.build import EMPTY, EMPTY_FUZZER, OBJECTS, Build, BuildError, Compiler
 
 FOLDER = Path(__file__).parent
 PROGRAMS = sorted(path.name for path in FOLDER.glob("test_*.cpp"))
+FUZZ_SECONDS = 30
 OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -23,13 +26,13 @@ def sanitizers(program: str) -> str:
 
 
 @cache
-def usable(sanitize: str) -> Compiler | str:
+def usable(sanitize: str, name: str | None = None, source: str = EMPTY) -> Compiler | str:
     """The compiler, or why programs under these sanitizers cannot be built or run here."""
     try:
-        compiler = Compiler.find()
+        compiler = Compiler.find(name)
     except BuildError as reason:
         return str(reason)
-    if compiler.runs([f"-fsanitize={sanitize}"]):
+    if compiler.runs([f"-fsanitize={sanitize}"], source):
         return compiler
     return f"{compiler} has no runtime for -fsanitize={sanitize} that works here"
 
@@ -45,3 +48,20 @@ def test_program(program, tmp_path):
         [built, tmp_path], cwd=tmp_path, env=os.environ | OPTIONS, capture_output=True, text=True, errors="replace"
     )
     assert ran.returncode == 0, f"{program} ended with {ran.returncode}\n{ran.stdout[-4000:]}\n{ran.stderr[-8000:]}"
+
+
+def test_no_file_crashes_the_engine(tmp_path):
+    """From the committed corpus on; what was found is kept beside the objects, where a developer can look at it."""
+    compiler = usable("fuzzer,address,undefined", "clang++", EMPTY_FUZZER)
+    if isinstance(compiler, str):
+        pytest.skip(f"libFuzzer needs clang: {compiler}")
+    built = Build(compiler, "fuzzer,address,undefined").executable(
+        OBJECTS / "tests" / "fuzz", [FOLDER / "fuzz_rdp.cpp"]
+    )
+    seconds = os.environ.get("RD_FUZZ_SECONDS", str(FUZZ_SECONDS))
+    corpus, crashes = tmp_path / "corpus", OBJECTS / "crashes"
+    shutil.copytree(FOLDER / "corpus", corpus)
+    crashes.mkdir(exist_ok=True)
+    command = [built, "-max_len=65536", f"-max_total_time={seconds}", f"-artifact_prefix={crashes}/", corpus]
+    ran = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert ran.returncode == 0, f"libFuzzer ended with {ran.returncode}\n{ran.stderr[-8000:]}"

@@ -5,7 +5,10 @@
 #include <vector>
 
 #include "error.h"
-#if defined(RD_HAVE_AMX_BF16) && defined(__linux__)
+#if defined(RD_HAVE_AMX_BF16) && (defined(__linux__) || defined(RD_EMULATE_TILES))
+#define RD_OFFER_AMX
+#endif
+#if defined(RD_OFFER_AMX) && !defined(RD_EMULATE_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -32,7 +35,9 @@ bool always() { return true; }
 [[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && (leaf7(1, 0) >> 5 & 1u) != 0; }
 #endif
 
-#if defined(RD_HAVE_AMX_BF16) && defined(__linux__)
+#if defined(RD_OFFER_AMX) && defined(RD_EMULATE_TILES)
+bool has_amx_bf16() { return true; }  // plain code, for tests
+#elif defined(RD_OFFER_AMX)
 // Tiles are 8 KiB of state per thread, which Linux saves only for processes that asked before their threads start.
 bool tiles_permitted() {
     constexpr long request_permission = 0x1023, tile_data = 18;
@@ -53,7 +58,7 @@ struct Isa {
 
 // Best first. What the compiler could not build is not here.
 constexpr Isa kIsas[] = {
-#if defined(RD_HAVE_AMX_BF16) && defined(__linux__)
+#if defined(RD_OFFER_AMX)
     {"amx_bf16", has_amx_bf16, amx_bf16_kernels},
 #endif
 #if defined(RD_HAVE_AVX512_BF16)

@@ -188,6 +188,8 @@ class Builder {
 
     bool joins(const Operation &operation, std::size_t at) const {
         if (flag(RD_FLAG_UNFUSED) || at + 1 >= net().steps.size() || operation.layers.size() == kMostLayers) return false;
+        // Together they would make two maps at once, the one that somebody else reads as well and the one after it.
+        if (flag(RD_FLAG_SMALL) && readers_[at] > 1) return false;
         return is_pointwise(step(at + 1)) && step(at + 1).source == static_cast<int>(at) && !is_small(shapes_[at]) &&
                !ends_in_average(at + 1);
     }

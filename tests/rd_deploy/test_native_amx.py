@@ -1,0 +1,99 @@
+"""Whole networks on the AMX kernels, with the tile instructions emulated, so that any machine can test them.
+
+What is emulated are the eight tile instructions alone (src/kernels/tiles_emulated.h): lists of pixels, copies, order of
+the products, biases, additions and what the tiles cannot do are those of the real kernel.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+from chains import ChainBuilder, images_for
+
+from rd_deploy.chain import Chain
+from rd_deploy.engines import get_engine
+from rd_deploy.export.native import to_rdp
+from rd_deploy.export.onnx import to_onnx
+from rd_deploy.fold import fold
+from rd_deploy.native import Flag, Network, available_isas
+from rd_deploy.native import library as c
+from rd_deploy.native.build import OBJECTS, Build, BuildError, Compiler
+from rd_deploy.preprocessing import Preprocessing
+from rd_deploy.random_weights import random_images, random_network
+from rd_train.networks import parse_arch
+
+# Of the largest error, in standard deviations of the logits: bfloat16 rounds every map and weight at 4e-3.
+TOLERANCE = 0.1
+NETWORKS = {
+    "plain50": (parse_arch("plain50", classes=20, width=0.5), 64),
+    "resnet50": (parse_arch("resnet50", classes=20, width=0.5), 64),
+    "plain20": (parse_arch("plain20", classes=10), 32),
+    "resnet20": (parse_arch("resnet20", classes=10), 32),
+    "narrow plain50": (parse_arch("plain50", classes=20, width=0.3), 40),
+}
+
+
+class EmulatingCompiler(Compiler):
+    """Compiles the AMX kernels as plain code, and no others but those that take what tiles cannot do."""
+
+    @cached_property
+    def isas(self) -> dict[str, tuple[str, ...]]:
+        return {"portable": (), "amx_bf16": ()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated():
+    """The library with emulated tiles, in place of the built one for this module's tests."""
+    try:
+        path = Build(EmulatingCompiler.find(), flags=("-DRD_EMULATE_TILES",)).library(OBJECTS / "emulated")
+    except BuildError as reason:
+        pytest.skip(str(reason))
+    loaded = c.load(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c, "library", lambda: loaded)
+        yield
+
+
+def chain_of(name: str) -> Chain:
+    arch, size = NETWORKS[name]
+    channels = arch.in_channels
+    preprocessing = Preprocessing(size, size, channels, (0.5,) * channels, (0.2,) * channels)
+    return fold(random_network(arch, size), preprocessing, tuple(map(str, range(arch.classes))))
+
+
+def check(chain: Chain, images: np.ndarray, flags: Flag = Flag.NONE) -> None:
+    """Against float32 in ONNX Runtime; on one thread and on three, which do not change a bit."""
+    expected = get_engine("onnxruntime").load(to_onnx(chain), "fp32", len(images), 1).run(images)
+    network = Network.from_bytes(to_rdp(chain, "bf16"))
+    one, three = (network.plan(len(images), threads, "amx_bf16", flags).context().run(images) for threads in (1, 3))
+    assert np.abs(one - expected).max() < TOLERANCE * expected.std()
+    np.testing.assert_array_equal(one, three)
+
+
+def test_tiles_come_first():
+    assert available_isas() == ("amx_bf16", "portable")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    arch, size = NETWORKS[name]
+    check(chain_of(name), random_images(2, arch.in_channels, size))
+
+
+@pytest.mark.parametrize("flags", [Flag.UNFUSED, Flag.SMALL])
+def test_plans(flags):
+    arch, size = NETWORKS["plain50"]
+    check(chain_of("plain50"), random_images(1, arch.in_channels, size), flags)
+
+
+def test_odd_shapes():
+    """Channels that fill no tile, lists of pixels that do not either, strides, and an image of five channels."""
+    chain = ChainBuilder(channels=5, seed=3)
+    chain.conv(32, 5)
+    chain.pool(2, 2)
+    for out, kernel, stride in ((33, 1, 2), (64, 3, 1), (70, 3, 2), (96, 1, 1), (17, 3, 1)):
+        chain.conv(out, kernel, stride)
+    last = chain.last
+    chain.conv(17, 3, add=last)
+    finished = chain.finish(23, 17, classes=3)
+    check(finished, images_for(finished, 3))
