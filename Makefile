@@ -36,9 +36,10 @@ demo: setup  ## train a small plain network, export it, bench it (under 4 minute
 test: lint  ## everything that CI runs: lint, then the tests, those of the C++ engine among them
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-lint: setup  ## ruff, hadolint on the Dockerfiles, and the C++ engine without a warning
+lint: setup  ## ruff, clang-format, hadolint on the Dockerfiles, and the C++ engine without a warning
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files "*.cpp" "*.h" "*.c" | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/hadolint docker/*.Dockerfile
 	@for compiler in g++ clang++; do \
 		if command -v $$compiler >/dev/null 2>&1; then \

@@ -44,14 +44,18 @@ class Random {
     int between(int least, int most) { return least + below(most - least + 1); }
     bool flip() { return below(2) == 1; }
     float value() { return static_cast<float>(next() >> 40) * 0x1p-23f - 1; }  // from -1 to 1
-    template <class T, std::size_t N> T any(const T (&choices)[N]) { return choices[below(static_cast<int>(N))]; }
+    template <class T, std::size_t N>
+    T any(const T (&choices)[N]) {
+        return choices[below(static_cast<int>(N))];
+    }
 
   private:
     std::uint64_t state_;
 };
 
 // 64-byte aligned and no longer than asked for, so that a sanitizer sees the first element beyond it.
-template <class T> class Array {
+template <class T>
+class Array {
   public:
     explicit Array(std::size_t size = 0, T value = T())
         : size_(size), memory_(static_cast<T *>(::operator new(size * sizeof(T), kAligned))) {

@@ -187,8 +187,8 @@ class Generator {
         for (int o = 0; o < outputs; ++o) {
             for (int i = 0; i < taps * k; ++i) {
                 const std::size_t first = static_cast<std::size_t>(o / 16 * taps + i / k) * pitch, at = i % k;
-                const std::size_t place = pairs_ ? (first + at / 2 * 2) * 16 + o % 16 * 2 + at % 2
-                                                 : (first + at) * 16 + o % 16;
+                const std::size_t place =
+                    pairs_ ? (first + at / 2 * 2) * 16 + o % 16 * 2 + at % 2 : (first + at) * 16 + o % 16;
                 const float value = static_cast<float>((o * 7 + i * 13) % 19 - 8) * scale;
                 std::uint32_t bits;
                 std::memcpy(&bits, &value, sizeof bits);
@@ -214,9 +214,10 @@ class Generator {
         return std::string("{\"format\":\"residual-distillation-rdp/1\",\"name\":\"generated\",\"precision\":\"") +
                (pairs_ ? "bf16" : "fp32") + "\",\"input\":[" + std::to_string(images.channels) + "," +
                std::to_string(images.height) + "," + std::to_string(images.width) + "],\"steps\":[" + steps_ +
-               "],\"preprocessing\":{\"size\":8,\"resize\":8,\"pad\":0,\"channels\":" + std::to_string(images.channels) +
-               ",\"mean\":[" + constants + "],\"std\":[" + constants + "]},\"classes\":[" + names +
-               "],\"arch\":{},\"provenance\":{},\"weights_sha256\":\"" + std::string(64, '0') + "\"}";
+               "],\"preprocessing\":{\"size\":8,\"resize\":8,\"pad\":0,\"channels\":" +
+               std::to_string(images.channels) + ",\"mean\":[" + constants + "],\"std\":[" + constants +
+               "]},\"classes\":[" + names + "],\"arch\":{},\"provenance\":{},\"weights_sha256\":\"" +
+               std::string(64, '0') + "\"}";
     }
 
     const std::uint8_t *data_;

@@ -34,11 +34,18 @@ class Network {
         draw_weights(step, in.channels * c.kernel_h * c.kernel_w);
         return append(step);
     }
-    int pointwise(int source, int out, bool relu = true, int add = kNothing) { return conv({source, out, 1, 1, 1, 0, relu, add}); }
+    int pointwise(int source, int out, bool relu = true, int add = kNothing) {
+        return conv({source, out, 1, 1, 1, 0, relu, add});
+    }
     int max_pool(int source, int kernel, int stride, int padding) {
         const Conv window{source, 0, kernel, kernel, stride, padding};
         const Size in = size(source);
-        return append({"maxpool", window, in, {in.channels, slides(in.height, kernel, window), slides(in.width, kernel, window)}, {}, {}});
+        return append({"maxpool",
+                       window,
+                       in,
+                       {in.channels, slides(in.height, kernel, window), slides(in.width, kernel, window)},
+                       {},
+                       {}});
     }
     // The average over the last map's pixels, and the classifier.
     void finish(int classes) {
@@ -60,12 +67,14 @@ class Network {
     // Bytes of a map of one image, as the engine stores it.
     std::size_t map_bytes(int number) const {
         const Size map = size(number);
-        return up(static_cast<std::size_t>(map.channels), 16) * static_cast<std::size_t>(map.height * map.width) * (bf16_ ? 2 : 4);
+        return up(static_cast<std::size_t>(map.channels), 16) * static_cast<std::size_t>(map.height * map.width) *
+               (bf16_ ? 2 : 4);
     }
     // Multiply-accumulates for one image.
     std::uint64_t macs() const {
         std::uint64_t sum = 0;
-        for (const Step &step : steps_) sum += step.weights.size() * static_cast<std::uint64_t>(step.out.height * step.out.width);
+        for (const Step &step : steps_)
+            sum += step.weights.size() * static_cast<std::uint64_t>(step.out.height * step.out.width);
         return sum;
     }
 
@@ -89,7 +98,8 @@ class Network {
         const std::string text = json(weights);
         const std::size_t at = up(sizeof(rd::rdp::Header) + text.size(), 64);
         Array<std::byte> file(at + weights.size());
-        rd::rdp::Header header{{}, rd::rdp::kVersion, 0, sizeof header, text.size(), at, weights.size(), file.size(), 0};
+        rd::rdp::Header header{{}, rd::rdp::kVersion, 0, sizeof header, text.size(), at, weights.size(), file.size(),
+                               0};
         std::memcpy(header.magic, rd::rdp::kMagic, sizeof header.magic);
         std::memcpy(file.data(), &header, sizeof header);
         std::memcpy(file.data() + sizeof header, text.data(), text.size());
@@ -105,8 +115,10 @@ class Network {
         std::vector<double> input;
         for (std::size_t i = 0; i < images_.values(); i++) input.push_back(stored(static_cast<double>(image[i])));
         for (const Step &step : steps_) {
-            const std::vector<double> &in = step.window.source == kImages ? input : maps[static_cast<std::size_t>(step.window.source)];
-            maps.push_back(run(step, in, step.window.add < 0 ? nullptr : &maps[static_cast<std::size_t>(step.window.add)]));
+            const std::vector<double> &in =
+                step.window.source == kImages ? input : maps[static_cast<std::size_t>(step.window.source)];
+            maps.push_back(
+                run(step, in, step.window.add < 0 ? nullptr : &maps[static_cast<std::size_t>(step.window.add)]));
         }
         return maps.back();
     }
@@ -114,7 +126,9 @@ class Network {
   private:
     struct Size {
         int channels, height, width;
-        std::size_t values() const { return static_cast<std::size_t>(channels) * static_cast<std::size_t>(height * width); }
+        std::size_t values() const {
+            return static_cast<std::size_t>(channels) * static_cast<std::size_t>(height * width);
+        }
     };
     struct Step {
         std::string op;
@@ -123,9 +137,15 @@ class Network {
         std::vector<float> weights, bias;  // (out, in, height, width)
     };
 
-    static std::size_t up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-    static int slides(int side, int kernel, const Conv &window) { return (side + 2 * window.padding - kernel) / window.stride + 1; }
-    const Size &size(int number) const { return number == kImages ? images_ : steps_[static_cast<std::size_t>(number)].out; }
+    static std::size_t up(std::size_t value, std::size_t multiple) {
+        return (value + multiple - 1) / multiple * multiple;
+    }
+    static int slides(int side, int kernel, const Conv &window) {
+        return (side + 2 * window.padding - kernel) / window.stride + 1;
+    }
+    const Size &size(int number) const {
+        return number == kImages ? images_ : steps_[static_cast<std::size_t>(number)].out;
+    }
 
     int append(const Step &step) {
         steps_.push_back(step);
@@ -136,7 +156,8 @@ class Network {
     void draw_weights(Step &step, int fan_in) {
         const float scale = std::sqrt(6 / static_cast<float>(fan_in));
         step.weights.resize(static_cast<std::size_t>(step.out.channels) * static_cast<std::size_t>(fan_in));
-        for (float &weight : step.weights) weight = static_cast<float>(stored(static_cast<double>(random_.value() * scale)));
+        for (float &weight : step.weights)
+            weight = static_cast<float>(stored(static_cast<double>(random_.value() * scale)));
         step.bias.resize(static_cast<std::size_t>(step.out.channels));
         for (float &bias : step.bias) bias = random_.value() / 4;
     }
@@ -149,14 +170,17 @@ class Network {
 
     std::string json(std::vector<std::byte> &weights) const {
         std::string steps, classes, constants;
-        for (std::size_t i = 0; i < steps_.size(); i++) steps += (i > 0 ? "," : "") + json(steps_[i], static_cast<int>(i), weights);
-        for (int i = 0; i < this->classes(); i++) classes += (i > 0 ? ",\"class " : "\"class ") + std::to_string(i) + "\"";
+        for (std::size_t i = 0; i < steps_.size(); i++)
+            steps += (i > 0 ? "," : "") + json(steps_[i], static_cast<int>(i), weights);
+        for (int i = 0; i < this->classes(); i++)
+            classes += (i > 0 ? ",\"class " : "\"class ") + std::to_string(i) + "\"";
         for (int i = 0; i < images_.channels; i++) constants += i > 0 ? ",0.5" : "0.5";
         const std::string size = std::to_string(std::min(images_.height, images_.width));
-        return std::string("{\"format\":\"residual-distillation-rdp/1\",\"name\":\"small\",\"precision\":\"") + (bf16_ ? "bf16" : "fp32") +
-               "\",\"input\":" + list({images_.channels, images_.height, images_.width}) + ",\"steps\":[" + steps +
-               "],\"preprocessing\":{\"size\":" + size + ",\"resize\":" + size + ",\"pad\":0,\"channels\":" + std::to_string(images_.channels) +
-               ",\"mean\":[" + constants + "],\"std\":[" + constants + "]},\"classes\":[" + classes +
+        return std::string("{\"format\":\"residual-distillation-rdp/1\",\"name\":\"small\",\"precision\":\"") +
+               (bf16_ ? "bf16" : "fp32") + "\",\"input\":" + list({images_.channels, images_.height, images_.width}) +
+               ",\"steps\":[" + steps + "],\"preprocessing\":{\"size\":" + size + ",\"resize\":" + size +
+               ",\"pad\":0,\"channels\":" + std::to_string(images_.channels) + ",\"mean\":[" + constants +
+               "],\"std\":[" + constants + "]},\"classes\":[" + classes +
                "],\"arch\":{},\"provenance\":{},\"weights_sha256\":\"" + std::string(64, '0') + "\"}";
     }
 
@@ -166,16 +190,19 @@ class Network {
         return "[" + text + "]";
     }
 
-    static std::string name(int number) { return number == kImages ? "\"images\"" : "\"map" + std::to_string(number) + "\""; }
+    static std::string name(int number) {
+        return number == kImages ? "\"images\"" : "\"map" + std::to_string(number) + "\"";
+    }
 
     std::string json(const Step &step, int number, std::vector<std::byte> &weights) const {
         const Conv &c = step.window;
-        const std::string window = ",\"stride\":" + std::to_string(c.stride) + ",\"padding\":" + std::to_string(c.padding);
+        const std::string window =
+            ",\"stride\":" + std::to_string(c.stride) + ",\"padding\":" + std::to_string(c.padding);
         std::string text = "{\"op\":\"" + step.op + "\",\"name\":" + name(number) + ",\"source\":" + name(c.source);
         if (step.op == "maxpool") text += ",\"kernel\":" + std::to_string(c.kernel_h) + window;
         if (step.op == "conv") {
-            text += ",\"kernel\":" + list({c.kernel_h, c.kernel_w}) + window + ",\"relu\":" + (c.relu ? "true" : "false") +
-                    ",\"add\":" + (c.add < 0 ? "null" : name(c.add));
+            text += ",\"kernel\":" + list({c.kernel_h, c.kernel_w}) + window +
+                    ",\"relu\":" + (c.relu ? "true" : "false") + ",\"add\":" + (c.add < 0 ? "null" : name(c.add));
         }
         if (!step.weights.empty()) text += packed(step, weights);
         return text + "}";
@@ -185,8 +212,10 @@ class Network {
     std::string packed(const Step &step, std::vector<std::byte> &weights) const {
         const Conv &c = step.window;
         const bool rows = c.source == kImages;  // a tap per row of the kernel
-        const int row = rows ? c.kernel_w * step.in.channels : step.in.channels, taps = rows ? c.kernel_h : c.kernel_h * c.kernel_w;
-        const std::size_t pitch = up(static_cast<std::size_t>(row), rows ? 32 : 16), blocks = up(static_cast<std::size_t>(c.out), 16) / 16;
+        const int row = rows ? c.kernel_w * step.in.channels : step.in.channels,
+                  taps = rows ? c.kernel_h : c.kernel_h * c.kernel_w;
+        const std::size_t pitch = up(static_cast<std::size_t>(row), rows ? 32 : 16),
+                          blocks = up(static_cast<std::size_t>(c.out), 16) / 16;
         const Elements matrix(bf16_, blocks * static_cast<std::size_t>(taps) * pitch * 16);
         const std::size_t at = weights.size(), bias = at + matrix.size() * matrix.width();
         for (std::size_t i = 0; i < matrix.size(); i++) matrix.set(i, 0);
@@ -202,8 +231,8 @@ class Network {
         weights.resize(bias + blocks * 16 * sizeof(float));
         std::memcpy(&weights[at], matrix.at(0), bias - at);
         std::memcpy(&weights[bias], step.bias.data(), step.bias.size() * sizeof(float));
-        return ",\"in\":" + std::to_string(step.in.channels) + ",\"out\":" + std::to_string(c.out) + ",\"weight\":" + std::to_string(at) +
-               ",\"bias\":" + std::to_string(bias);
+        return ",\"in\":" + std::to_string(step.in.channels) + ",\"out\":" + std::to_string(c.out) +
+               ",\"weight\":" + std::to_string(at) + ",\"bias\":" + std::to_string(bias);
     }
 
     static std::size_t weight(const Step &step, int n, int i, int y, int x) {
@@ -272,10 +301,12 @@ class Network {
 class RandomNetwork {
   public:
     RandomNetwork(std::uint64_t seed, int side)
-        : random_(seed), network_(random_.flip(), random_.between(1, 4), random_.between(1, side), random_.between(1, side), seed) {}
+        : random_(seed),
+          network_(random_.flip(), random_.between(1, 4), random_.between(1, side), random_.between(1, side), seed) {}
 
     Network run() {
-        while (!convolution(kImages)) {}
+        while (!convolution(kImages)) {
+        }
         for (int steps = random_.between(0, 8); steps > 0; steps--) {
             const int kind = random_.below(8);
             if (kind == 0)
@@ -335,7 +366,8 @@ class RandomNetwork {
     int any_like(int channels, int height, int width) {
         std::vector<int> found;
         for (int i = 0; i < network_.steps(); i++)
-            if (network_.channels(i) == channels && network_.height(i) == height && network_.width(i) == width) found.push_back(i);
+            if (network_.channels(i) == channels && network_.height(i) == height && network_.width(i) == width)
+                found.push_back(i);
         if (found.empty() || random_.below(3) == 0) return kNothing;
         return found[static_cast<std::size_t>(random_.below(static_cast<int>(found.size())))];
     }

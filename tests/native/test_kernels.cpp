@@ -52,9 +52,15 @@ void add_products(const Values &a, const Values &b, double &sum, double &magnitu
 class ProductCase {
   public:
     ProductCase(Random &random, const Kernels &table)
-        : table_(table), bf16_(table.bf16), shape_(random), a_(bf16_, shape_.step * (kPool - 1) + index(shape_.k_pitch)),
-          zeros_(bf16_, index(shape_.k_pitch)), w_(bf16_, shape_.blocks * shape_.block()), bias_(index(shape_.blocks * kLane)),
-          before_(bf16_ && !shape_.raw, shape_.row() * index(shape_.pixels)), out_(bf16_ && !shape_.raw, before_.size()),
+        : table_(table),
+          bf16_(table.bf16),
+          shape_(random),
+          a_(bf16_, shape_.step * (kPool - 1) + index(shape_.k_pitch)),
+          zeros_(bf16_, index(shape_.k_pitch)),
+          w_(bf16_, shape_.blocks * shape_.block()),
+          bias_(index(shape_.blocks * kLane)),
+          before_(bf16_ && !shape_.raw, shape_.row() * index(shape_.pixels)),
+          out_(bf16_ && !shape_.raw, before_.size()),
           added_(bf16_, before_.size()) {
         a_.randomise(random);
         for (std::size_t i = 0; i < zeros_.size(); i++) zeros_.set(i, 0);
@@ -106,7 +112,8 @@ class ProductCase {
         for (int pixel = 0; pixel < shape_.pixels; pixel++) {
             const std::size_t row = shape_.row() * index(rows_[index(pixel)]);
             for (int n = 0; n < shape_.blocks * kLane; n++)
-                largest = std::max(largest, error(inputs[index(pixel)], weights[index(n)], n, row + index(shape_.offset + n)));
+                largest = std::max(largest,
+                                   error(inputs[index(pixel)], weights[index(n)], n, row + index(shape_.offset + n)));
             for (std::size_t i = 0; i < shape_.row(); i++) {
                 const bool output = i >= index(shape_.offset) && i < index(shape_.offset + shape_.blocks * kLane);
                 CHECK(output || std::memcmp(out_.at(row + i), before_.at(row + i), out_.width()) == 0);
@@ -154,11 +161,19 @@ class ProductCase {
 
     struct Shape {
         explicit Shape(Random &random)
-            : taps(random.any({1, 3, 9})), k_pitch(random.any({16, 32, 32, 48, 64, 64})),
-              k(random.flip() ? k_pitch : k_pitch - random.below(16)), pixels(random.between(1, 33)),
-              a_pitch(pixels + random.below(3)), blocks(random.between(1, 5)), offset(16 * random.below(3)),
-              gap(random.below(4) ? 0 : 32), bias(random.below(4)), raw(random.below(4) == 0), relu(!raw && random.flip()),
-              add(!raw && random.flip()), in_place(random.flip()) {
+            : taps(random.any({1, 3, 9})),
+              k_pitch(random.any({16, 32, 32, 48, 64, 64})),
+              k(random.flip() ? k_pitch : k_pitch - random.below(16)),
+              pixels(random.between(1, 33)),
+              a_pitch(pixels + random.below(3)),
+              blocks(random.between(1, 5)),
+              offset(16 * random.below(3)),
+              gap(random.below(4) ? 0 : 32),
+              bias(random.below(4)),
+              raw(random.below(4) == 0),
+              relu(!raw && random.flip()),
+              add(!raw && random.flip()),
+              in_place(random.flip()) {
             // Pixels of a row of the images overlap; those of a map do not.
             step = taps == 3 ? index(random.between(1, 6)) : index(k_pitch + 16 * random.below(3));
         }
@@ -182,13 +197,15 @@ class ProductCase {
                 for (int i = 0; i < shape_.k; i++) w_.set(weight(n, t, i), random.value());
     }
 
-    // Of each tap: neighbours, pixels at a distance, any, rows with padding between them, backwards, or always the same.
+    // Of each tap: neighbours, pixels at a distance, any, rows with padding between them, backwards, or always the
+    // same.
     void list_pixels(Random &random) {
         listed_.assign(index(shape_.taps * shape_.a_pitch), 0);
         for (int t = 0; t < shape_.taps; t++) {
             const int kind = random.below(6), first = random.below(kPool), width = random.between(3, 20);
             for (int pixel = 0; pixel < shape_.pixels; pixel++) {
-                const int choices[] = {first + pixel, first + 2 * pixel, random.below(kPool), pixel % width ? first + pixel : -1,
+                const int choices[] = {first + pixel,         first + 2 * pixel,
+                                       random.below(kPool),   pixel % width ? first + pixel : -1,
                                        first + kPool - pixel, first};
                 listed_[index(t * shape_.a_pitch + pixel)] = choices[kind] < 0 ? -1 : choices[kind] % kPool;
             }
@@ -259,7 +276,8 @@ void test_products(const Kernels &table) {
     ProductCase::sensitive_ = 0;
     for (int i = 0; i < kProducts; i++) {
         const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
-        describe("a product of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32", static_cast<unsigned long long>(seed));
+        describe("a product of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32",
+                 static_cast<unsigned long long>(seed));
         if (!supported(table, seed)) continue;
         Random random(seed);
         ProductCase product(random, table);
@@ -271,7 +289,8 @@ void test_products(const Kernels &table) {
         product.check_sensitivity(random);
     }
     CHECK(ProductCase::sensitive_ > 3);
-    std::printf("%s %s: products, errors up to %.2f of their bound\n", table.isa, table.bf16 ? "bf16" : "fp32", largest);
+    std::printf("%s %s: products, errors up to %.2f of their bound\n", table.isa, table.bf16 ? "bf16" : "fp32",
+                largest);
 }
 
 // --- Winograd's convolution
@@ -285,10 +304,21 @@ struct Form {
 const Form kTwo = {{{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}},
                    {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}},
                    {{1, 1, 1, 0}, {0, 1, -1, -1}}};
-const Form kFour = {{{4, 0, -5, 0, 1, 0}, {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0}, {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}},
-                    {{1 / 4., 0, 0}, {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.}, {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}},
+const Form kFour = {{{4, 0, -5, 0, 1, 0},
+                     {0, -4, -4, 1, 1, 0},
+                     {0, 4, -4, -1, 1, 0},
+                     {0, -2, -1, 2, 1, 0},
+                     {0, 2, -1, -2, 1, 0},
+                     {0, 4, 0, -5, 0, 1}},
+                    {{1 / 4., 0, 0},
+                     {-1 / 6., -1 / 6., -1 / 6.},
+                     {-1 / 6., 1 / 6., -1 / 6.},
+                     {1 / 24., 1 / 12., 1 / 6.},
+                     {1 / 24., -1 / 12., 1 / 6.},
+                     {0, 0, 1}},
                     {{1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}}};
-// Roundings of the longest path through a transform, both of its passes, generously: the constants of G are rounded too.
+// Roundings of the longest path through a transform, both of its passes, generously: the constants of G are rounded
+// too.
 constexpr int kInputRoundings = 8, kWeightRoundings = 12, kOutputRoundings = 12;
 
 using Square = Values;  // row by row
@@ -322,11 +352,25 @@ Square rounding(const Matrix &l, const Square &x, int roundings, bool bf16) {
 class ConvolutionCase {
   public:
     ConvolutionCase(Random &random, const Kernels &table, const rd::Winograd &winograd)
-        : table_(table), winograd_(winograd), form_(winograd.m == 2 ? kTwo : kFour), m_(winograd.m), t_(m_ + 2),
-          channels_(random.any({16, 32, 48, 64})), blocks_(random.between(1, 3)), height_(random.between(1, 9)), width_(random.between(1, 9)),
-          exact_(m_ == 2 && random.flip()), add_(random.flip()), relu_(random.flip()), in_(table.bf16, index(height_ * width_ * channels_)), zeros_(table.bf16, index(channels_)),
-          w_(table.bf16, index(blocks_ * 9 * channels_ * kLane)), planes_(table.bf16, index(t_ * t_ * blocks_ * channels_ * kLane)),
-          bias_(index(blocks_ * kLane)), added_(table.bf16, index(height_ * width_ * blocks_ * kLane)), out_(table.bf16, added_.size()),
+        : table_(table),
+          winograd_(winograd),
+          form_(winograd.m == 2 ? kTwo : kFour),
+          m_(winograd.m),
+          t_(m_ + 2),
+          channels_(random.any({16, 32, 48, 64})),
+          blocks_(random.between(1, 3)),
+          height_(random.between(1, 9)),
+          width_(random.between(1, 9)),
+          exact_(m_ == 2 && random.flip()),
+          add_(random.flip()),
+          relu_(random.flip()),
+          in_(table.bf16, index(height_ * width_ * channels_)),
+          zeros_(table.bf16, index(channels_)),
+          w_(table.bf16, index(blocks_ * 9 * channels_ * kLane)),
+          planes_(table.bf16, index(t_ * t_ * blocks_ * channels_ * kLane)),
+          bias_(index(blocks_ * kLane)),
+          added_(table.bf16, index(height_ * width_ * blocks_ * kLane)),
+          out_(table.bf16, added_.size()),
           spare_(table.bf16, index(blocks_ * kLane)) {
         fill(random, in_, 1);
         fill(random, w_, 4);  // F(2 x 2, 3 x 3) divides by 4
@@ -342,12 +386,14 @@ class ConvolutionCase {
         const int spots = t_ * t_;
         std::vector<const void *> in, add;
         std::vector<void *> out;
-        for (int tile = first; tile < first + tiles; tile++) list_tile(tile / across() * m_, tile % across() * m_, in, add, out);
+        for (int tile = first; tile < first + tiles; tile++)
+            list_tile(tile / across() * m_, tile % across() * m_, in, add, out);
         Elements transformed(table_.bf16, index(spots * tiles * channels_));
         test::Array<float> products(index(spots * tiles * blocks_ * kLane));
         winograd_.input({in.data(), tiles, channels_, transformed.at(0)});
         for (int spot = 0; spot < spots; spot++) multiply(spot, tiles, transformed, products);
-        winograd_.output({products.data(), tiles, blocks_ * kLane, blocks_, bias_.data(), add_ ? add.data() : nullptr, out.data(), 0, relu_});
+        winograd_.output({products.data(), tiles, blocks_ * kLane, blocks_, bias_.data(), add_ ? add.data() : nullptr,
+                          out.data(), 0, relu_});
     }
 
     void run() { run(0, tiles()); }
@@ -361,7 +407,8 @@ class ConvolutionCase {
             for (int n = 0; n < blocks_ * kLane; n++) {
                 const Square bound = bounds(weights[index(n)], data);
                 for (int i = 0; i < m_ * m_; i++)
-                    if (y + i / m_ < height_ && x + i % m_ < width_) largest = std::max(largest, error(y + i / m_, x + i % m_, n, bound[index(i)]));
+                    if (y + i / m_ < height_ && x + i % m_ < width_)
+                        largest = std::max(largest, error(y + i / m_, x + i % m_, n, bound[index(i)]));
             }
         }
         return largest;
@@ -379,7 +426,8 @@ class ConvolutionCase {
         CHECK(std::memcmp(out_.at(0), together.at(0), out_.size() * out_.width()) == 0);
     }
 
-    // Unless nothing is rounded, the bound is many times the usual error: a weight must be quite wrong to be seen for sure.
+    // Unless nothing is rounded, the bound is many times the usual error: a weight must be quite wrong to be seen for
+    // sure.
     void check_sensitivity(Random &random) {
         if (relu_) return;
         const std::size_t at = weight(random.below(blocks_ * kLane), 4, random.below(channels_));
@@ -395,7 +443,8 @@ class ConvolutionCase {
     // Small whole numbers, multiples of `unit` but never 0, where all sums but the output's rounding are to be exact.
     void fill(Random &random, const Elements &elements, int unit) const {
         if (!exact_) return elements.randomise(random);
-        for (std::size_t i = 0; i < elements.size(); i++) elements.set(i, static_cast<float>(unit * random.any({-2, -1, 1, 2})));
+        for (std::size_t i = 0; i < elements.size(); i++)
+            elements.set(i, static_cast<float>(unit * random.any({-2, -1, 1, 2})));
     }
 
     int across() const { return (width_ + m_ - 1) / m_; }
@@ -418,7 +467,8 @@ class ConvolutionCase {
             winograd_.weight({w_.at(b * 9 * block), channels_, planes_.at(b * block), plane() * planes_.width()});
     }
 
-    void list_tile(int top, int left, std::vector<const void *> &in, std::vector<const void *> &add, std::vector<void *> &out) const {
+    void list_tile(int top, int left, std::vector<const void *> &in, std::vector<const void *> &add,
+                   std::vector<void *> &out) const {
         for (int i = 0; i < t_ * t_; i++) {
             const int y = top - 1 + i / t_, x = left - 1 + i % t_;
             in.push_back(inside(y, x) ? in_.at(index((y * width_ + x) * channels_)) : zeros_.at(0));
@@ -452,7 +502,9 @@ class ConvolutionCase {
     }
 
     bool inside(int y, int x) const { return y >= 0 && y < height_ && x >= 0 && x < width_; }
-    double input(int y, int x, int c) const { return inside(y, x) ? in_.get(index((y * width_ + x) * channels_ + c)) : 0; }
+    double input(int y, int x, int c) const {
+        return inside(y, x) ? in_.get(index((y * width_ + x) * channels_ + c)) : 0;
+    }
 
     // Transformed squares of all channels, and what rounding may add to them.
     struct Transformed {
@@ -482,8 +534,8 @@ class ConvolutionCase {
         return weights;
     }
 
-    // What rounding may add to each output of a tile, but for bias, addition and the output's own rounding: the errors of
-    // the sums over the channels, which pass through the output's transform, and that transform's own.
+    // What rounding may add to each output of a tile, but for bias, addition and the output's own rounding: the errors
+    // of the sums over the channels, which pass through the output's transform, and that transform's own.
     Square bounds(const Transformed &weights, const Transformed &data) const {
         const std::size_t spots = index(t_ * t_);
         Square error(spots), magnitude(spots), sum(spots);
@@ -518,7 +570,8 @@ class ConvolutionCase {
         }
         bound = exact_ ? 0 : bound + gamma(2) * (magnitude + std::abs(sum) + bound);
         if (relu_) sum = std::max(sum, 0.0);
-        return std::abs(out_.get(at) - sum) / std::max(bound + roundoff(table_.bf16) * (std::abs(sum) + bound), 0x1p-149);
+        return std::abs(out_.get(at) - sum) /
+               std::max(bound + roundoff(table_.bf16) * (std::abs(sum) + bound), 0x1p-149);
     }
 
     const Kernels &table_;
@@ -537,8 +590,8 @@ void test_convolutions(const Kernels &table) {
         double largest = 0;
         for (int i = 0; i < kConvolutions; i++) {
             const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
-            describe("F(%d x %d, 3 x 3) of %s %s, seed %llu", winograd.m, winograd.m, table.isa, table.bf16 ? "bf16" : "fp32",
-                     static_cast<unsigned long long>(seed));
+            describe("F(%d x %d, 3 x 3) of %s %s, seed %llu", winograd.m, winograd.m, table.isa,
+                     table.bf16 ? "bf16" : "fp32", static_cast<unsigned long long>(seed));
             Random random(seed);
             ConvolutionCase convolution(random, table, winograd);
             convolution.run();
@@ -548,8 +601,8 @@ void test_convolutions(const Kernels &table) {
             convolution.check_independence(random);
             if (i % 4 == 0) convolution.check_sensitivity(random);
         }
-        std::printf("%s %s: F(%d x %d, 3 x 3), errors up to %.2f of their bound\n", table.isa, table.bf16 ? "bf16" : "fp32",
-                    winograd.m, winograd.m, largest);
+        std::printf("%s %s: F(%d x %d, 3 x 3), errors up to %.2f of their bound\n", table.isa,
+                    table.bf16 ? "bf16" : "fp32", winograd.m, winograd.m, largest);
     }
 }
 
@@ -557,7 +610,8 @@ void test_convolutions(const Kernels &table) {
 
 // Values are all negative at times: what is outside the map must not win.
 void test_max_pool(const Kernels &table, Random &random) {
-    const int taps = random.between(1, 9), pixels = random.between(1, 33), channels = 16 * random.between(1, 4), map = 30;
+    const int taps = random.between(1, 9), pixels = random.between(1, 33), channels = 16 * random.between(1, 4),
+              map = 30;
     Elements in(table.bf16, index(map * channels)), out(table.bf16, index(pixels * channels));
     in.randomise(random);
     if (random.flip())
@@ -574,7 +628,8 @@ void test_max_pool(const Kernels &table, Random &random) {
     for (int i = 0; i < pixels; i++)
         for (int c = 0; c < channels; c++) {
             double largest = -INFINITY;
-            for (int t = 0; t < taps; t++) largest = std::max(largest, in.get(index(listed[index(t * pixels + i)] * channels + c)));
+            for (int t = 0; t < taps; t++)
+                largest = std::max(largest, in.get(index(listed[index(t * pixels + i)] * channels + c)));
             CHECK(out.get(index((pixels - 1 - i) * channels + c)) == largest);
         }
 }
@@ -615,7 +670,8 @@ void test_interleave(const Kernels &table, Random &random) {
 void test_pools(const Kernels &table) {
     for (int i = 0; i < kPools; i++) {
         const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
-        describe("pools of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32", static_cast<unsigned long long>(seed));
+        describe("pools of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32",
+                 static_cast<unsigned long long>(seed));
         Random random(seed);
         test_max_pool(table, random);
         test_average(table, random);
@@ -645,7 +701,8 @@ std::vector<const Kernels *> tables() {
         std::string names = rd::available_isas() + std::string(",");
         for (std::size_t end; (end = names.find(',')) != std::string::npos; names.erase(0, end + 1)) {
             const std::string name = names.substr(0, end);
-            if (bf16 || name.find("bf16") == std::string::npos) found.push_back(rd::choose_kernels(name.c_str(), bf16).main);
+            if (bf16 || name.find("bf16") == std::string::npos)
+                found.push_back(rd::choose_kernels(name.c_str(), bf16).main);
         }
     }
     found.push_back(rd::emulated_amx_bf16_kernels(true));

@@ -87,7 +87,8 @@ void test_known() {
     // A shortcut: kept from the first step to the last, while others come and go above it.
     std::vector<Buffer> shortcut = {buffer(256, 0, 3), buffer(512, 0, 1), buffer(512, 1, 2), buffer(512, 2, 3)};
     CHECK(checked_place(shortcut) == 1280);
-    std::vector<Buffer> meeting = {buffer(128, 0, 2), buffer(64, 2, 4), buffer(128, 4, 6), buffer(64, 0, 0), buffer(64, 6, 6)};
+    std::vector<Buffer> meeting = {buffer(128, 0, 2), buffer(64, 2, 4), buffer(128, 4, 6), buffer(64, 0, 0),
+                                   buffer(64, 6, 6)};
     CHECK(checked_place(meeting) == 192);
     // In this order, each at its lowest place, the last one would lie above the first and the third.
     std::vector<Buffer> tie = {buffer(64, 4, 5), buffer(64, 1, 2), buffer(64, 1, 3), buffer(64, 3, 5)};
@@ -95,7 +96,8 @@ void test_known() {
 }
 
 void test_live() {
-    const std::vector<Buffer> buffers = {{"map", 100, 0, 2, false, 0}, {"scratch", 30, 1, 1, true, 0}, {"other", 7, 2, 3, false, 0}};
+    const std::vector<Buffer> buffers = {
+        {"map", 100, 0, 2, false, 0}, {"scratch", 30, 1, 1, true, 0}, {"other", 7, 2, 3, false, 0}};
     CHECK(rd::live_at(buffers, 0).maps == 100 && rd::live_at(buffers, 0).scratch == 0);
     CHECK(rd::live_at(buffers, 1).maps == 100 && rd::live_at(buffers, 1).scratch == 30);
     CHECK(rd::live_at(buffers, 2).maps == 107 && rd::live_at(buffers, 4).maps == 0);

@@ -144,7 +144,8 @@ void check_work(const Plan &plan) {
     for (const Operation &o : plan.operations) {
         CHECK(o.items() >= 1);
         if (o.kind == OperationKind::convolution || o.kind == OperationKind::max_pool)
-            CHECK(o.chunk * (o.chunks - 1) < plan.options.batch * o.units && o.chunk * o.chunks >= plan.options.batch * o.units);
+            CHECK(o.chunk * (o.chunks - 1) < plan.options.batch * o.units &&
+                  o.chunk * o.chunks >= plan.options.batch * o.units);
         CHECK(o.layers.size() <= 1 || o.slices == 1);
     }
 }
@@ -157,7 +158,8 @@ void test_random_networks() {
         const Loaded loaded(network);
         for (const unsigned chosen : flags) {
             const int batch = random.any({1, 3, 8}), threads = random.any({1, 2, 5});
-            describe("network %llu, batch %d, threads %d, flags %u", static_cast<unsigned long long>(seed), batch, threads, chosen);
+            describe("network %llu, batch %d, threads %d, flags %u", static_cast<unsigned long long>(seed), batch,
+                     threads, chosen);
             const std::shared_ptr<const Plan> plan = loaded.plan(batch, threads, chosen);
             check_buffers(*plan);
             check_maps(*plan);
@@ -182,7 +184,8 @@ void test_sums_in_place() {
     for (const bool again : {false, true}) {
         describe("a shortcut that is read again: %d", again);
         Network network(false, 3, 24, 24);
-        const int x = network.conv({test::kImages, 32}), a = network.conv({x, 32}), sum = network.conv({a, 32, 3, 3, 1, 1, true, x});
+        const int x = network.conv({test::kImages, 32}), a = network.conv({x, 32}),
+                  sum = network.conv({a, 32, 3, 3, 1, 1, true, x});
         network.conv({sum, 32, 3, 3, 1, 1, true, again ? x : sum});
         network.finish(10);
         const std::shared_ptr<const Plan> plan = Loaded(network).plan(2, 1, RD_FLAG_UNFUSED);
@@ -198,7 +201,8 @@ void test_sums_in_place() {
 void test_fusion() {
     Network network(true, 3, 32, 32);
     const int stem = network.max_pool(network.conv({test::kImages, 16, 7, 7, 2, 3}), 3, 2, 1);
-    const int window = network.conv({stem, 16}), expand = network.pointwise(window, 64), reduce = network.pointwise(expand, 16);
+    const int window = network.conv({stem, 16}), expand = network.pointwise(window, 64),
+              reduce = network.pointwise(expand, 16);
     network.pointwise(network.conv({reduce, 16}), 64);
     network.finish(10);
     const Loaded loaded(network);
@@ -211,7 +215,8 @@ void test_fusion() {
     CHECK(fused->info.feature_map_bytes < unfused->info.feature_map_bytes);
 }
 
-// Winograd's form is chosen where it does less work, and never when it is forbidden; the choice is the same for all threads.
+// Winograd's form is chosen where it does less work, and never when it is forbidden; the choice is the same for all
+// threads.
 void test_winograd() {
     Network network(false, 3, 32, 32);
     network.conv({network.conv({test::kImages, 64}), 64});

@@ -159,7 +159,9 @@ void check_logits(const Network &network, const std::vector<float> &images, cons
             difference = std::isnan(error) ? INFINITY : std::max(difference, error);
         }
         const double allowed = largest * (network.bf16() ? 0.04 : 2e-5);
-        if (difference > allowed) std::fprintf(stderr, "%s\nlogits up to %g differ by %g\n", network.description().c_str(), largest, difference);
+        if (difference > allowed)
+            std::fprintf(stderr, "%s\nlogits up to %g differ by %g\n", network.description().c_str(), largest,
+                         difference);
         CHECK(difference <= allowed);
     }
 }
@@ -174,14 +176,16 @@ std::vector<std::string> isas(bool bf16) {
 
 // In all plans, on 1, 2 and 5 threads. The number of threads does not change a bit of the logits.
 void check_plans(const Network &network, std::uint32_t batch, const char *isa) {
-    constexpr std::uint32_t flags[] = {0, RD_FLAG_SMALL, RD_FLAG_NO_WINOGRAD, RD_FLAG_UNFUSED, RD_FLAG_UNFUSED | RD_FLAG_NO_WINOGRAD};
+    constexpr std::uint32_t flags[] = {0, RD_FLAG_SMALL, RD_FLAG_NO_WINOGRAD, RD_FLAG_UNFUSED,
+                                       RD_FLAG_UNFUSED | RD_FLAG_NO_WINOGRAD};
     const std::string which = test::current;
     const Loaded loaded(network);
     const std::vector<float> images = network.images(static_cast<int>(batch));
     for (const std::uint32_t chosen : flags) {
         std::vector<float> alone;
         for (const std::uint32_t threads : {1u, 2u, 5u}) {
-            describe("%s, batch %u, threads %u, flags %u, %s", which.c_str(), batch, threads, chosen, isa ? isa : "best");
+            describe("%s, batch %u, threads %u, flags %u, %s", which.c_str(), batch, threads, chosen,
+                     isa ? isa : "best");
             const Planned plan(loaded, options(batch, threads, chosen, isa));
             const std::vector<float> logits = Guarded(plan).run(images);
             if (threads > 1) CHECK(same_bits(logits, alone));
@@ -199,7 +203,8 @@ void test_random_networks() {
         const Network network = test::RandomNetwork(seed, 12).run();
         const std::vector<std::string> names = isas(network.bf16());
         describe("network %llu", static_cast<unsigned long long>(seed));
-        check_plans(network, random.any({1u, 1u, 3u, 8u}), names[static_cast<std::size_t>(random.below(static_cast<int>(names.size())))].c_str());
+        check_plans(network, random.any({1u, 1u, 3u, 8u}),
+                    names[static_cast<std::size_t>(random.below(static_cast<int>(names.size())))].c_str());
     }
 }
 
@@ -367,6 +372,7 @@ void test_plan_mistakes() {
     refuse(options(1, 1, 0, "sse9"), RD_ERROR_UNSUPPORTED, "sse9");
     refuse(options(1, 1, RD_FLAG_UNFUSED | RD_FLAG_SMALL), RD_ERROR_ARGUMENT, "contradict");
     refuse({1, 1, 5000, 32, 0, nullptr}, RD_ERROR_ARGUMENT, "height");
+    refuse({4096, 1, 4096, 4096, 0, nullptr}, RD_ERROR_ARGUMENT, "large");
     refuse(options(1, 1, 0, "amx_bf16"), RD_ERROR_UNSUPPORTED, "amx_bf16");  // it has no fp32, where it is
     const rd_options usual = options(1, 1);
     refused(rd_plan_create(nullptr, &usual, &made), RD_ERROR_ARGUMENT, "network");
@@ -425,7 +431,8 @@ void test_other_mistakes() {
 // --- lack of memory: whichever allocation fails, the status says so, and nothing is lost or left half made
 
 // Calls make(&made) until it succeeds, with one more allocation each time; returns what it made.
-template <class Object, class Make> Object *make_at_last(const char *what, Make make) {
+template <class Object, class Make>
+Object *make_at_last(const char *what, Make make) {
     Object *made = nullptr;
     for (long successes = 0;; successes++) {
         describe("%s, %ld allocations before one fails", what, successes);
@@ -441,9 +448,12 @@ template <class Object, class Make> Object *make_at_last(const char *what, Make 
 void test_lack_of_memory() {
     const Array<std::byte> file = bottlenecks(false, true, 32).file();
     const rd_options wanted = options(1, 3);
-    auto *const network = make_at_last<rd_network>("a network", [&](auto made) { return rd_network_from_memory(file.data(), file.size(), made); });
-    auto *const plan = make_at_last<rd_plan>("a plan", [&](auto made) { return rd_plan_create(network, &wanted, made); });
-    auto *const context = make_at_last<rd_context>("a context", [&](auto made) { return rd_context_create(plan, nullptr, 0, made); });
+    auto *const network = make_at_last<rd_network>(
+        "a network", [&](auto made) { return rd_network_from_memory(file.data(), file.size(), made); });
+    auto *const plan =
+        make_at_last<rd_plan>("a plan", [&](auto made) { return rd_plan_create(network, &wanted, made); });
+    auto *const context =
+        make_at_last<rd_context>("a context", [&](auto made) { return rd_context_create(plan, nullptr, 0, made); });
     rd_context_free(context);
     rd_plan_free(plan);
     rd_network_free(network);

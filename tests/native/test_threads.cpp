@@ -24,9 +24,9 @@ std::size_t index(int i) { return static_cast<std::size_t>(i); }
 // --- each item once
 
 struct Round {
-    std::vector<int> done;                          // times that each item was done
-    std::array<std::atomic<bool>, 16> *busy;        // threads that are at work
-    int threads, number;                            // of the round
+    std::vector<int> done;                    // times that each item was done
+    std::array<std::atomic<bool>, 16> *busy;  // threads that are at work
+    int threads, number;                      // of the round
     std::atomic<int> wrong{0};
 };
 

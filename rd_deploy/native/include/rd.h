@@ -4,8 +4,8 @@
  * of threads and instruction set: immutable, so any number of threads may share it. A context is one caller's threads
  * and memory: contexts run at the same time, but one context serves one call at a time.
  *
- * Every function that can fail returns an rd_status; rd_last_error() then says in one line what is wrong and what to do.
- * No function keeps a pointer to the caller's memory after it returns, but for two that say so. Nothing is thrown.
+ * Every function that can fail returns an rd_status; rd_last_error() then says in one line what is wrong and what to
+ * do. No function keeps a pointer to the caller's memory after it returns, but for two that say so. Nothing is thrown.
  */
 #ifndef RD_H
 #define RD_H
@@ -40,7 +40,8 @@ typedef struct rd_context rd_context;
 RD_API const char *rd_version(void);
 /* What the last failed call of this thread said; "" when none failed. Valid until the thread's next call. */
 RD_API const char *rd_last_error(void);
-/* Instruction sets that this build has and this CPU can run, best first, separated by commas: "avx512_bf16,avx512,...". */
+/* Instruction sets that this build has and this CPU can run, best first, separated by commas: "avx512_bf16,avx512,...".
+ */
 RD_API const char *rd_available_isas(void);
 
 /* --- networks */
@@ -98,27 +99,27 @@ RD_API rd_status rd_plan_create(const rd_network *network, const rd_options *opt
 
 typedef struct rd_plan_info {
     uint32_t batch, threads, channels, height, width, classes;
-    uint32_t steps;              /* fused steps */
-    uint64_t arena_bytes;        /* all memory that a run writes, but for the logits: the sum of the next three at the peak */
-    uint64_t feature_map_bytes;  /* of which feature maps */
-    uint64_t scratch_bytes;      /* of which the threads' scratch: tiles of maps that never exist, transforms */
-    uint64_t alignment_bytes;    /* of which alignment and gaps */
-    uint64_t weight_bytes;       /* weights in the file, as packed there */
-    uint64_t packed_bytes;       /* weights transformed when the plan was made, besides those in the file */
-    uint64_t macs;               /* multiply-accumulates per image, counted as direct convolutions */
-    const char *isa;             /* instruction set in use; lives as long as the plan */
+    uint32_t steps;       /* fused steps */
+    uint64_t arena_bytes; /* all memory that a run writes, but for the logits: the sum of the next three at the peak */
+    uint64_t feature_map_bytes; /* of which feature maps */
+    uint64_t scratch_bytes;     /* of which the threads' scratch: tiles of maps that never exist, transforms */
+    uint64_t alignment_bytes;   /* of which alignment and gaps */
+    uint64_t weight_bytes;      /* weights in the file, as packed there */
+    uint64_t packed_bytes;      /* weights transformed when the plan was made, besides those in the file */
+    uint64_t macs;              /* multiply-accumulates per image, counted as direct convolutions */
+    const char *isa;            /* instruction set in use; lives as long as the plan */
 } rd_plan_info;
 
 RD_API rd_status rd_plan_get_info(const rd_plan *plan, rd_plan_info *info);
 
 typedef struct rd_step_info {
-    const char *name;     /* "layer1.0.conv2+conv3+layer1.1.conv1"; lives as long as the plan */
-    const char *kernel;   /* how it runs: "stem", "fused winograd 2x2", "direct", "pool", ... */
-    uint64_t macs;        /* per batch, counted as direct convolutions */
-    uint64_t flops;       /* floating-point operations really done in matrix products per batch, 2 per multiply-accumulate */
+    const char *name;   /* "layer1.0.conv2+conv3+layer1.1.conv1"; lives as long as the plan */
+    const char *kernel; /* how it runs: "stem", "fused winograd 2x2", "direct", "pool", ... */
+    uint64_t macs;      /* per batch, counted as direct convolutions */
+    uint64_t flops; /* floating-point operations really done in matrix products per batch, 2 per multiply-accumulate */
     uint64_t weight_bytes;
-    uint64_t map_bytes;   /* feature maps read and written, each once */
-    uint64_t live_bytes;  /* of the arena while this step runs */
+    uint64_t map_bytes;  /* feature maps read and written, each once */
+    uint64_t live_bytes; /* of the arena while this step runs */
 } rd_step_info;
 
 RD_API rd_status rd_plan_get_step(const rd_plan *plan, uint32_t index, rd_step_info *info);
@@ -127,10 +128,11 @@ RD_API void rd_plan_free(rd_plan *plan);
 
 /* --- contexts */
 
-/* `arena`: the caller's memory, 64-byte aligned, at least arena_bytes, which must outlive the context; NULL: the context
- * allocates its own. Starts threads - 1 threads. */
+/* `arena`: the caller's memory, 64-byte aligned, at least arena_bytes, which must outlive the context; NULL: the
+ * context allocates its own. Starts threads - 1 threads. */
 RD_API rd_status rd_context_create(const rd_plan *plan, void *arena, size_t arena_bytes, rd_context **context);
-/* float32 images (batch, channels, height, width), normalised, to float32 logits (batch, classes). Allocates nothing. */
+/* float32 images (batch, channels, height, width), normalised, to float32 logits (batch, classes). Allocates nothing.
+ */
 RD_API rd_status rd_context_run(rd_context *context, const float *images, float *logits);
 /* The same, with the seconds of each fused step written to `seconds`, one per step of the plan. */
 RD_API rd_status rd_context_profile(rd_context *context, const float *images, float *logits, double *seconds);
@@ -139,8 +141,8 @@ RD_API void rd_context_free(rd_context *context);
 /* --- limits of the machine, to judge a step's time by; each is measured for some tenths of a second, `threads` threads
  * (1 to 1024) at once */
 
-/* Floating-point operations per second, 2 per multiply-accumulate, of the matrix product of an instruction set (`isa` as
- * in rd_options) for a precision ("fp32", "bf16"), on operands in the L1 cache. */
+/* Floating-point operations per second, 2 per multiply-accumulate, of the matrix product of an instruction set (`isa`
+ * as in rd_options) for a precision ("fp32", "bf16"), on operands in the L1 cache. */
 RD_API rd_status rd_measure_product(const char *isa, const char *precision, uint32_t threads, double *flops_per_second);
 /* Bytes read per second, each thread over and over its own share of `bytes`. */
 RD_API rd_status rd_measure_read(size_t bytes, uint32_t threads, double *bytes_per_second);

@@ -34,7 +34,8 @@ rd_status failed(rd_status status, const char *message) {
     return status;
 }
 
-template <class Call> rd_status guarded(Call call) {
+template <class Call>
+rd_status guarded(Call call) {
     try {
         call();
         return RD_OK;
@@ -47,7 +48,8 @@ template <class Call> rd_status guarded(Call call) {
     }
 }
 
-template <class T> T *required(T *pointer, const char *name) {
+template <class T>
+T *required(T *pointer, const char *name) {
     if (!pointer) throw rd::Error(RD_ERROR_ARGUMENT, std::string(name) + " must not be null");
     return pointer;
 }
@@ -104,7 +106,8 @@ const char *rd_network_class(const rd_network *network, uint32_t index) {
 }
 
 rd_status rd_network_get_preprocessing(const rd_network *network, rd_preprocessing *preprocessing) {
-    return guarded([&] { *required(preprocessing, "preprocessing") = required(network, "network")->network->preprocessing; });
+    return guarded(
+        [&] { *required(preprocessing, "preprocessing") = required(network, "network")->network->preprocessing; });
 }
 
 void rd_network_free(rd_network *network) { delete network; }
@@ -115,9 +118,14 @@ rd_status rd_plan_create(const rd_network *network, const rd_options *options, r
         required(plan, "plan");
         const rd_options &given = *required(options, "options");
         for (const uint32_t value : {given.batch, given.threads, given.height, given.width})
-            if (value > 4096) throw rd::Error(RD_ERROR_ARGUMENT, "batch, threads, height and width must be at most 4096");
-        const rd::Options wanted{static_cast<int>(given.batch), static_cast<int>(given.threads),
-                                 static_cast<int>(given.height), static_cast<int>(given.width), given.flags, given.isa};
+            if (value > 4096)
+                throw rd::Error(RD_ERROR_ARGUMENT, "batch, threads, height and width must be at most 4096");
+        const rd::Options wanted{static_cast<int>(given.batch),
+                                 static_cast<int>(given.threads),
+                                 static_cast<int>(given.height),
+                                 static_cast<int>(given.width),
+                                 given.flags,
+                                 given.isa};
         *plan = new rd_plan{rd::make_plan(network->network, wanted)};
     });
 }
@@ -152,7 +160,8 @@ rd_status rd_context_run(rd_context *context, const float *images, float *logits
 
 rd_status rd_context_profile(rd_context *context, const float *images, float *logits, double *seconds) {
     return guarded([&] {
-        required(context, "context")->context.run(required(images, "images"), required(logits, "logits"), required(seconds, "seconds"));
+        required(context, "context")
+            ->context.run(required(images, "images"), required(logits, "logits"), required(seconds, "seconds"));
     });
 }
 

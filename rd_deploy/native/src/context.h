@@ -13,8 +13,8 @@ class Context {
     // `arena` null: the context's own. Raises rd::Error.
     Context(std::shared_ptr<const Plan> plan, void *arena, std::size_t arena_bytes);
 
-    // images: float32 (batch, channels, height, width); logits: float32 (batch, classes); seconds: one per operation, or
-    // null. Allocates nothing.
+    // images: float32 (batch, channels, height, width); logits: float32 (batch, classes); seconds: one per operation,
+    // or null. Allocates nothing.
     void run(const float *images, float *logits, double *seconds);
 
     const Plan &plan() const { return *plan_; }

@@ -43,7 +43,8 @@ class Work {
             case OperationKind::stem:
                 return stem(chunk);
             case OperationKind::convolution:
-                return convolution(chunk * o_.chunk, std::min(o_.chunk, plan_.options.batch * o_.units - chunk * o_.chunk));
+                return convolution(chunk * o_.chunk,
+                                   std::min(o_.chunk, plan_.options.batch * o_.units - chunk * o_.chunk));
             case OperationKind::convolution_average:
                 return convolution_average(chunk);
             case OperationKind::max_pool:
@@ -79,7 +80,8 @@ class Work {
         } else {
             const int across = (o_.layers[0].out.width + o_.step_rows - 1) / o_.step_rows;
             const int first = image_ * o_.units + row_ / o_.step_rows * across;
-            for (int unit = 0; unit < across; unit += o_.chunk) convolution(first + unit, std::min(o_.chunk, across - unit));
+            for (int unit = 0; unit < across; unit += o_.chunk)
+                convolution(first + unit, std::min(o_.chunk, across - unit));
         }
         row_ += o_.step_rows;
     }
@@ -128,7 +130,8 @@ class Work {
 
     // Pointers for the outputs of a layer on this chunk's pixels from `first` on: into its map, or a tile in scratch.
     void list_outputs(int map, const Shape &shape, std::size_t tile, int first, int count, void **out) const {
-        if (map != kScratch) return list_pixels(destination(map, shape), shape, first, count, const_cast<const void **>(out));
+        if (map != kScratch)
+            return list_pixels(destination(map, shape), shape, first, count, const_cast<const void **>(out));
         std::byte *at = scratch_ + tile;
         for (int i = 0; i < count; i++, at += pixel_bytes(shape)) out[i] = at;
     }
@@ -158,7 +161,8 @@ class Work {
 
     // Pointers to a square's pixels, row by row, each `step` further in `to`. What lies outside the map is `outside`;
     // null: the nearest pixel inside.
-    static void list_square(const View &map, const Shape &shape, const Square &square, const void *outside, Pointers to, int step) {
+    static void list_square(const View &map, const Shape &shape, const Square &square, const void *outside, Pointers to,
+                            int step) {
         const bool within = square.x >= 0 && square.x + square.width <= shape.width;
         for (int y = square.y; y < square.y + square.height; y++) {
             const bool row_inside = y >= 0 && y < shape.height;
@@ -273,12 +277,13 @@ class Work {
         }
     }
 
-    // The output pixels of each tile, [tiles][m * m] in out_[1], and what is added to them; those beyond the map go to a
-    // spare pixel. Numbers the pixels inside and lists their outputs in out_[0]; returns how many there are.
+    // The output pixels of each tile, [tiles][m * m] in out_[1], and what is added to them; those beyond the map go to
+    // a spare pixel. Numbers the pixels inside and lists their outputs in out_[0]; returns how many there are.
     int list_tile_outputs(const Layer &head, int first, int tiles) const {
         const int m = head.winograd->m;
         const bool tiled = head.map == kScratch, adds = head.add >= 0;
-        const View out = tiled ? View{scratch_ + o_.scratch.tile[0], 0, 0, pixel_bytes(head.out), 0} : destination(head.map, head.out);
+        const View out = tiled ? View{scratch_ + o_.scratch.tile[0], 0, 0, pixel_bytes(head.out), 0}
+                               : destination(head.map, head.out);
         const View added = adds ? destination(head.add, head.out) : out;
         int count = 0, listed = 0;
         for (int tile = first; tile < first + tiles; tile++) {
@@ -292,7 +297,8 @@ class Work {
                     continue;
                 }
                 if (adds) add_[listed] = added.row_at(c.image, y) + across;
-                out_[1][listed] = tiled ? out.base + static_cast<std::size_t>(count) * out.pixel : out.row_at(c.image, y) + across;
+                out_[1][listed] =
+                    tiled ? out.base + static_cast<std::size_t>(count) * out.pixel : out.row_at(c.image, y) + across;
                 pixels_[count] = (c.image * head.out.height + y) * head.out.width + x;
                 out_[0][count++] = out_[1][listed];
             }
@@ -318,11 +324,12 @@ class Work {
             for (int position = 0; position < t * t; position++) {
                 p.a = taps_ + position * tiles;
                 p.out = outputs(o_.scratch.product_rows) + position * tiles;
-                p.w = head.weight + static_cast<std::size_t>(position) * plane + static_cast<std::size_t>(first) * block;
+                p.w =
+                    head.weight + static_cast<std::size_t>(position) * plane + static_cast<std::size_t>(first) * block;
                 multiply(p);
             }
             head.winograd->output({products, tiles, kProductBlocks * kLane, p.blocks, step.bias + first * kLane,
-                                       head.add < 0 ? nullptr : add_, out_[1], first * kLane, step.relu});
+                                   head.add < 0 ? nullptr : add_, out_[1], first * kLane, step.relu});
         }
     }
 
@@ -373,9 +380,11 @@ class Work {
             p.add = add_;
         }
         p.offset = 0;
-        for (int i = 0; i < count; i++) out_[0][i] = scratch_ + o_.scratch.tile[0] + static_cast<std::size_t>(i) * bytes;
+        for (int i = 0; i < count; i++)
+            out_[0][i] = scratch_ + o_.scratch.tile[0] + static_cast<std::size_t>(i) * bytes;
         multiply(p);
-        kernels_.average({out_[0], count, p.blocks * kLane, destination(o_.pool_map, o_.pooled).row_at(image, 0) + before});
+        kernels_.average(
+            {out_[0], count, p.blocks * kLane, destination(o_.pool_map, o_.pooled).row_at(image, 0) + before});
     }
 
     // Logits are not padded to whole blocks as maps are, so they pass through a tile.
@@ -439,7 +448,8 @@ class Work {
         const Layer &layer = o_.layers[0];
         const Step &conv = *layer.step;
         const int top = y * conv.stride - conv.padding, width = layer.out.width;
-        for (next_image_row_ = std::max(next_image_row_, std::max(top, 0)); next_image_row_ < std::min(top + conv.kernel_h, o_.in.height); next_image_row_++)
+        for (next_image_row_ = std::max(next_image_row_, std::max(top, 0));
+             next_image_row_ < std::min(top + conv.kernel_h, o_.in.height); next_image_row_++)
             interleave(next_image_row_);
         const std::size_t step = static_cast<std::size_t>(conv.stride * o_.in.channels) * element_;
         for (int ky = 0; ky < conv.kernel_h; ky++) {
@@ -449,15 +459,18 @@ class Work {
         Product p = product(layer, taps_, width, width, out);
         if (layer.add >= 0) {
             const View added = destination(layer.add, layer.out);
-            for (int x = 0; x < width; x++) add_[x] = added.row_at(image_, y) + static_cast<std::size_t>(x) * added.pixel;
+            for (int x = 0; x < width; x++)
+                add_[x] = added.row_at(image_, y) + static_cast<std::size_t>(x) * added.pixel;
             p.add = add_;
         }
         multiply(p);
     }
 
     void interleave(int y) const {
-        const std::size_t plane = static_cast<std::size_t>(o_.in.pixels()), channels = static_cast<std::size_t>(o_.in.channels);
-        const float *const row = run_.images + static_cast<std::size_t>(image_) * channels * plane + static_cast<std::size_t>(y) * static_cast<std::size_t>(o_.in.width);
+        const std::size_t plane = static_cast<std::size_t>(o_.in.pixels()),
+                          channels = static_cast<std::size_t>(o_.in.channels);
+        const float *const row = run_.images + static_cast<std::size_t>(image_) * channels * plane +
+                                 static_cast<std::size_t>(y) * static_cast<std::size_t>(o_.in.width);
         const std::size_t left = static_cast<std::size_t>(o_.layers[0].step->padding) * channels * element_;
         kernels_.interleave({row, plane, o_.in.channels, o_.in.width, image_row(y) + left});
     }
@@ -467,7 +480,8 @@ class Work {
         const Shape &rows = o_.layers[0].out;
         const Step &pool = *o_.pool;
         const int top = y * pool.stride - pool.padding;
-        for (next_conv_row_ = std::max(next_conv_row_, std::max(top, 0)); next_conv_row_ < std::min(top + pool.kernel_h, rows.height); next_conv_row_++) {
+        for (next_conv_row_ = std::max(next_conv_row_, std::max(top, 0));
+             next_conv_row_ < std::min(top + pool.kernel_h, rows.height); next_conv_row_++) {
             for (int x = 0; x < rows.width; x++) out_[1][x] = row_pixel(next_conv_row_, x);
             image_convolution(next_conv_row_, out_[1]);
         }
@@ -476,14 +490,16 @@ class Work {
             for (int kx = 0; kx < pool.kernel_w; kx++)
                 for (int x = 0; x < width; x++)
                     taps_[(ky * pool.kernel_w + kx) * width + x] =
-                        row_pixel(std::clamp(top + ky, 0, rows.height - 1), std::clamp(x * pool.stride - pool.padding + kx, 0, rows.width - 1));
+                        row_pixel(std::clamp(top + ky, 0, rows.height - 1),
+                                  std::clamp(x * pool.stride - pool.padding + kx, 0, rows.width - 1));
         kernels_.max_pool({taps_, pool.kernel_h * pool.kernel_w, width, rows.pitch(), out_[0]});
     }
 
     std::byte *row_pixel(int y, int x) const {
         const Shape &rows = o_.layers[0].out;
         const std::size_t slot = static_cast<std::size_t>(y % o_.pool->kernel_h);
-        return scratch_ + o_.scratch.rows + (slot * static_cast<std::size_t>(rows.width) + static_cast<std::size_t>(x)) * pixel_bytes(rows);
+        return scratch_ + o_.scratch.rows +
+               (slot * static_cast<std::size_t>(rows.width) + static_cast<std::size_t>(x)) * pixel_bytes(rows);
     }
 
     const Run &run_;
@@ -496,14 +512,15 @@ class Work {
     void **const out_[2];
     int *const pixels_;
     int slice_ = 0;
-    int image_ = 0, row_ = 0;                        // a part's: the image in work and the next rows to make
-    int next_image_row_ = 0, next_conv_row_ = 0;     // the stem's: rows that are not yet in their rings
+    int image_ = 0, row_ = 0;                     // a part's: the image in work and the next rows to make
+    int next_image_row_ = 0, next_conv_row_ = 0;  // the stem's: rows that are not yet in their rings
 };
 
 // A band of rows of a streamed operation's last part; each part makes rows when the next one needs them.
 class Band {
   public:
-    Band(const Run &run, const Operation &operation, std::byte *scratch) : parts_(static_cast<int>(operation.parts.size())) {
+    Band(const Run &run, const Operation &operation, std::byte *scratch)
+        : parts_(static_cast<int>(operation.parts.size())) {
         for (int i = 0; i < parts_; i++) works_[i].emplace(run, operation.parts[static_cast<std::size_t>(i)], scratch);
     }
 

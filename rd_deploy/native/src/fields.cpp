@@ -18,9 +18,7 @@ std::string quoted(std::string_view text) {
     return out + (bytes < text.size() ? "...'" : "'");
 }
 
-void refuse(const std::string &what) {
-    throw Error(RD_ERROR_FORMAT, "wrong .rdp file: " + what + "; export it again");
-}
+void refuse(const std::string &what) { throw Error(RD_ERROR_FORMAT, "wrong .rdp file: " + what + "; export it again"); }
 
 Fields::Fields(json::Value object, std::string where, const std::vector<std::string_view> &keys)
     : where_(std::move(where)) {

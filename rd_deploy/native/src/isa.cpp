@@ -110,8 +110,8 @@ KernelChoice choose_kernels(const char *name, bool bf16) {
         if (!any && std::strcmp(isa.name, name) != 0) continue;
         if (!isa.runs_here()) {
             if (any) continue;
-            throw Error(RD_ERROR_UNSUPPORTED,
-                        "this CPU cannot run instruction set " + std::string(name) + ": choose one of " + available_isas());
+            throw Error(RD_ERROR_UNSUPPORTED, "this CPU cannot run instruction set " + std::string(name) +
+                                                  ": choose one of " + available_isas());
         }
         if (isa.tables(bf16)) return choice(isa, bf16);
         if (!any)

@@ -67,13 +67,20 @@ class Parser {
     void value(int depth) {
         skip_space();
         switch (peek()) {
-            case '{': return container(Kind::object, '}', depth + 1);
-            case '[': return container(Kind::array, ']', depth + 1);
-            case '"': return string();
-            case 't': return word("true", Kind::boolean, true);
-            case 'f': return word("false", Kind::boolean, false);
-            case 'n': return word("null", Kind::null, false);
-            default: return number();
+            case '{':
+                return container(Kind::object, '}', depth + 1);
+            case '[':
+                return container(Kind::array, ']', depth + 1);
+            case '"':
+                return string();
+            case 't':
+                return word("true", Kind::boolean, true);
+            case 'f':
+                return word("false", Kind::boolean, false);
+            case 'n':
+                return word("null", Kind::null, false);
+            default:
+                return number();
         }
     }
 

@@ -19,8 +19,8 @@ constexpr std::size_t kMaxValues = std::size_t{1} << 21;  // keys included
 
 struct Node {
     Kind kind;
-    bool truth;             // of a boolean; of a number: it is a whole one that `whole` holds exactly
-    std::uint32_t end;      // index after the last node below this one
+    bool truth;                    // of a boolean; of a number: it is a whole one that `whole` holds exactly
+    std::uint32_t end;             // index after the last node below this one
     std::uint32_t offset, length;  // of a string, decoded, in Document::strings
     double number;
     std::int64_t whole;

@@ -61,7 +61,8 @@ double best_rate(const Probes &probes) {
     } catch (const std::system_error &) {
         arrived.fetch_add(threads * kRounds);  // those that started must not wait for those that did not
         for (std::thread &worker : workers) worker.join();
-        throw Error(RD_ERROR_MEMORY, "the system refuses to start " + std::to_string(threads) + " threads: ask for fewer");
+        throw Error(RD_ERROR_MEMORY,
+                    "the system refuses to start " + std::to_string(threads) + " threads: ask for fewer");
     }
     for (std::thread &worker : workers) worker.join();
     double best = 0;
@@ -157,7 +158,8 @@ std::uint64_t sum_plain(const std::uint64_t *values, std::size_t count) { return
 class ReadProbe : public Probe {
   public:
     explicit ReadProbe(std::size_t bytes)
-        : count_(std::max<std::size_t>(bytes / sizeof(std::uint64_t) / kLanes, 1) * kLanes), values_(new std::uint64_t[count_]) {}
+        : count_(std::max<std::size_t>(bytes / sizeof(std::uint64_t) / kLanes, 1) * kLanes),
+          values_(new std::uint64_t[count_]) {}
 
     void prepare() override { std::fill_n(values_.get(), count_, std::uint64_t{1}); }
 
@@ -193,7 +195,8 @@ double measure_product(const char *isa, bool bf16, int threads) {
 
 double measure_read(std::size_t bytes, int threads) {
     Probes probes;
-    for (int i = 0; i < threads; i++) probes.push_back(std::make_unique<ReadProbe>(bytes / static_cast<std::size_t>(threads)));
+    for (int i = 0; i < threads; i++)
+        probes.push_back(std::make_unique<ReadProbe>(bytes / static_cast<std::size_t>(threads)));
     return best_rate(probes);
 }
 

@@ -31,7 +31,7 @@ struct Descriptor {
 
 std::shared_ptr<const void> map_file(const char *path, std::size_t *bytes) {
     const Descriptor file(path);
-    struct stat status {};
+    struct stat status{};
     if (file.number < 0 || ::fstat(file.number, &status) != 0) fail(path, errno);
     if (!S_ISREG(status.st_mode)) throw Error(RD_ERROR_FILE, std::string(path) + " is not a file");
     if (status.st_size <= 0) throw Error(RD_ERROR_FORMAT, std::string(path) + " is empty; export it again");

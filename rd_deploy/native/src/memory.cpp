@@ -65,7 +65,8 @@ std::size_t place(std::vector<Buffer> &buffers) {
             least = arena;
             best = order;
         }
-        std::stable_partition(order.begin(), order.end(), [arena](const Buffer *b) { return b->offset + aligned(b->bytes) == arena; });
+        std::stable_partition(order.begin(), order.end(),
+                              [arena](const Buffer *b) { return b->offset + aligned(b->bytes) == arena; });
     }
     return place_in_order(best);
 }

@@ -68,8 +68,8 @@ std::shared_ptr<const Network> parse(const void *data, std::size_t bytes, std::s
     const rdp::Sections file = rdp::sections(static_cast<const std::byte *>(data), bytes);
     const json::Document document = json::parse(file.json);
     const Fields top(json::Value(document), "its description",
-                     {"format", "name", "precision", "input", "steps", "preprocessing", "classes", "arch",
-                      "provenance", "weights_sha256"});
+                     {"format", "name", "precision", "input", "steps", "preprocessing", "classes", "arch", "provenance",
+                      "weights_sha256"});
     check_identity(top);
     auto network = std::make_shared<Network>();
     network->name = top.text("name");
@@ -80,7 +80,8 @@ std::shared_ptr<const Network> parse(const void *data, std::size_t bytes, std::s
     network->steps = reader.run(top.get("steps", json::Kind::array).items());
     network->weight_bytes = file.weights_bytes;
     network->classes = top.texts("classes", static_cast<std::size_t>(network->steps.back().out_channels));
-    network->preprocessing = preprocessing({top.get("preprocessing", json::Kind::object), "preprocessing",
+    network->preprocessing = preprocessing({top.get("preprocessing", json::Kind::object),
+                                            "preprocessing",
                                             {"size", "resize", "channels", "mean", "std", "pad"}},
                                            network->channels);
     network->storage = std::move(storage);

@@ -85,11 +85,16 @@ class Builder {
                 out.height = out.width = 1;
             }
             if (step.kind == StepKind::conv || step.kind == StepKind::linear) out.channels = step.out_channels;
+            // Pixels are numbered in ints, over the whole batch.
+            if (std::int64_t{options().batch} * out.height * out.width > (std::int64_t{1} << 30))
+                throw Error(RD_ERROR_ARGUMENT, "images and batch are too large for this engine at " + step.name);
             shapes_.push_back(out);
         }
     }
 
-    Shape source_shape(const Step &step) const { return step.source == kImages ? images_ : shapes_[index(step.source)]; }
+    Shape source_shape(const Step &step) const {
+        return step.source == kImages ? images_ : shapes_[index(step.source)];
+    }
 
     int slides(int size, int kernel, const Step &step) const {
         const int room = size + 2 * step.padding - kernel;
@@ -119,8 +124,8 @@ class Builder {
         operation.name = step(at).name;
         operation.in = source_shape(step(at));
         operation.source = step(at).source == kImages ? kImages : map_of_[index(step(at).source)];
-        const std::size_t next = step(at).kind == StepKind::conv ? begin_with_convolution(operation, at)
-                                                                 : stand_alone(operation, at);
+        const std::size_t next =
+            step(at).kind == StepKind::conv ? begin_with_convolution(operation, at) : stand_alone(operation, at);
         plan_->operations.push_back(std::move(operation));
         return next;
     }
@@ -131,7 +136,8 @@ class Builder {
             add_layer(operation, at);
             return at + 1;
         }
-        return add_pool(operation, at, step(at).kind == StepKind::max_pool ? OperationKind::max_pool : OperationKind::average);
+        return add_pool(operation, at,
+                        step(at).kind == StepKind::max_pool ? OperationKind::max_pool : OperationKind::average);
     }
 
     std::size_t begin_with_convolution(Operation &operation, std::size_t at) {
@@ -187,7 +193,8 @@ class Builder {
     }
 
     bool joins(const Operation &operation, std::size_t at) const {
-        if (flag(RD_FLAG_UNFUSED) || at + 1 >= net().steps.size() || operation.layers.size() == kMostLayers) return false;
+        if (flag(RD_FLAG_UNFUSED) || at + 1 >= net().steps.size() || operation.layers.size() == kMostLayers)
+            return false;
         // Together they would make two maps at once, the one that somebody else reads as well and the one after it.
         if (flag(RD_FLAG_SMALL) && readers_[at] > 1) return false;
         return is_pointwise(step(at + 1)) && step(at + 1).source == static_cast<int>(at) && !is_small(shapes_[at]) &&
@@ -195,26 +202,29 @@ class Builder {
     }
 
     static bool is_pointwise(const Step &step) {
-        return step.kind == StepKind::conv && step.kernel_h == 1 && step.kernel_w == 1 && step.stride == 1 && step.padding == 0;
+        return step.kind == StepKind::conv && step.kernel_h == 1 && step.kernel_w == 1 && step.stride == 1 &&
+               step.padding == 0;
     }
 
     // Too few pixels to be shared out among the threads.
     bool is_small(const Shape &out) const { return options().batch * out.pixels() < kLeastPixels * options().threads; }
 
     bool joins_as_pool(std::size_t at, StepKind kind) const {
-        return !flag(RD_FLAG_UNFUSED) && readers_[at] == 1 && at + 1 < net().steps.size() && step(at + 1).kind == kind &&
-               step(at + 1).source == static_cast<int>(at);
+        return !flag(RD_FLAG_UNFUSED) && readers_[at] == 1 && at + 1 < net().steps.size() &&
+               step(at + 1).kind == kind && step(at + 1).source == static_cast<int>(at);
     }
 
-    bool ends_in_average(std::size_t at) const { return is_pointwise(step(at)) && joins_as_pool(at, StepKind::average_pool); }
+    bool ends_in_average(std::size_t at) const {
+        return is_pointwise(step(at)) && joins_as_pool(at, StepKind::average_pool);
+    }
 
     int make_map(std::size_t at) {
         plan_->maps.push_back({step(at).name, shapes_[at], 0, 0, -1});
         return map_of_[at] = static_cast<int>(plan_->maps.size()) - 1;
     }
 
-    // The convolution that costs least, in multiply-accumulates for the whole batch. Nothing here depends on the threads,
-    // so that no result does.
+    // The convolution that costs least, in multiply-accumulates for the whole batch. Nothing here depends on the
+    // threads, so that no result does.
     void choose_winograd(Layer &layer) const {
         const Step &conv = *layer.step;
         const bool possible = conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.padding == 1;
@@ -231,7 +241,8 @@ class Builder {
         }
     }
 
-    // `rows`: pixels times taps that meet all weights, per image; `planes`: of weights; `transformed`: pixels, per image.
+    // `rows`: pixels times taps that meet all weights, per image; `planes`: of weights; `transformed`: pixels, per
+    // image.
     double cost(const Layer &layer, double rows, double planes, double transformed) const {
         // A channel of a transformed pixel costs about as much as 10 multiply-accumulates, and a byte of weights, which
         // come from memory once per run, as much as the 7 (fp32) or 14 (bf16) that are done meanwhile: fitted to the
@@ -241,7 +252,9 @@ class Builder {
         return options().batch * (rows * in * out + transform * transformed * (in + out)) + weight * planes * in * out;
     }
 
-    static int tiles_of(const Layer &layer, int m) { return ceil_div(layer.out.height, m) * ceil_div(layer.out.width, m); }
+    static int tiles_of(const Layer &layer, int m) {
+        return ceil_div(layer.out.height, m) * ceil_div(layer.out.width, m);
+    }
 
     // --- streaming
 
@@ -295,13 +308,16 @@ class Builder {
     }
 
     bool can_stream(const Operation &first, const Operation &second) const {
-        const std::size_t parts = std::max<std::size_t>(1, first.parts.size()) + std::max<std::size_t>(1, second.parts.size());
-        const Operation &head = second.parts.empty() ? second : second.parts[0], &last = first.parts.empty() ? first : first.parts.back();
-        if (!is_row_wise(first) || !is_row_wise(second) || head.source < 0 || head.source != last_map(last)) return false;
+        const std::size_t parts =
+            std::max<std::size_t>(1, first.parts.size()) + std::max<std::size_t>(1, second.parts.size());
+        const Operation &head = second.parts.empty() ? second : second.parts[0],
+                        &last = first.parts.empty() ? first : first.parts.back();
+        if (!is_row_wise(first) || !is_row_wise(second) || head.source < 0 || head.source != last_map(last))
+            return false;
         if (readers_of_map(head.source) != 1 || parts > kMostParts) return false;
         if (flag(RD_FLAG_SMALL)) return true;
-        // A band begins by computing a few rows that the band before it computes as well: bands must be much taller. The
-        // map before a stride is the largest one, and worth it.
+        // A band begins by computing a few rows that the band before it computes as well: bands must be much taller.
+        // The map before a stride is the largest one, and worth it.
         constexpr int tall = 8;
         return parts == 2 && head.layers[0].step->stride > 1 && second.out().height >= tall * bands(second.out());
     }
@@ -318,7 +334,9 @@ class Builder {
         return maps == 1 && o.slices == 1;
     }
 
-    static int last_map(const Operation &o) { return o.pool && o.layers.size() == 1 ? o.pool_map : o.layers.back().map; }
+    static int last_map(const Operation &o) {
+        return o.pool && o.layers.size() == 1 ? o.pool_map : o.layers.back().map;
+    }
 
     int readers_of_map(int map) const {
         for (std::size_t at = 0; at < map_of_.size(); at++)
@@ -406,7 +424,8 @@ class Builder {
     // Chunks of nearly equal size, at most `most` units, as many as a multiple of the threads.
     void divide(Operation &o, int units, int most) const {
         o.units = units;
-        const int total = options().batch * units, chunks = ceil_div(total, most * options().threads) * options().threads;
+        const int total = options().batch * units,
+                  chunks = ceil_div(total, most * options().threads) * options().threads;
         o.chunk = ceil_div(total, std::min(total, chunks));
         o.chunks = ceil_div(total, o.chunk);
     }
@@ -491,7 +510,8 @@ class Builder {
     }
 
     // Rows that stay while a band is computed come first, and then what each part needs only while it computes.
-    template <class Take> void lay_out_streamed(Operation &o, Take take) const {
+    template <class Take>
+    void lay_out_streamed(Operation &o, Take take) const {
         for (std::size_t i = 0; i < o.parts.size(); i++) {
             Operation &part = o.parts[i];
             if (part.kind == OperationKind::stem) lay_out_stem_rows(part, take);
@@ -512,14 +532,16 @@ class Builder {
         }
     }
 
-    template <class Take> void lay_out_stem_rows(Operation &o, Take take) const {
+    template <class Take>
+    void lay_out_stem_rows(Operation &o, Take take) const {
         const Step &conv = *o.layers[0].step;
         const Shape &out = o.layers[0].out;
         o.scratch.images = take(index(conv.kernel_h + 1) * stem_row_elements(o) * plan_->element);
         if (o.pool) o.scratch.rows = take(index(o.pool->kernel_h * out.width * out.pitch()) * plan_->element);
     }
 
-    template <class Take> void lay_out_passing(Operation &o, Take take) const {
+    template <class Take>
+    void lay_out_passing(Operation &o, Take take) const {
         ScratchLayout &s = o.scratch;
         const std::size_t pointer = sizeof(void *), element = plan_->element, pixels = chunk_pixels(o);
         if (!o.layers.empty() && o.layers[0].winograd) {
@@ -538,7 +560,8 @@ class Builder {
         lay_out_tiles(o, take);
     }
 
-    template <class Take> void lay_out_tiles(Operation &o, Take take) const {
+    template <class Take>
+    void lay_out_tiles(Operation &o, Take take) const {
         const std::size_t element = plan_->element, pixels = chunk_pixels(o);
         if (o.kind == OperationKind::convolution_average || o.kind == OperationKind::linear) {
             const std::size_t slice = index(ceil_div(o.layers[0].step->blocks(), o.slices) * kLane);
@@ -613,12 +636,14 @@ class Builder {
             if (layer.map >= 0) give_buffer(layer.map, layer.add, o, at);
     }
 
-    // Whether a sum may take the place of what is added, pixel by pixel: if nothing else reads that now or later, and if
-    // it is neither this operation's source, whose neighbouring pixels are still read, nor made by this operation itself.
+    // Whether a sum may take the place of what is added, pixel by pixel: if nothing else reads that now or later, and
+    // if it is neither this operation's source, whose neighbouring pixels are still read, nor made by this operation
+    // itself.
     bool can_overwrite(int added, const Operation &o, int at) const {
         const Map &map = plan_->maps[index(added)];
         const auto adds = [added](const Layer &layer) { return layer.add == added; };
-        return added != o.source && map.first < at && map.last == at && std::count_if(o.layers.begin(), o.layers.end(), adds) == 1;
+        return added != o.source && map.first < at && map.last == at &&
+               std::count_if(o.layers.begin(), o.layers.end(), adds) == 1;
     }
 
     void give_buffer(int number, int add, const Operation &o, int at) {
@@ -647,7 +672,8 @@ class Builder {
     }
 
     // Call work(first, step) on so many threads, as far as the system gives them; the caller's own does what is left.
-    template <class Work> static void in_parallel(int threads, Work work) {
+    template <class Work>
+    static void in_parallel(int threads, Work work) {
         std::vector<std::thread> others;
         int thread = 1;
         try {
@@ -721,14 +747,17 @@ class Builder {
         rd_step_info &info = o.info;
         const std::size_t batch = index(options().batch);
         info.map_bytes = map_bytes(o.pool_map);
-        if (o.parts.empty()) info.map_bytes += o.source == kImages ? batch * index(images_.channels * images_.pixels()) * sizeof(float) : map_bytes(o.source);
+        if (o.parts.empty())
+            info.map_bytes += o.source == kImages ? batch * index(images_.channels * images_.pixels()) * sizeof(float)
+                                                  : map_bytes(o.source);
         for (const Layer &layer : o.layers) {
             const Step &step = *layer.step;
             const std::size_t macs = index(step.kernel_h * step.kernel_w * step.in_channels) * index(step.out_channels);
             info.macs += batch * macs * index(layer.out.pixels());
             info.flops += flops(o, layer);
             info.map_bytes += map_bytes(layer.map) + map_bytes(layer.add);
-            const std::size_t t = layer.winograd ? index(layer.winograd->m + 2) : 0, planes = t > 0 ? t * t : index(step.taps);
+            const std::size_t t = layer.winograd ? index(layer.winograd->m + 2) : 0,
+                              planes = t > 0 ? t * t : index(step.taps);
             info.weight_bytes += planes * index(step.blocks()) * index(step.k_pitch) * kLane * plan_->element;
         }
         o.kernel = kernel_name(o);

@@ -40,10 +40,10 @@ struct Map {
 struct Layer {
     const Step *step = nullptr;
     Shape in, out;
-    int map = kScratch;       // its output, kScratch or kRing
-    int add = -1;             // map to be added
+    int map = kScratch;                  // its output, kScratch or kRing
+    int add = -1;                        // map to be added
     const Winograd *winograd = nullptr;  // null: direct
-    const std::byte *weight = nullptr;  // as in the file, or Winograd's planes
+    const std::byte *weight = nullptr;   // as in the file, or Winograd's planes
 };
 
 enum class OperationKind : std::uint8_t { stem, convolution, convolution_average, max_pool, average, linear, streamed };
@@ -56,35 +56,35 @@ struct Ring {
 
 // Scratch of one thread, as offsets from its beginning.
 struct ScratchLayout {
-    std::size_t taps = 0;       // pointers to inputs
-    std::size_t pixels = 0;     // flat indices of a chunk's output pixels
+    std::size_t taps = 0;                  // pointers to inputs
+    std::size_t pixels = 0;                // flat indices of a chunk's output pixels
     std::size_t out[2] = {0, 0}, add = 0;  // pointers to outputs, of layers in turn, and to what is added
     std::size_t tile[2] = {0, 0};          // outputs that exist in scratch only, of layers in turn
     std::size_t transformed = 0, products = 0, product_rows = 0, spare = 0;  // Winograd's
-    std::size_t images = 0, rows = 0;      // the stem's rows: of the image, and of the convolution
+    std::size_t images = 0, rows = 0;  // the stem's rows: of the image, and of the convolution
     std::size_t bytes = 0;
 };
 
 struct Operation {
     OperationKind kind = OperationKind::convolution;
     std::string name, kernel;
-    int source = kImages;            // map, the images or kRing
-    Shape in;                        // of the source
-    std::vector<Layer> layers;       // the first reads the source, each further one the layer before it
-    const Step *pool = nullptr;      // the stem's max-pooling, or a pooling of its own
-    Shape pooled;                    // output of the pooling
-    int pool_map = kScratch;         // where the pooling's output goes
+    int source = kImages;        // map, the images or kRing
+    Shape in;                    // of the source
+    std::vector<Layer> layers;   // the first reads the source, each further one the layer before it
+    const Step *pool = nullptr;  // the stem's max-pooling, or a pooling of its own
+    Shape pooled;                // output of the pooling
+    int pool_map = kScratch;     // where the pooling's output goes
     // The work: chunks of consecutive units (pixels, or Winograd's tiles) of all images of the batch, and for single
     // layers also slices of consecutive blocks of outputs. The stem's units are rows of its output.
-    int units = 0;                   // per image
-    int chunk = 1, chunks = 1;       // units of a chunk, number of chunks
+    int units = 0;              // per image
+    int chunk = 1, chunks = 1;  // units of a chunk, number of chunks
     int slices = 1;
-    int piece = 1;                   // pixels that go through the second and further layers at a time
+    int piece = 1;  // pixels that go through the second and further layers at a time
     // A streamed operation's parts: each makes rows for the next one, which keeps only as many as its window covers. A
     // chunk is a band of rows of the last part's output; what two bands need of the parts before is computed twice.
     std::vector<Operation> parts;
-    int step_rows = 1;               // of a part: rows that it makes at a time
-    Ring in_ring, out_ring;          // of a part
+    int step_rows = 1;       // of a part: rows that it makes at a time
+    Ring in_ring, out_ring;  // of a part
     ScratchLayout scratch;
     int scratch_buffer = -1;
     rd_step_info info{};
@@ -104,12 +104,12 @@ struct Plan {
     std::shared_ptr<const Network> network;
     Options options;
     KernelChoice kernels{};
-    std::size_t element = 4;         // bytes
+    std::size_t element = 4;  // bytes
     std::vector<Map> maps;
     std::vector<Operation> operations;
     std::vector<Buffer> buffers;
-    std::vector<Memory> transformed; // weights
-    Memory zeros;                    // what padding points to: as many elements as the widest pixel has
+    std::vector<Memory> transformed;  // weights
+    Memory zeros;                     // what padding points to: as many elements as the widest pixel has
     rd_plan_info info{};
 };
 

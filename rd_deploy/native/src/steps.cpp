@@ -104,8 +104,10 @@ Step StepReader::parse(json::Value value) const {
     const std::string where = "step " + std::to_string(steps_.size() + 1);
     const std::string op = operation(value, where);
     if (op == "conv") {
-        return conv({value, where, {"op", "name", "source", "add", "in", "out", "kernel", "stride", "padding", "relu",
-                                    "weight", "bias"}});
+        return conv(
+            {value,
+             where,
+             {"op", "name", "source", "add", "in", "out", "kernel", "stride", "padding", "relu", "weight", "bias"}});
     }
     if (op == "maxpool") return max_pool({value, where, {"op", "name", "source", "kernel", "stride", "padding"}});
     if (op == "linear") return linear({value, where, {"op", "name", "source", "in", "out", "weight", "bias"}});

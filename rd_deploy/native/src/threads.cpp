@@ -31,7 +31,8 @@ Threads::Threads(int count, void (*begin)(), void (*end)()) : begin_(begin), end
         for (int thread = 1; thread < count; thread++) workers_.emplace_back([this, thread] { serve(thread); });
     } catch (const std::system_error &) {
         stop();
-        throw Error(RD_ERROR_MEMORY, "the system refuses to start " + std::to_string(count) + " threads: ask for fewer");
+        throw Error(RD_ERROR_MEMORY,
+                    "the system refuses to start " + std::to_string(count) + " threads: ask for fewer");
     } catch (...) {  // threads that run must be joined, whatever happened
         stop();
         throw;
@@ -62,7 +63,9 @@ void Threads::run(Work work, void *state, int items) {
     unclaimed_.store(packed(round, items), std::memory_order_release);
     round_.store(round);  // sequentially consistent with sleeping_: one of the two sides sees the other
     if (sleeping_.load() > 0) {
-        { const std::lock_guard<std::mutex> lock(mutex_); }
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+        }
         wake_.notify_all();
     }
     take_items(0, round);
@@ -83,7 +86,8 @@ void Threads::take_items(int thread, std::uint32_t round) {
         void *const state = state_.load(std::memory_order_relaxed);
         const auto left = static_cast<std::uint32_t>(seen);
         if ((seen >> 32) != round || left == 0) return;
-        if (!unclaimed_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        if (!unclaimed_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+            continue;
         work(state, static_cast<int>(left) - 1, thread);
         unfinished_.fetch_sub(1, std::memory_order_release);
         seen = unclaimed_.load(std::memory_order_acquire);

@@ -36,7 +36,8 @@ class Threads {
     void (*end_)();
     std::atomic<Work> work_{nullptr};
     std::atomic<void *> state_{nullptr};
-    // Round in the high half, items not yet claimed in the low half: a claim succeeds only in the round it is meant for.
+    // Round in the high half, items not yet claimed in the low half: a claim succeeds only in the round it is meant
+    // for.
     alignas(64) std::atomic<std::uint64_t> unclaimed_{0};
     alignas(64) std::atomic<int> unfinished_{0};
     alignas(64) std::atomic<std::uint32_t> round_{0};

@@ -1,9 +1,9 @@
 // AMX: products of 16 x 32 by 32 x 16 bfloat16 tiles, 1024 floating-point operations a cycle.
 //
-// Everything but the products is AVX-512's, and there is no Winograd: its transforms would take longer than the products
-// that they save. A tile's rows are pixels; a list of 16 pixels at a constant distance, as most are, is read in place,
-// any other is copied to 1 KiB of scratch first. RD_EMULATE_TILES replaces the tile instructions by plain code, so that
-// this file can be tested on any machine.
+// Everything but the products is AVX-512's, and there is no Winograd: its transforms would take longer than the
+// products that they save. A tile's rows are pixels; a list of 16 pixels at a constant distance, as most are, is read
+// in place, any other is copied to 1 KiB of scratch first. RD_EMULATE_TILES replaces the tile instructions by plain
+// code, so that this file can be tested on any machine.
 #if defined(RD_EMULATE_TILES)
 #include "tiles_emulated.h"
 #else
@@ -22,8 +22,8 @@
 namespace rd {
 namespace {
 
-constexpr int kRows = 16;        // of a tile: pixels of a, pairs of k of w
-constexpr int kDepth = 32;       // elements of k in a tile
+constexpr int kRows = 16;   // of a tile: pixels of a, pairs of k of w
+constexpr int kDepth = 32;  // elements of k in a tile
 constexpr int kTileBytes = 1024;
 
 struct alignas(64) TileConfiguration {
@@ -49,8 +49,8 @@ void end() { _tile_release(); }
 // Taps must be whole tiles deep. Elements beyond k meet zero weights.
 bool supports(const Product &p) { return p.k_pitch % kDepth == 0; }
 
-// GCC takes the tile instructions for ones that read no memory: without this it may move or drop stores before them.
-RD_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
+// GCC takes the tile loads for ones that read no memory: it may move stores past them, or drop them, but for this.
+RD_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 
 // 16 pixels of one tap. `step`: the bytes from each to the next when that is always the same, else -1.
 struct Rows {
@@ -58,7 +58,9 @@ struct Rows {
     intptr_t step;
 };
 RD_INLINE Rows rows_of(const void *const *pixels) {
-    const auto distance = [pixels](int i) { return reinterpret_cast<intptr_t>(pixels[i]) - reinterpret_cast<intptr_t>(pixels[i - 1]); };
+    const auto distance = [pixels](int i) {
+        return reinterpret_cast<intptr_t>(pixels[i]) - reinterpret_cast<intptr_t>(pixels[i - 1]);
+    };
     const intptr_t first = distance(1);
     intptr_t differences = 0;
     for (int i = 2; i < kRows; i++) differences |= distance(i) ^ first;
@@ -72,8 +74,9 @@ struct Place {
 };
 RD_INLINE Place place(const Rows &rows, int byte, char *scratch) {
     if (rows.step >= 0) return {static_cast<const char *>(rows.pixels[0]) + byte, rows.step};
+    keep_order();
     for (int i = 0; i < kRows; i++) memcpy(scratch + i * 64, static_cast<const char *>(rows.pixels[i]) + byte, 64);
-    finish_stores();
+    keep_order();
     return {scratch, 64};
 }
 
@@ -86,7 +89,8 @@ struct Sums {
     bool raw;
 };
 
-template <int Blocks> RD_INLINE void write_pixels(const Sums &s, int first, int last) {
+template <int Blocks>
+RD_INLINE void write_pixels(const Sums &s, int first, int last) {
     const Ending e = s.ending;
     const bool raw = s.raw;
     for (int i = first; i < last; i++) {
@@ -107,7 +111,8 @@ RD_INLINE void write_some(Sums &s, int count) {
 
 // Two tiles of pixels by one or two of outputs: sums in tiles 0 to 3, pixels in 4 and 5, weights in 6 and 7. The
 // instructions take a literal for the tile's number.
-template <int Blocks> RD_INLINE void begin_sums(const float *bias) {
+template <int Blocks>
+RD_INLINE void begin_sums(const float *bias) {
     if (!bias) {
         _tile_zero(0);
         _tile_zero(2);
@@ -125,7 +130,8 @@ template <int Blocks> RD_INLINE void begin_sums(const float *bias) {
     }
 }
 
-template <int Blocks> RD_INLINE void store_sums(Sums &s) {
+template <int Blocks>
+RD_INLINE void store_sums(Sums &s) {
     constexpr intptr_t step = sizeof s.values[0];
     _tile_stored(0, s.values[0][0], step);
     _tile_stored(2, s.values[kRows][0], step);
@@ -138,7 +144,8 @@ template <int Blocks> RD_INLINE void store_sums(Sums &s) {
 // The product of 32 pixels (of fewer where the list ends) and one or two blocks. Meanwhile `before`, the last one, is
 // written: tile products and vector instructions run at once, but the processor does not look far enough ahead to find
 // that by itself.
-template <int Blocks> void tile_product(const Product &p, int pixel, int block, Sums &now, Sums &before) {
+template <int Blocks>
+void tile_product(const Product &p, int pixel, int block, Sums &now, Sums &before) {
     alignas(64) char scratch[2][kTileBytes];
     begin_sums<Blocks>(p.bias ? p.bias + block * 16 : nullptr);
     const int taps = p.taps, bytes = p.k_pitch * 2, steps = taps * (bytes / 64);
@@ -184,7 +191,8 @@ void tiled_product(const Product &p) {
             Sums &now = sums[turn], &before = sums[turn = 1 - turn];
             now.pixels = p.pixels - pixel < 2 * kRows ? p.pixels - pixel : 2 * kRows;
             now.blocks = p.blocks - block < 2 ? 1 : 2;
-            now.blocks == 2 ? tile_product<2>(p, pixel, block, now, before) : tile_product<1>(p, pixel, block, now, before);
+            now.blocks == 2 ? tile_product<2>(p, pixel, block, now, before)
+                            : tile_product<1>(p, pixel, block, now, before);
             now.written = 0;
             now.ending = {p.add ? p.add + pixel : nullptr, p.out + pixel, p.offset + block * 16, p.relu};
             now.raw = p.raw;
@@ -193,8 +201,8 @@ void tiled_product(const Product &p) {
     write_some(sums[1 - turn], 2 * kRows);
 }
 
-constexpr Kernels kTiles = {
-    RD_ISA_NAME, true, 2 * kRows, {}, supports, tiled_product, max_pool<Bf16>, average<Bf16>, interleave<Bf16>, begin, end};
+constexpr Kernels kTiles = {RD_ISA_NAME,    true,          2 * kRows,        {},    supports, tiled_product,
+                            max_pool<Bf16>, average<Bf16>, interleave<Bf16>, begin, end};
 
 }  // namespace
 

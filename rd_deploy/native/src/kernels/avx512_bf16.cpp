@@ -13,9 +13,9 @@
 
 // Elements 0, 16, 1, 17, ... of 32 halves.
 static inline __m512i interleaved(__m512i halves) {
-    static const unsigned short order[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                                         21, 6, 22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    static const unsigned short order[32]
+        __attribute__((aligned(64))) = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 }
 

@@ -2,7 +2,7 @@
 //
 // Before including it, a file defines RD_ISA_NAME (a string), RD_VECTOR_BYTES (of a register: 16, 32 or 64) and
 // RD_TILE_PIXELS and RD_TILE_BLOCKS (the register tile), so that accumulators, weights and one broadcast fit into the
-// registers. It may define RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used.
+// registers. It may define RD_MULTIPLY_ADD, RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used.
 //
 // Everything is in an unnamed namespace: two files' copies of one function must never be merged by the linker.
 #pragma once
@@ -29,12 +29,16 @@ typedef float Floats __attribute__((vector_size(RD_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(RD_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(RD_VECTOR_BYTES / 2)));
 
-template <class T> RD_INLINE T load(const void *from) {
+template <class T>
+RD_INLINE T load(const void *from) {
     T value;
     memcpy(&value, from, sizeof(T));
     return value;
 }
-template <class T> RD_INLINE void store(void *to, T value) { memcpy(to, &value, sizeof(T)); }
+template <class T>
+RD_INLINE void store(void *to, T value) {
+    memcpy(to, &value, sizeof(T));
+}
 
 RD_INLINE Floats as_floats(Words words) {
     Floats floats;
@@ -48,6 +52,15 @@ RD_INLINE Words as_words(Floats floats) {
 }
 // 0 - (-0.0) would be needed to broadcast a negative zero; no kernel needs one.
 RD_INLINE Floats broadcast(float value) { return Floats{} + value; }
+// Fused where a file says how, and never fused otherwise: were it left to the compiler, it would fuse in some tiles and
+// not in others, and a pixel's result would depend on how many pixels are computed with it.
+RD_INLINE Floats multiply_add(Floats sum, Floats a, Floats w) {
+#ifdef RD_MULTIPLY_ADD
+    return RD_MULTIPLY_ADD(a, w, sum);
+#else
+    return sum + a * w;
+#endif
+}
 RD_INLINE Floats positive(Floats x) { return x > Floats{} ? x : Floats{}; }
 
 // Elements of a map in float32 and bfloat16: how a vector of them is read, written and multiplied.
@@ -56,13 +69,14 @@ struct Fp32 {
     static constexpr int per_step = 1;  // elements of k in one step of the inner loop
     static RD_INLINE Floats read(const void *from) { return load<Floats>(from); }
     static RD_INLINE void write(void *to, Floats x) { store(to, x); }
-    template <int Count> static RD_INLINE void write_row(void *to, const Floats *x) {
+    template <int Count>
+    static RD_INLINE void write_row(void *to, const Floats *x) {
         RD_UNROLL
         for (int j = 0; j < Count; j++) store(static_cast<Floats *>(to) + j, x[j]);
     }
     static RD_INLINE void write_one(void *to, float x) { store(to, x); }
     static RD_INLINE Floats spread(const void *a) { return broadcast(load<float>(a)); }
-    static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) { return sum + a * w; }
+    static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) { return multiply_add(sum, a, w); }
 };
 
 struct Bf16 {
@@ -81,7 +95,8 @@ struct Bf16 {
 #endif
     }
     // Two neighbouring vectors at a time where there is an instruction for it.
-    template <int Count> static RD_INLINE void write_row(void *to, const Floats *x) {
+    template <int Count>
+    static RD_INLINE void write_row(void *to, const Floats *x) {
         RD_UNROLL
         for (int j = 0; j < Count; j++) {
 #ifdef RD_TO_BF16_TWICE
@@ -105,7 +120,8 @@ struct Bf16 {
         RD_PAIRS_TO_BF16(to, even, odd);
 #else
         const Words low = as_words(even), high = as_words(odd);
-        store(to, ((low + 0x7fffu + ((low >> 16) & 1u)) >> 16) | ((high + 0x7fffu + ((high >> 16) & 1u)) & 0xffff0000u));
+        store(to,
+              ((low + 0x7fffu + ((low >> 16) & 1u)) >> 16) | ((high + 0x7fffu + ((high >> 16) & 1u)) & 0xffff0000u));
 #endif
     }
     static RD_INLINE void write_one(void *to, float x) {
@@ -113,24 +129,23 @@ struct Bf16 {
         memcpy(&bits, &x, sizeof bits);
         store(to, static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
     }
-    static RD_INLINE Floats spread(const void *a) {
-        return as_floats(Words{} + load<uint32_t>(a));
-    }
+    static RD_INLINE Floats spread(const void *a) { return as_floats(Words{} + load<uint32_t>(a)); }
     // Each 32-bit lane of `a` and `w` holds two elements, the first one low.
     static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) {
 #ifdef RD_DOT_BF16
         return RD_DOT_BF16(sum, a, w);
 #else
         const Words x = as_words(a), y = as_words(w);
-        sum += as_floats(x << 16) * as_floats(y << 16);
-        return sum + as_floats(x & 0xffff0000u) * as_floats(y & 0xffff0000u);
+        sum = multiply_add(sum, as_floats(x << 16), as_floats(y << 16));
+        return multiply_add(sum, as_floats(x & 0xffff0000u), as_floats(y & 0xffff0000u));
 #endif
     }
 };
 
 // --- matrix products
 
-// What a tile's pixels are written through. A copy in registers: the compiler must assume that stores change `p` itself.
+// What a tile's pixels are written through. A copy in registers: the compiler must assume that stores change `p`
+// itself.
 struct Ending {
     const void *const *add;
     void *const *out;
@@ -156,13 +171,15 @@ RD_INLINE void finish(const Ending &e, Floats (&sum)[Pixels][Blocks * kParts]) {
     }
 }
 
-template <int Pixels, int Registers> RD_INLINE void finish_raw(const Ending &e, Floats (&sum)[Pixels][Registers]) {
+template <int Pixels, int Registers>
+RD_INLINE void finish_raw(const Ending &e, Floats (&sum)[Pixels][Registers]) {
     RD_UNROLL
     for (int i = 0; i < Pixels; i++) Fp32::write_row<Registers>(static_cast<float *>(e.out[i]) + e.offset, sum[i]);
 }
 
 // The register tile: Pixels x (16 * Blocks) outputs, each weight read once for all pixels.
-template <class Element, int Pixels, int Blocks> void tile(const Product &p, int pixel, int block) {
+template <class Element, int Pixels, int Blocks>
+void tile(const Product &p, int pixel, int block) {
     constexpr int registers = Blocks * kParts;
     Floats sum[Pixels][registers];
     RD_UNROLL
@@ -212,7 +229,8 @@ RD_INLINE void tile_of(int pixels, const Product &p, int pixel, int block) {
     tile<Element, Pixels, Blocks>(p, pixel, block);
 }
 
-template <class Element, int Blocks> void columns(const Product &p, int block) {
+template <class Element, int Blocks>
+void columns(const Product &p, int block) {
     int tiles = (p.pixels + RD_TILE_PIXELS - 1) / RD_TILE_PIXELS;
     for (int pixel = 0; pixel < p.pixels; tiles--) {
         const int pixels = (p.pixels - pixel + tiles - 1) / tiles;
@@ -222,7 +240,8 @@ template <class Element, int Blocks> void columns(const Product &p, int block) {
 }
 
 // Weights of a few blocks stay in the cache while all pixels pass by.
-template <class Element> void product(const Product &p) {
+template <class Element>
+void product(const Product &p) {
     int block = 0;
     for (; block + RD_TILE_BLOCKS <= p.blocks; block += RD_TILE_BLOCKS) columns<Element, RD_TILE_BLOCKS>(p, block);
     if constexpr (RD_TILE_BLOCKS > 1)
@@ -287,7 +306,8 @@ struct Four {
     }
 };
 
-template <class Form> RD_INLINE void transform_in(Floats *d) {
+template <class Form>
+RD_INLINE void transform_in(Floats *d) {
     constexpr int t = Form::t;
     Floats e[t * t];
     RD_UNROLL
@@ -296,7 +316,8 @@ template <class Form> RD_INLINE void transform_in(Floats *d) {
     for (int i = 0; i < t; i++) Form::input(e + i * t, 1, d + i * t);
 }
 
-template <class Form> RD_INLINE void transform_channels(Fp32, const void *const *in, int byte, char *out, size_t plane) {
+template <class Form>
+RD_INLINE void transform_channels(Fp32, const void *const *in, int byte, char *out, size_t plane) {
     constexpr int spots = Form::t * Form::t;
     Floats d[spots];
     RD_UNROLL
@@ -306,7 +327,8 @@ template <class Form> RD_INLINE void transform_channels(Fp32, const void *const 
     for (int i = 0; i < spots; i++) store(out + i * plane, d[i]);
 }
 
-template <class Form> RD_INLINE void transform_channels(Bf16, const void *const *in, int byte, char *out, size_t plane) {
+template <class Form>
+RD_INLINE void transform_channels(Bf16, const void *const *in, int byte, char *out, size_t plane) {
     constexpr int spots = Form::t * Form::t;
     Floats even[spots], odd[spots];
     RD_UNROLL
@@ -318,7 +340,8 @@ template <class Form> RD_INLINE void transform_channels(Bf16, const void *const 
 }
 
 // A register of elements at a time. Where that is 32 bfloat16 and 16 channels are left, they go half by half.
-template <class Element, class Form> void input_transform(const InputTransform &p) {
+template <class Element, class Form>
+void input_transform(const InputTransform &p) {
     constexpr int t = Form::t;
     const size_t pixel = static_cast<size_t>(p.channels) * Element::bytes, plane = pixel * static_cast<size_t>(p.tiles);
     const int bytes = p.channels * Element::bytes;
@@ -339,7 +362,8 @@ template <class Element, class Form> void input_transform(const InputTransform &
     }
 }
 
-template <class Element, class Form> void output_transform(const OutputTransform &p) {
+template <class Element, class Form>
+void output_transform(const OutputTransform &p) {
     constexpr int m = Form::m, t = Form::t;
     const size_t plane = static_cast<size_t>(p.tiles) * p.in_pitch;
     for (int tile = 0; tile < p.tiles; tile++) {
@@ -367,12 +391,15 @@ template <class Element, class Form> void output_transform(const OutputTransform
 }
 
 // One vector of weights per step of the transform: in bfloat16 the two elements of a lane, one after the other.
-template <class Element> struct Weights;
-template <> struct Weights<Fp32> {
+template <class Element>
+struct Weights;
+template <>
+struct Weights<Fp32> {
     static RD_INLINE Floats read(const char *w, int) { return load<Floats>(w); }
     static RD_INLINE void write(char *w, int, Floats x) { store(w, x); }
 };
-template <> struct Weights<Bf16> {
+template <>
+struct Weights<Bf16> {
     static RD_INLINE Floats read(const char *w, int half) {
         const Words pair = load<Words>(w);
         return as_floats(half ? pair & 0xffff0000u : pair << 16);
@@ -383,14 +410,16 @@ template <> struct Weights<Bf16> {
     }
 };
 
-template <class Element, class Form> void weight_transform(const WeightTransform &p) {
+template <class Element, class Form>
+void weight_transform(const WeightTransform &p) {
     constexpr int t = Form::t;
     const size_t tap = static_cast<size_t>(p.k_pitch) * 16 * Element::bytes;
     for (size_t at = 0; at < tap; at += RD_VECTOR_BYTES) {
         for (int half = 0; half < Element::per_step; half++) {
             Floats g[9], e[t * 3], out[t * t];
             RD_UNROLL
-            for (int i = 0; i < 9; i++) g[i] = Weights<Element>::read(static_cast<const char *>(p.w) + i * tap + at, half);
+            for (int i = 0; i < 9; i++)
+                g[i] = Weights<Element>::read(static_cast<const char *>(p.w) + i * tap + at, half);
             RD_UNROLL
             for (int i = 0; i < 3; i++) Form::weight(g + i, 3, e + i, 3);
             RD_UNROLL
@@ -404,7 +433,8 @@ template <class Element, class Form> void weight_transform(const WeightTransform
 
 // --- pooling and images
 
-template <class Element> void max_pool(const MaxPool &p) {
+template <class Element>
+void max_pool(const MaxPool &p) {
     for (int pixel = 0; pixel < p.pixels; pixel++) {
         char *const out = static_cast<char *>(p.out[pixel]);
         for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
@@ -418,7 +448,8 @@ template <class Element> void max_pool(const MaxPool &p) {
     }
 }
 
-template <class Element> void average(const Average &p) {
+template <class Element>
+void average(const Average &p) {
     const float share = 1.0f / static_cast<float>(p.pixels);
     for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
         Floats sum{};
@@ -427,7 +458,8 @@ template <class Element> void average(const Average &p) {
     }
 }
 
-template <class Element> void interleave(const Interleave &p) {
+template <class Element>
+void interleave(const Interleave &p) {
     for (int c = 0; c < p.channels; c++) {
         const float *const in = p.in + c * p.plane;
         char *out = static_cast<char *>(p.out) + c * Element::bytes;
@@ -435,11 +467,13 @@ template <class Element> void interleave(const Interleave &p) {
     }
 }
 
-template <class Element, class Form> constexpr Winograd winograd() {
+template <class Element, class Form>
+constexpr Winograd winograd() {
     return {Form::m, input_transform<Element, Form>, output_transform<Element, Form>, weight_transform<Element, Form>};
 }
 
-template <class Element> constexpr Kernels table(bool bf16, Winograd large) {
+template <class Element>
+constexpr Kernels table(bool bf16, Winograd large) {
     return {RD_ISA_NAME,
             bf16,
             RD_TILE_PIXELS,

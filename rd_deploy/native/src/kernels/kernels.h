@@ -12,45 +12,47 @@ namespace rd {
 
 // A convolution (or one of Winograd's products, or a linear layer) on a list of pixels:
 //   out[p][n] = relu?(bias[n] + sum over t, i of a[t][p][i] * w[n][t][i] (+ add[p][n])),  n = 0 .. 16 * blocks - 1
-// in float32, summed over t, then i, in ascending order whatever the number of pixels, so that a pixel's result does not
-// depend on its neighbours in the list. Elements of a, add and out are of the table's precision unless raw.
+// in float32, summed over t, then i, in ascending order whatever the number of pixels, so that a pixel's result does
+// not depend on its neighbours in the list. Elements of a, add and out are of the table's precision. Tables may read up
+// to k_pitch elements of a, where those beyond k meet zero weights: they must be finite.
 struct Product {
     const void *const *a;  // [taps][a_pitch], pointers to k elements each; padding is a pointer to zeros
     int a_pitch;           // at least pixels
     int taps, k;           // k: elements per tap that count
     int k_pitch;           // elements per tap in the weights, even
     int pixels;
-    const void *w;         // packed as network.h says, the first of `blocks` blocks
-    size_t w_block;        // bytes from one block to the next
-    int blocks;            // of 16 outputs
-    const float *bias;     // 16 * blocks, 64-byte aligned; null: zeros
+    const void *w;           // packed as network.h says, the first of `blocks` blocks
+    size_t w_block;          // bytes from one block to the next
+    int blocks;              // of 16 outputs
+    const float *bias;       // 16 * blocks, 64-byte aligned; null: zeros
     const void *const *add;  // [pixels], pointers to the pixel's elements, those of output n at offset + n; null: none
-    void *const *out;      // [pixels], likewise
-    int offset;            // of the first output, in elements; weights and bias begin with the first output
+    void *const *out;        // [pixels], likewise
+    int offset;              // of the first output, in elements; weights and bias begin with the first output
     bool relu;
-    bool raw;              // out is float32 whatever the precision
+    bool raw;  // out is float32 whatever the precision; nothing is added and relu does not count
 };
 
-// Winograd's F(m x m, 3 x 3) on tiles; t = m + 2. Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
+// Winograd's F(m x m, 3 x 3) on tiles; t = m + 2. Lavin & Gray 2016, "Fast algorithms for convolutional neural
+// networks".
 struct InputTransform {
     const void *const *in;  // [tiles][t * t] pointers to `channels` elements: the tile's input pixels, row by row
     int tiles, channels;    // channels: multiple of 16
     void *out;              // [t * t][tiles][channels], of the table's precision
 };
 struct OutputTransform {
-    const float *in;        // [t * t][tiles][in_pitch]
+    const float *in;  // [t * t][tiles][in_pitch]
     int tiles, in_pitch;
-    int blocks;             // of 16 outputs
+    int blocks;  // of 16 outputs
     const float *bias;
-    const void *const *add; // [tiles][m * m], as in Product
-    void *const *out;       // [tiles][m * m]
+    const void *const *add;  // [tiles][m * m], as in Product
+    void *const *out;        // [tiles][m * m]
     int offset;
     bool relu;
 };
 struct WeightTransform {
-    const void *w;          // one block of a 3 x 3 convolution, packed: [9][k_pitch (/ 2)][16]([2])
+    const void *w;  // one block of a 3 x 3 convolution, packed: [9][k_pitch (/ 2)][16]([2])
     int k_pitch;
-    void *out;              // [t * t] planes, plane_bytes apart, each packed as a block of one tap
+    void *out;  // [t * t] planes, plane_bytes apart, each packed as a block of one tap
     size_t plane_bytes;
 };
 
@@ -58,8 +60,8 @@ struct WeightTransform {
 struct MaxPool {
     const void *const *a;  // [taps][pixels]
     int taps, pixels;
-    int channels;          // multiple of 16
-    void *const *out;      // [pixels]
+    int channels;      // multiple of 16
+    void *const *out;  // [pixels]
 };
 struct Average {
     const void *const *a;  // [pixels]
@@ -68,10 +70,10 @@ struct Average {
 };
 // A row of float32 planes to elements with the channels together.
 struct Interleave {
-    const float *in;       // the row in the first plane
-    size_t plane;          // elements from one plane to the next
+    const float *in;  // the row in the first plane
+    size_t plane;     // elements from one plane to the next
     int channels, width;
-    void *out;             // [width][channels]
+    void *out;  // [width][channels]
 };
 
 // Transforms of one F(m x m, 3 x 3).
@@ -85,14 +87,14 @@ struct Winograd {
 struct Kernels {
     const char *isa;
     bool bf16;
-    int pixels;            // of one register tile: lists of a multiple of this run best
-    Winograd winograd[2];  // m = 0: none
+    int pixels;                         // of one register tile: lists of a multiple of this run best
+    Winograd winograd[2];               // m = 0: none
     bool (*supports)(const Product &);  // null: everything
     void (*product)(const Product &);
     void (*max_pool)(const MaxPool &);
     void (*average)(const Average &);
     void (*interleave)(const Interleave &);
-    void (*begin)();       // before a thread's first product, and after its last; null: nothing to do
+    void (*begin)();  // before a thread's first product, and after its last; null: nothing to do
     void (*end)();
 };
 

@@ -16,7 +16,8 @@ thread_local EmulatedTile emulated_tiles[8];
 thread_local bool tiles_configured = false;
 
 inline void emulated_load(int tile, const void *from, ptrdiff_t step) {
-    for (int row = 0; row < 16; row++) memcpy(emulated_tiles[tile].rows[row], static_cast<const char *>(from) + row * step, 64);
+    for (int row = 0; row < 16; row++)
+        memcpy(emulated_tiles[tile].rows[row], static_cast<const char *>(from) + row * step, 64);
 }
 inline void emulated_store(int tile, void *to, ptrdiff_t step) {
     for (int row = 0; row < 16; row++) memcpy(static_cast<char *>(to) + row * step, emulated_tiles[tile].rows[row], 64);
