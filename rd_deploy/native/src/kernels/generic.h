@@ -50,8 +50,8 @@ RD_INLINE Words as_words(Floats floats) {
     memcpy(&words, &floats, sizeof words);
     return words;
 }
-// 0 - (-0.0) would be needed to broadcast a negative zero; no kernel needs one.
-RD_INLINE Floats broadcast(float value) { return Floats{} + value; }
+// Four bytes in every lane. As an integer sum, which compilers drop: a sum of floats with 0 they must compute.
+RD_INLINE Floats spread_word(const void *from) { return as_floats(Words{} + load<uint32_t>(from)); }
 // Fused where a file says how, and never fused otherwise: were it left to the compiler, it would fuse in some tiles and
 // not in others, and a pixel's result would depend on how many pixels are computed with it.
 RD_INLINE Floats multiply_add(Floats sum, Floats a, Floats w) {
@@ -75,7 +75,7 @@ struct Fp32 {
         for (int j = 0; j < Count; j++) store(static_cast<Floats *>(to) + j, x[j]);
     }
     static RD_INLINE void write_one(void *to, float x) { store(to, x); }
-    static RD_INLINE Floats spread(const void *a) { return broadcast(load<float>(a)); }
+    static RD_INLINE Floats spread(const void *a) { return spread_word(a); }
     static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) { return multiply_add(sum, a, w); }
 };
 
@@ -129,7 +129,7 @@ struct Bf16 {
         memcpy(&bits, &x, sizeof bits);
         store(to, static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
     }
-    static RD_INLINE Floats spread(const void *a) { return as_floats(Words{} + load<uint32_t>(a)); }
+    static RD_INLINE Floats spread(const void *a) { return spread_word(a); }
     // Each 32-bit lane of `a` and `w` holds two elements, the first one low.
     static RD_INLINE Floats dot(Floats sum, Floats a, Floats w) {
 #ifdef RD_DOT_BF16
