@@ -270,13 +270,21 @@ class Context:
 class Session:
     """A .rdp file ready to run: ``Session("net.rdp").run(images)``.
 
-    ``network``: a path, or a file's bytes. ``threads``, ``isa``: as in `Network.plan`.
+    ``network``: a path, or a file's bytes. ``threads``, ``isa``, ``flags``: as in `Network.plan`; `Flag.SMALL` takes less
+    than half of the memory and a sixth more time.
     """
 
-    def __init__(self, network: str | Path | bytes, batch: int = 1, threads: int | None = None, isa: str | None = None):
+    def __init__(
+        self,
+        network: str | Path | bytes,
+        batch: int = 1,
+        threads: int | None = None,
+        isa: str | None = None,
+        flags: Flag = Flag.NONE,
+    ):
         made = Network.from_bytes(network) if isinstance(network, bytes) else Network.load(network)
         self.preprocessing, self.classes = made.preprocessing, made.classes
-        self._context = made.plan(batch, threads, isa).context()
+        self._context = made.plan(batch, threads, isa, flags=flags).context()
         self.info = self._context.info
 
     def run(self, images: np.ndarray) -> np.ndarray:
