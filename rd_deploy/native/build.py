@@ -40,7 +40,8 @@ EMPTY_FUZZER = 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char *, uns
 
 # A multiplication and an addition are fused where the code says so, and nowhere else: results must not depend on the
 # compiler's choices.
-COMMON = ("-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread", *(f"-I{folder}" for folder in HEADERS))
+DIALECT = ("-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
+COMMON = (*DIALECT, *(f"-I{folder}" for folder in HEADERS))
 RELEASE = ("-O3", "-DNDEBUG")
 # Any finding ends the program, so that its test fails; the standard library checks its indices.
 # At -O1 clang does not unroll every loop that asks for it, and says so.

@@ -270,8 +270,8 @@ class Context:
 class Session:
     """A .rdp file ready to run: ``Session("net.rdp").run(images)``.
 
-    ``network``: a path, or a file's bytes. ``threads``, ``isa``, ``flags``: as in `Network.plan`; `Flag.SMALL` takes less
-    than half of the memory and a sixth more time.
+    ``network``: a path, or a file's bytes. ``threads``, ``isa``, ``flags``: as in `Network.plan`; `Flag.SMALL` takes
+    less than half of the memory and a sixth more time.
     """
 
     def __init__(
