@@ -39,7 +39,7 @@ test: lint  ## everything that CI runs: lint, then the tests, those of the C++ e
 lint: setup  ## ruff, clang-format, hadolint on the Dockerfiles, and the C++ engine without a warning
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files "*.cpp" "*.h" "*.c" | xargs $(BIN)/clang-format --dry-run --Werror
+	find rd_deploy tests examples -name '*.cpp' -o -name '*.h' -o -name '*.c' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/hadolint docker/*.Dockerfile
 	@for compiler in g++ clang++; do \
 		if command -v $$compiler >/dev/null 2>&1; then \

@@ -19,7 +19,7 @@ class BuildEngine(build_ext):
         try:
             build = NATIVE["Build"](NATIVE["Compiler"].find())
             build.library(Path(self.get_ext_fullpath(extension.name)).parent)
-        except NATIVE["BuildError"] as error:
+        except (NATIVE["BuildError"], OSError) as error:
             raise CompileError(str(error)) from error
 
     def get_ext_filename(self, name: str) -> str:

@@ -39,7 +39,7 @@ def test_images(checkpoint, data_dir: str | None) -> tuple[np.ndarray, np.ndarra
 def native_logits(network: Network, images: np.ndarray, flags: Flag) -> np.ndarray:
     """In batches of `BATCH`; the images' number is a multiple of it, or the last batch is filled up."""
     context = network.plan(BATCH, THREADS, flags=flags).context()
-    filled = np.concatenate([images, images[: -len(images) % BATCH]])
+    filled = images[np.arange(-(-len(images) // BATCH) * BATCH) % len(images)]
     parts = [context.run(filled[at : at + BATCH]) for at in range(0, len(filled), BATCH)]
     return np.concatenate(parts)[: len(images)]
 
@@ -60,6 +60,8 @@ def compare(path: str, data_dir: str | None) -> list[dict]:
             rows.append(
                 {
                     "model": f"{source.chain.name}, {source.checkpoint.recipe['data']}",
+                    "checkpoint_sha256": source.chain.provenance["checkpoint_sha256"],
+                    "recipe": source.chain.provenance["recipe"],
                     "plan": precision + suffix,
                     "isa": network.plan(BATCH, THREADS).info.isa,
                     "images": len(images),

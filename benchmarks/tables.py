@@ -128,33 +128,51 @@ def native() -> str:
     """plain-50 on our engine against ResNet-50 on the best of the others, and both networks on our engine."""
     bench = newest("*-bench-plain50.json")
     model, compare = (network["name"] for network in bench["networks"])
-    times = {(row["model"], row["engine"], row["precision"], row["batch"]): row for row in bench["results"]}
     same = {(row["precision"], row["batch"]): row for row in bench["ratios"] if row["engine"] == "native"}
-    rows = []
-    for row in bench["native_against_others"]:
-        setting = (row["precision"], row["batch"])
-        ours = times[model, "native", *setting]["median_ms"]
-        theirs, others = times[compare, "native", *setting], times[compare, row["compare_engine"], *setting]
-        rows.append(
-            [
-                f"{setting[0]}, batch {setting[1]}",
-                f"{others['median_ms']:.1f} ({row['compare_engine']})",
-                f"{theirs['median_ms']:.1f}",
-                f"{ours:.1f}",
-                _ratio(row),
-                _ratio(same[setting]),
-            ]
-        )
+    rows = [
+        [f"{row['precision']}, batch {row['batch']}", *_against_others(bench, row), _packed(bench, row)]
+        for row in bench["native_against_others"]
+    ]
     header = [
         "",
-        f"{compare}, best other engine, ms",
-        f"{compare}, native, ms",
-        f"{model}, native, ms",
-        "faster than on the best other",
-        "faster, both native",
+        f"{compare} on the best other engine, ms",
+        f"{model} on ours, ms",
+        "faster by (95% interval)",
+        "faster when both are on ours",
+        "weights transformed besides, MB",
     ]
     kinds = sorted({f"{row['precision']}: {row['variant']}" for row in same.values()})
-    return f"{markdown(header, rows)}\n\nInstruction sets: {', '.join(kinds)}. {provenance(bench)}"
+    note = (
+        "Ratios are medians over interleaved quads, not quotients of the columns. *: unsteady times, see `warnings` in "
+        f"the file. Transformed weights: of {model}, for Winograd's convolution, beside those of the file."
+    )
+    return f"{markdown(header, rows)}\n\n{note} Instruction sets: {', '.join(kinds)}. {provenance(bench)}"
+
+
+def _against_others(bench: dict, row: dict) -> list[str]:
+    """Times and ratio of our engine against the best other one, and the ratio with both networks on ours."""
+    setting = f"{row['precision']} batch {row['batch']}"
+    same = next(found for found in bench["ratios"] if (found["engine"], *_setting(found)) == ("native", *_setting(row)))
+    return [
+        f"{row['compare_times']['median_ms']:.1f} ({row['compare_engine']})",
+        f"{row['model_times']['median_ms']:.1f}",
+        _ratio(row) + _star(bench, f"native-against-others {setting}"),
+        _ratio(same) + _star(bench, f"native {setting}"),
+    ]
+
+
+def _setting(row: dict) -> tuple[str, int]:
+    return row["precision"], row["batch"]
+
+
+def _star(bench: dict, label: str) -> str:
+    return " *" if any(text.startswith(f"{label}:") for text in bench["warnings"]) else ""
+
+
+def _packed(bench: dict, row: dict) -> str:
+    model = bench["networks"][0]["name"]
+    entry = next(found for found in bench["profiles"] if found["model"] == model and _setting(found) == _setting(row))
+    return f"{entry['memory']['packed_bytes'] / 1e6:.0f}"
 
 
 def _ratio(row: dict) -> str:
@@ -163,54 +181,66 @@ def _ratio(row: dict) -> str:
 
 def native_basic() -> str:
     """The networks of basic blocks, whose maps are all narrow: plain-18 and plain-34 against their ResNets."""
-    rows, last = [], None
-    for depth in (18, 34):
-        bench = last = newest(f"*-bench-plain{depth}.json")
-        times = {(row["model"], row["engine"]): row["median_ms"] for row in bench["results"]}
-        across = bench["native_against_others"][0]
-        model, compare = (network["name"] for network in bench["networks"])
-        rows.append(
-            [
-                f"{model} and {compare}",
-                f"{times[compare, across['compare_engine']]:.1f} ({across['compare_engine']})",
-                f"{times[compare, 'native']:.1f}",
-                f"{times[model, 'native']:.1f}",
-                _ratio(across),
-                _ratio(next(row for row in bench["ratios"] if row["engine"] == "native")),
-            ]
-        )
+    benches = [newest(f"*-bench-plain{depth}.json") for depth in (18, 34)]
+    rows = [
+        [
+            " and ".join(network["name"] for network in bench["networks"]),
+            *_against_others(bench, bench["native_against_others"][0]),
+        ]
+        for bench in benches
+    ]
     header = [
         "bf16, batch 1",
-        "ResNet, best other engine, ms",
-        "ResNet, native, ms",
-        "plain, native, ms",
-        "faster than on the best other",
-        "faster, both native",
+        "ResNet on OpenVINO, ms",
+        "plain on ours, ms",
+        "faster by (95% interval)",
+        "faster when both are on ours",
     ]
-    return f"{markdown(header, rows)}\n\n{provenance(last, 'benchmarks/compare_basic.sh')}"
+    sources = " ".join(provenance(bench, "benchmarks/compare_basic.sh") for bench in benches)
+    return f"{markdown(header, rows)}\n\n{sources}"
 
 
 def native_memory() -> str:
-    """Arena of plain-50 in bf16 at batch 1, by what it consists of, against ResNet-50's optimal plan."""
-    bench = newest("*-bench-plain50.json")
-    model, compare = (network["name"] for network in bench["networks"])
-    peaks = {(row["model"], row["source"]): row["peak_bytes"] for row in bench["memory"] if _is_bf16_single(row)}
-    best = peaks[compare, "ledger, in-place"]
-    memory = next(row for row in bench["profiles"] if row["model"] == model and _is_bf16_single(row))["memory"]
+    """Arena of plain-50 in bf16 at batch 1, by the number of threads, against ResNet-50's optimal plan."""
+    document = newest("*-engine-memory.json")
+    best = document["resnet50_optimal_bytes"]
     rows = [
-        [f"{compare}, optimal plan (maps alone)", str(best), "-", "-", "1.00x"],
         [
-            f"{model}, native",
-            f"{memory['arena_bytes']}",
-            f"{memory['feature_map_bytes']}",
-            f"{memory['scratch_bytes']} + {memory['alignment_bytes']}",
-            f"{best / memory['arena_bytes']:.2f}x",
-        ],
+            str(row["threads"]),
+            *(
+                f"{row[plan]['arena_bytes']:,} ({best / row[plan]['arena_bytes']:.2f}x)"
+                for plan in ("default", "small")
+            ),
+            *(f"{row[plan]['feature_map_bytes']:,}" for plan in ("default", "small")),
+        ]
+        for row in document["plans"]
     ]
-    small = peaks[model, "native small arena"]
-    rows.append([f"{model}, native, `RD_FLAG_SMALL`", str(small), "-", "-", f"{best / small:.2f}x"])
-    header = ["bf16, batch 1", "bytes in all", "of which maps", "scratch + alignment", "smaller by"]
-    return f"{markdown(header, rows)}\n\n{provenance(bench)}"
+    header = ["threads", "arena, bytes", "arena, `RD_FLAG_SMALL`", "of which maps", "of which maps, `RD_FLAG_SMALL`"]
+    source = (
+        "plain-50, 224x224, batch 1, bf16; in brackets how many times smaller than ResNet-50's optimal plan, "
+        f"{best:,} bytes of maps alone. Scratch is per thread, so that with many threads little or nothing is gained. "
+        f"Plans, not measurements: {document['isa']}. From `{document['path']}`, made by `benchmarks/engine_memory.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def ablation() -> str:
+    """What fusion, Winograd's convolution and the small plan are each worth in time."""
+    document = newest("*-engine-ablation.json")
+    names = list(dict.fromkeys(row["plan"] for row in document["results"]))
+    settings = list(dict.fromkeys((row["model"], row["precision"], row["batch"]) for row in document["results"]))
+    found = {(row["model"], row["precision"], row["batch"], row["plan"]): row for row in document["results"]}
+    rows = [
+        [f"{model}, {precision}, batch {batch}", *(_ratio(found[model, precision, batch, name]) for name in names)]
+        for model, precision, batch in settings
+    ]
+    environment = document["environment"]
+    source = (
+        "Time of each plan / time of the default plan, interleaved: above 1, the default is faster. "
+        f"{environment['threads']} threads of {environment['cpu']['model']}, {environment['date'][:10]}. From "
+        f"`{document['path']}`, made by `benchmarks/engine_ablation.py`."
+    )
+    return f"{markdown(['', *names], rows)}\n\n{source}"
 
 
 def _is_bf16_single(row: dict) -> bool:
@@ -232,11 +262,12 @@ def profile() -> str:
         ]
         for step in entry["steps"]
     ]
-    header = ["step", "ms", "GFLOP/s done", "as a direct convolution", "share of the limit"]
+    header = ["step", "ms", "GFLOP/s done", "as a direct convolution", "share of the limit here"]
     limits = entry["limits"]
     source = (
-        f"Medians of {entry['runs']} runs. Limits, measured in the same run: {limits['gflops']:.0f} GFLOP/s of matrix "
-        f"products in the first cache, {limits['network_gb_s']:.0f} GB/s reading as many bytes as a run touches. "
+        f"Medians of {entry['runs']} runs. Limits, measured in the same run: {limits['gflops']:.0f} GFLOP/s of our own "
+        f"matrix products in the first cache, {limits['network_gb_s']:.0f} GB/s reading as many bytes as a run touches."
+        " "
         "The limit of a step is the longer of its arithmetic and of reading its weights and maps."
     )
     return f"{markdown(header, rows)}\n\n{source} {provenance(bench)}"
@@ -271,6 +302,7 @@ PAGES = {
         "native": native,
         "basic": native_basic,
         "arena": native_memory,
+        "ablation": ablation,
         "agreement": agreement,
         "profile": profile,
     },

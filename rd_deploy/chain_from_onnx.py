@@ -26,8 +26,8 @@ def chain_from_onnx(model: onnx.ModelProto) -> Chain:
     A file of others says nothing of preprocessing or classes: none is done, and classes are numbered.
     """
     inputs = runtime_inputs(model)
-    shape = tuple(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim[1:])
-    if len(inputs) != 1 or len(shape) != 3:
+    shape = tuple(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim[1:]) if len(inputs) == 1 else ()
+    if len(shape) != 3:
         raise UserError("a chain has one input, images (N, C, H, W)")
     reader = _Reader(model, inputs[0].name, shape[0])
     for node in model.graph.node:

@@ -17,7 +17,7 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Le
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = len(document["ratios"]) + len(document["best"]) + len(document["native_against_others"])
+    rows = sum(len(document.get(part, ())) for part in ("ratios", "best", "native_against_others"))
     figure = Figure(figsize=(11, 3.2 + 0.42 * rows + 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, height_ratios=[1 + 0.42 * rows, 3.2])
@@ -69,7 +69,7 @@ def _latency(axes, document: dict) -> None:
 def _ratios(axes, document: dict) -> None:
     """Points with intervals against the lines of no difference and of the claim."""
     rows = [(_setting(row), row) for row in document["ratios"]]
-    for kind, across in (("best", document["best"]), ("best other", document["native_against_others"])):
+    for kind, across in (("best", document["best"]), ("best other", document.get("native_against_others", ()))):
         rows += [(f"{kind}: {row['model_engine']} / {row['compare_engine']}\n{_where(row)}", row) for row in across]
     order = list(dict.fromkeys(_where(row) for row in document["ratios"]))
     rows.sort(key=lambda entry: order.index(_where(entry[1])))

@@ -22,7 +22,7 @@ def render(document: dict) -> str:
         "Claims",
         verdicts(document["claims"]),
     ]
-    for entry in document["profiles"]:
+    for entry in document.get("profiles", ()):
         parts += [_profile_heading(entry), _profile(entry)]
     if document["skipped"]:
         parts += ["Skipped", "\n".join(f"  {_place(entry)}: {entry['reason']}" for entry in document["skipped"])]
@@ -94,7 +94,7 @@ def _latency(document: dict) -> str:
 
 def engine_label(row: dict) -> str:
     """``native (avx512)``: an engine and what it chose to run with."""
-    return f"{row['engine']} ({row['variant']})" if row["variant"] else row["engine"]
+    return f"{row['engine']} ({row['variant']})" if row.get("variant") else row["engine"]
 
 
 def _time(milliseconds: float | None) -> str:
@@ -106,7 +106,7 @@ def _ratios(document: dict) -> str:
     rows += [(f"best: {row['model_engine']} vs {row['compare_engine']}", row) for row in document["best"]]
     rows += [
         (f"{row['model_engine']} vs best other: {row['compare_engine']}", row)
-        for row in document["native_against_others"]
+        for row in document.get("native_against_others", ())
     ]
     header = ("engine", "precision", "batch", "ratio", "95% interval", "")
     return table(

@@ -40,7 +40,7 @@ class NativeSession(Session):
         weights = f"{info.weight_bytes:,} bytes of weights in the file, {info.packed_bytes:,} transformed besides"
         maps = f"most bytes of feature maps at once, by the plan of its one arena; {weights}"
         arena = f"all memory that a run writes, but for the logits: with the threads' scratch; {weights}"
-        small = "the arena of a plan for least memory instead of least time (RD_FLAG_SMALL), which is not the one timed"
+        small = "the arena of a plan for less memory instead of less time (RD_FLAG_SMALL), which is not the one timed"
         return (
             Figure("native maps", info.feature_map_bytes, maps),
             Figure("native arena", info.arena_bytes, arena),

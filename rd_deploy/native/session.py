@@ -33,7 +33,7 @@ class Flag(enum.IntFlag):
     TRACE_MEMORY = 1  # print the live set at each new maximum of the memory plan to stderr
     NO_WINOGRAD = 2  # direct 3x3 convolutions only
     UNFUSED = 4  # layer by layer: each convolution writes its map to the arena
-    SMALL = 8  # least memory instead of least time
+    SMALL = 8  # less memory instead of less time
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Session:
     """A .rdp file ready to run: ``Session("net.rdp").run(images)``.
 
     ``network``: a path, or a file's bytes. ``threads``, ``isa``, ``flags``: as in `Network.plan`; `Flag.SMALL` takes
-    less than half of the memory and a sixth more time.
+    less memory and more time.
     """
 
     def __init__(

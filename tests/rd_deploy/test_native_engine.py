@@ -169,3 +169,16 @@ def test_the_engines_accounts_are_the_plans():
     assert small.source == "native small arena"
     assert 0 < small.peak_bytes <= arena.peak_bytes
     assert f"{info.weight_bytes:,} bytes of weights in the file" in maps.how
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF])
+def test_images_that_are_not_numbers_give_logits_that_are_not(precision, payload):
+    """Somebody whose normalisation divides by zero must see it."""
+    chain = CHAINS["plain bottlenecks"]
+    network = Network.from_bytes(to_rdp(chain, precision))
+    images = np.full((1, *chain.input_shape), payload, np.uint32).view(np.float32)
+    for isa in available_isas():
+        if precision == "fp32" and isa.endswith("bf16"):
+            continue
+        assert np.isnan(network.plan(1, 1, isa=isa).context().run(images)).all(), isa

@@ -5,7 +5,7 @@ import math
 from functools import cache
 
 import pytest
-from chains import basics, bottlenecks, images_for
+from chains import ChainBuilder, basics, bottlenecks, images_for
 
 from rd_deploy.chain import Chain, sources
 from rd_deploy.export.native import to_rdp
@@ -124,3 +124,12 @@ def test_a_run_writes_no_byte_beyond_its_arena():
         plan.context(memory[4096 // 64 * 64 : 4096 + size]).run(images_for(chain, 2))
         assert (memory[:4096] == 0xA5).all()
         assert (memory[4096 + size :] == 0xA5).all()
+
+
+def test_wide_rows_of_many_channels_are_counted_whole():
+    """16 rows of 4096 pixels of 65,536 channels: 2^32 elements, which 32 bits would count as none."""
+    builder = ChainBuilder(1)
+    builder.conv(65536, kernel=1)
+    builder.pool(kernel=16, stride=16)
+    info = planned(builder.finish(7, 4096, 1), "bf16").info
+    assert info.scratch_bytes > 2 * 2**32

@@ -48,7 +48,8 @@ RD_API const char *rd_available_isas(void);
 
 /* Map a .rdp file read-only and validate it. Nothing is repacked: kernels read the weights where they lie. */
 RD_API rd_status rd_network_load(const char *path, rd_network **network);
-/* The same for a file in memory, which must be 64-byte aligned and outlive the network and its plans. */
+/* The same for a file in memory, which must be 64-byte aligned and outlive the network, its plans and
+ * their contexts. */
 RD_API rd_status rd_network_from_memory(const void *data, size_t bytes, rd_network **network);
 /* The file's JSON description, not zero-terminated; lives as long as the network. */
 RD_API const char *rd_network_json(const rd_network *network, size_t *bytes);
@@ -84,7 +85,7 @@ RD_API void rd_network_free(rd_network *network);
 #define RD_FLAG_TRACE_MEMORY 1u /* print the live set at each new maximum of the memory plan to stderr */
 #define RD_FLAG_NO_WINOGRAD 2u  /* direct 3x3 convolutions only */
 #define RD_FLAG_UNFUSED 4u      /* layer by layer: each convolution writes its map to the arena */
-#define RD_FLAG_SMALL 8u        /* least memory instead of least time */
+#define RD_FLAG_SMALL 8u        /* less memory instead of less time */
 
 typedef struct rd_options {
     uint32_t batch;   /* images per run, 1 to 4096 */
@@ -114,7 +115,7 @@ RD_API rd_status rd_plan_get_info(const rd_plan *plan, rd_plan_info *info);
 
 typedef struct rd_step_info {
     const char *name;   /* "layer1.0.conv2+conv3+layer1.1.conv1"; lives as long as the plan */
-    const char *kernel; /* how it runs: "stem", "fused winograd 2x2", "direct", "pool", ... */
+    const char *kernel; /* how it runs: "rows, max-pooled", "fused winograd 2x2", "direct", ... */
     uint64_t macs;      /* per batch, counted as direct convolutions */
     uint64_t flops; /* floating-point operations really done in matrix products per batch, 2 per multiply-accumulate */
     uint64_t weight_bytes;

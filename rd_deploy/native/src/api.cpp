@@ -117,11 +117,10 @@ rd_status rd_plan_create(const rd_network *network, const rd_options *options, r
         required(network, "network");
         required(plan, "plan");
         const rd_options &given = *required(options, "options");
-        for (const uint32_t value : {given.batch, given.threads, given.height, given.width})
-            if (value > 4096)
-                throw rd::Error(RD_ERROR_ARGUMENT, "batch, threads, height and width must be at most 4096");
+        for (const uint32_t value : {given.batch, given.height, given.width})
+            if (value > 4096) throw rd::Error(RD_ERROR_ARGUMENT, "batch, height and width must be at most 4096");
         const rd::Options wanted{static_cast<int>(given.batch),
-                                 static_cast<int>(given.threads),
+                                 checked_threads(given.threads),
                                  static_cast<int>(given.height),
                                  static_cast<int>(given.width),
                                  given.flags,

@@ -310,13 +310,12 @@ class Work {
     void multiply_tiles(const Layer &head, int t, int tiles) const {
         const Step &step = *head.step;
         const std::size_t block = static_cast<std::size_t>(step.k_pitch) * kLane * element_;
-        const std::size_t plane = block * static_cast<std::size_t>(step.blocks());
         const float *const products = reinterpret_cast<const float *>(scratch_ + o_.scratch.products);
         Product p{};
         p.a_pitch = p.pixels = tiles;
         p.taps = 1;
         p.k = p.k_pitch = step.k_pitch;
-        p.w_block = block;
+        p.w_block = block * static_cast<std::size_t>(t * t);
         p.raw = true;
         const int last = step.blocks() * (slice_ + 1) / o_.slices;
         for (int first = step.blocks() * slice_ / o_.slices; first < last; first += kProductBlocks) {
@@ -324,8 +323,7 @@ class Work {
             for (int position = 0; position < t * t; position++) {
                 p.a = taps_ + position * tiles;
                 p.out = outputs(o_.scratch.product_rows) + position * tiles;
-                p.w =
-                    head.weight + static_cast<std::size_t>(position) * plane + static_cast<std::size_t>(first) * block;
+                p.w = head.weight + static_cast<std::size_t>(first * t * t + position) * block;
                 multiply(p);
             }
             head.winograd->output({products, tiles, kProductBlocks * kLane, p.blocks, step.bias + first * kLane,

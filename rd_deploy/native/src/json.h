@@ -1,5 +1,6 @@
 // A strict JSON reader (RFC 8259) for untrusted text: UTF-8 is validated, duplicate keys, lone surrogates and numbers
-// beyond a double are refused, depth and the number of values are limited. Memory is at most a few times the text's.
+// beyond a double are refused, depth and the number of values are limited. Memory is bounded by that
+// number.
 #pragma once
 
 #include <cstddef>

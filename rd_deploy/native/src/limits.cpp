@@ -58,7 +58,7 @@ double best_rate(const Probes &probes) {
     try {
         for (std::size_t i = 0; i < probes.size(); i++)
             workers.emplace_back([&, i] { run_rounds(*probes[i], arrived, threads, &rates[i * kRounds]); });
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {         // no more threads, or no memory for them
         arrived.fetch_add(threads * kRounds);  // those that started must not wait for those that did not
         for (std::thread &worker : workers) worker.join();
         throw Error(RD_ERROR_MEMORY,

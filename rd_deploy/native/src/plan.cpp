@@ -11,6 +11,7 @@
 #endif
 
 #include "error.h"
+#include "fields.h"
 
 namespace rd {
 
@@ -87,7 +88,8 @@ class Builder {
             if (step.kind == StepKind::conv || step.kind == StepKind::linear) out.channels = step.out_channels;
             // Pixels are numbered in ints, over the whole batch.
             if (std::int64_t{options().batch} * out.height * out.width > (std::int64_t{1} << 30))
-                throw Error(RD_ERROR_ARGUMENT, "images and batch are too large for this engine at " + step.name);
+                throw Error(RD_ERROR_ARGUMENT,
+                            "images and batch are too large for this engine at " + quoted(step.name));
             shapes_.push_back(out);
         }
     }
@@ -101,7 +103,7 @@ class Builder {
         if (room < 0)
             throw Error(RD_ERROR_ARGUMENT, "images of " + std::to_string(options().height) + "x" +
                                                std::to_string(options().width) + " are too small for this network at " +
-                                               step.name);
+                                               quoted(step.name));
         return room / step.stride + 1;
     }
 
@@ -261,6 +263,8 @@ class Builder {
     // While the arena's largest moments can be made smaller so, let an operation feed its successor row by row, so that
     // the map between them never exists.
     void stream() {
+        constexpr std::size_t most = 512;  // operations: what follows takes time with the third power of their number
+        if (plan_->operations.size() > most) return;
         while (std::optional<Operations> better = smaller_plan()) {
             plan_->operations = std::move(*better);
             lay_out();
@@ -489,8 +493,11 @@ class Builder {
         else
             divide(o, head.out.pixels(), flag(RD_FLAG_SMALL) ? kDirectPixels / 4 : kDirectPixels);
         if (!is_small(head.out) || o.layers.size() > 1) return;
-        o.chunk = options().batch * o.units;
-        o.chunks = 1;
+        // Chunks as large as otherwise, so that no thread's scratch grows with the number of threads.
+        const int most = head.winograd ? tiles_at_once(head) : kDirectPixels, total = options().batch * o.units;
+        o.chunks = ceil_div(total, most);
+        o.chunk = ceil_div(total, o.chunks);
+        o.chunks = ceil_div(total, o.chunk);
         slice(o);
     }
 
@@ -517,7 +524,7 @@ class Builder {
             if (part.kind == OperationKind::stem) lay_out_stem_rows(part, take);
             if (i + 1 == o.parts.size()) break;
             const Shape &out = part.out();
-            part.out_ring.offset = take(index(part.out_ring.rows) * index(out.width * out.pitch()) * plan_->element);
+            part.out_ring.offset = take(index(part.out_ring.rows) * out.row_elements() * plan_->element);
             o.parts[i + 1].in_ring = part.out_ring;
         }
         const std::size_t start = o.scratch.bytes;
@@ -537,7 +544,7 @@ class Builder {
         const Step &conv = *o.layers[0].step;
         const Shape &out = o.layers[0].out;
         o.scratch.images = take(index(conv.kernel_h + 1) * stem_row_elements(o) * plan_->element);
-        if (o.pool) o.scratch.rows = take(index(o.pool->kernel_h * out.width * out.pitch()) * plan_->element);
+        if (o.pool) o.scratch.rows = take(index(o.pool->kernel_h) * out.row_elements() * plan_->element);
     }
 
     template <class Take>
@@ -686,21 +693,22 @@ class Builder {
         for (std::thread &other : others) other.join();
     }
 
-    // Planes [t * t] of [blocks] packed blocks of one tap each.
+    // [blocks][t * t] packed blocks of one tap each: in the order in which the products read them.
     void transform(Layer &layer) {
         const Winograd &form = *layer.winograd;
         const Step &conv = *layer.step;
-        const std::size_t block = index(conv.k_pitch) * kLane * plan_->element, plane = block * index(conv.blocks());
         const std::size_t planes = index((form.m + 2) * (form.m + 2));
-        Memory memory = allocate(planes * plane);
+        const std::size_t block = index(conv.k_pitch) * kLane * plan_->element,
+                          bytes = planes * block * index(conv.blocks());
+        Memory memory = allocate(bytes);
         const auto work = [&](int first, int step) {
             for (int n = first; n < conv.blocks(); n += step)
                 form.weight({conv.weight + index(n) * conv.block_bytes(net().precision), conv.k_pitch,
-                             memory.get() + index(n) * block, plane});
+                             memory.get() + index(n) * block * planes, block});
         };
         in_parallel(std::min(options().threads, conv.blocks()), work);
         layer.weight = memory.get();
-        plan_->info.packed_bytes += planes * plane;
+        plan_->info.packed_bytes += bytes;
         plan_->transformed.push_back(std::move(memory));
     }
 

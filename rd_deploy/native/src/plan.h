@@ -20,12 +20,13 @@ struct Options {
 struct Shape {
     int channels = 0, height = 0, width = 0;
     int pixels() const { return height * width; }
+    std::size_t row_elements() const { return static_cast<std::size_t>(width) * static_cast<std::size_t>(pitch()); }
     int pitch() const { return padded(channels); }  // elements per pixel in memory
 };
 
 constexpr int kProductBlocks = 2;  // blocks of outputs for which Winograd's products exist at a time
 
-constexpr int kScratch = -1;  // a layer's output that no other operation reads: it exists tile by tile in scratch
+constexpr int kScratch = -4;  // a layer's output that no other operation reads: it exists tile by tile in scratch
 constexpr int kRing = -3;     // the map between two parts of a streamed operation: a few rows of it exist at a time
 constexpr std::size_t kMostParts = 8;
 
@@ -90,7 +91,10 @@ struct Operation {
     rd_step_info info{};
 
     int items() const { return chunks * slices; }
-    const Shape &out() const { return layers.empty() || (pool && layers.size() == 1) ? pooled : layers.back().out; }
+    const Shape &out() const {
+        if (!parts.empty()) return parts.back().out();
+        return layers.empty() || (pool && layers.size() == 1) ? pooled : layers.back().out;
+    }
 };
 
 struct FreeDeleter {

@@ -1,5 +1,5 @@
 #include "threads.h"
-
+#include <chrono>
 #include <system_error>
 
 #include "error.h"
@@ -10,6 +10,8 @@ namespace {
 // How often a thread looks before it gives up the core: some tens of microseconds, about as long as waking takes. More
 // would steal time from whatever else runs on the machine, less would put threads to sleep between a run's steps.
 constexpr int kSpins = 2000;
+// How often the caller then offers its core before it sleeps as well.
+constexpr int kYields = 100;
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -72,8 +74,10 @@ void Threads::run(Work work, void *state, int items) {
     for (int spins = 0; unfinished_.load(std::memory_order_acquire) > 0; spins++) {
         if (spins < kSpins)
             relax();
-        else
+        else if (spins < kSpins + kYields)
             std::this_thread::yield();
+        else  // another thread is held up in the middle of its item
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
 }
 

@@ -61,7 +61,8 @@ RD_INLINE Floats multiply_add(Floats sum, Floats a, Floats w) {
     return sum + a * w;
 #endif
 }
-RD_INLINE Floats positive(Floats x) { return x > Floats{} ? x : Floats{}; }
+// NaN stays NaN, as in the maximum instruction when its second operand is one.
+RD_INLINE Floats positive(Floats x) { return Floats{} > x ? Floats{} : x; }
 
 // Elements of a map in float32 and bfloat16: how a vector of them is read, written and multiplied.
 struct Fp32 {
@@ -127,7 +128,8 @@ struct Bf16 {
     static RD_INLINE void write_one(void *to, float x) {
         uint32_t bits;
         memcpy(&bits, &x, sizeof bits);
-        store(to, static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
+        const uint32_t rounded = x != x ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);  // any NaN stays one
+        store(to, static_cast<uint16_t>(rounded >> 16));
     }
     static RD_INLINE Floats spread(const void *a) { return spread_word(a); }
     // Each 32-bit lane of `a` and `w` holds two elements, the first one low.
@@ -441,7 +443,7 @@ void max_pool(const MaxPool &p) {
             Floats largest = Element::read(static_cast<const char *>(p.a[pixel]) + c);
             for (int t = 1; t < p.taps; t++) {
                 const Floats x = Element::read(static_cast<const char *>(p.a[t * p.pixels + pixel]) + c);
-                largest = x > largest ? x : largest;
+                largest = (x > largest) | (x != x) ? x : largest;  // NaN wins
             }
             Element::write(out + c, largest);
         }
