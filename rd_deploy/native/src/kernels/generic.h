@@ -443,7 +443,7 @@ void max_pool(const MaxPool &p) {
             Floats largest = Element::read(static_cast<const char *>(p.a[pixel]) + c);
             for (int t = 1; t < p.taps; t++) {
                 const Floats x = Element::read(static_cast<const char *>(p.a[t * p.pixels + pixel]) + c);
-                largest = (x > largest) | (x != x) ? x : largest;  // NaN wins
+                largest = ((x > largest) | (x != x)) ? x : largest;  // NaN wins
             }
             Element::write(out + c, largest);
         }
