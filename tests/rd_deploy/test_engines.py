@@ -331,7 +331,7 @@ def test_a_profile_without_memory_statistics_is_a_reason():
 @pytest.mark.parametrize("name", ENGINES)
 def test_accounts_have_a_figure_or_a_reason(name):
     figures = get_engine(name).load(residual(), "fp32", 1, 3).feature_maps()
-    assert len({figure.source for figure in figures}) == len(figures) == (1 if name == "openvino" else 2)
+    assert len({figure.source for figure in figures}) == len(figures) == {"openvino": 1, "native": 3}.get(name, 2)
     for figure in figures:
         assert figure.source.startswith(name)
         assert figure.how
