@@ -11,4 +11,4 @@ for depth in 18 34; do
         --seconds "${SECONDS_PER_PAIR:-20}" --out "$out"
     cp "$out/bench.json" "$results/$(date +%F)-bench-plain$depth.json"
 done
-echo "wrote $results/$(date +%F)-bench-plain{18,34}.json; next: python benchmarks/tables.py"
+echo "wrote $results/$(date +%F)-bench-plain18.json and -plain34.json; next: python benchmarks/tables.py"
