@@ -11,10 +11,6 @@ from rd_deploy.common import UserError
 from rd_deploy.engines import Session, get_engine
 from rd_deploy.engines.base import fixed_batch
 
-# Of the largest error, in standard deviations of the logits, as `rd-export` judges (`rd_deploy.parity`). bf16 rounds
-# at 4e-3, eight times as coarse as fp16: 0.07 to 0.15 over 20 to 56 layers of random weights. Another graph gives 1 and
-# more.
-TOLERANCE = {"fp32": parity.TOLERANCES["fp32"], "bf16": 0.5}
 IMAGES = 8
 
 
@@ -67,7 +63,7 @@ def reference(
     count = batch * math.ceil(max(IMAGES, *batches) / batch)
     images = random_images(count, shape, seed)
     logits = _run_all(get_engine("onnxruntime").load(model, "fp32", threads, batch), images)
-    _compare(logits, logits, TOLERANCE["fp32"])
+    _compare(logits, logits, parity.TOLERANCES["fp32"])
     return Reference(images, logits)
 
 
@@ -76,7 +72,7 @@ def compare(name: str, session: Session, truth: Reference) -> Agreement:
     wanted = session.batch * math.ceil(IMAGES / session.batch)
     whole = min(wanted, len(truth.images) // session.batch * session.batch)
     logits = _run_all(session, truth.images[:whole])
-    found = _compare(truth.logits[:whole], logits, TOLERANCE[session.precision])
+    found = _compare(truth.logits[:whole], logits, parity.TOLERANCES[session.precision])
     return Agreement(
         model=name,
         engine=session.engine.name,

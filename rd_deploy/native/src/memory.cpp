@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 
 namespace rd {
 namespace {
@@ -18,10 +19,6 @@ std::size_t lowest_fit(const Buffer &buffer, const std::vector<Buffer *> &placed
     }
     return offset;
 }
-
-}  // namespace
-
-namespace {
 
 // Place buffers in an order, each at the lowest place that is free throughout its life; returns the arena's bytes.
 std::size_t place_in_order(const std::vector<Buffer *> &order) {
@@ -56,8 +53,8 @@ std::size_t place(std::vector<Buffer> &buffers) {
     std::vector<Buffer *> order;
     for (Buffer &buffer : buffers) order.push_back(&buffer);
     std::stable_sort(order.begin(), order.end(), [](const Buffer *a, const Buffer *b) { return a->bytes > b->bytes; });
-    std::vector<Buffer *> best = order;
-    std::size_t least = place_in_order(order);
+    std::vector<Buffer *> best;
+    std::size_t least = std::numeric_limits<std::size_t>::max();
     const std::size_t bound = lower_bound(buffers);
     for (int attempt = 0; attempt < tries && least > bound; attempt++) {
         const std::size_t arena = place_in_order(order);
