@@ -13,7 +13,7 @@ import onnx
 
 from rd_deploy.common import UserError, install_hint
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PRECISIONS = tuple(ELEMENT_BYTES)
 # What a weight can be besides float32, each of a name that ONNX gives it.
 FLOATS = tuple(
@@ -82,12 +82,15 @@ class Session(ABC):
 class Engine(ABC):
     """A way to run an ONNX file.
 
-    Subclasses set ``name``, ``package`` and the ``extra`` that installs it (None: a core dependency).
+    Subclasses set ``name``, ``package`` and the ``extra`` that installs it (None: a core dependency), and, where they
+    differ from these, the ``device`` it computes on and the ``precisions`` it has there.
     """
 
     name: str
     package: str
     extra: str | None
+    device = "cpu"
+    precisions: tuple[str, ...] = ("fp32", "bf16")
 
     def missing(self) -> str | None:
         """None if the engine's package can be imported, else one line saying how to get it."""
@@ -112,6 +115,8 @@ class Engine(ABC):
             raise UserError(f"unknown precision '{precision}' (known: {', '.join(PRECISIONS)})")
         if batch < 1 or threads < 1:
             raise UserError("batch and threads must be at least 1")
+        if precision not in self.precisions:
+            raise Unsupported(f"{self.name} runs {' and '.join(self.precisions)}, not {precision}")
         reason = self.missing()
         if reason:
             raise UserError(reason)
