@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/engine.md, made from the committed results, so that no figure is typed by hand.
+"""The tables of README.md, docs/engine.md and docs/gpu.md, made from the committed results, so that no figure is typed by hand.
 
 python benchmarks/tables.py            rewrite the tables between the markers
 python benchmarks/tables.py --check    exit 1 where a page differs (a test runs this)
@@ -7,6 +7,7 @@ python benchmarks/tables.py --check    exit 1 where a page differs (a test runs 
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -296,6 +297,97 @@ def agreement() -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
+def _predicted() -> tuple[dict, dict[tuple, dict]]:
+    """The committed predictions, and their plans by network, fusion and batch."""
+    document = newest("*-predictions.json")
+    return document, {(plan["network"], plan["fusion"], plan["batch"]): plan for plan in document["plans"]}
+
+
+def predictions() -> str:
+    """What the model says of both networks on the cuda engine."""
+    document, plans = _predicted()
+    rows = []
+    for batch in sorted({batch for *_, batch in plans}):
+        plain, residual = plans["plain50", "auto", batch], plans["resnet50", "auto", batch]
+        layers = plans["plain50", "never", batch]
+        limits = Counter()
+        for step in plain["steps"]:
+            limits[step["limit"]] += step["us"]
+        rows.append(
+            [
+                f"batch {batch}",
+                f"{residual['us']:,.0f} ({residual['launches']})",
+                f"{plain['us']:,.0f} ({plain['launches']})",
+                f"{residual['us'] / plain['us']:.2f}x",
+                f"{layers['us'] / plain['us']:.2f}x",
+                ", ".join(f"{limit} {us / plain['us']:.0%}" for limit, us in limits.most_common(3)),
+            ]
+        )
+    header = [
+        "fp16",
+        "resnet50, µs (launches)",
+        "plain50, µs (launches)",
+        "resnet50 / plain50",
+        "plain50 layer by layer / plain50",
+        "what limits plain50",
+    ]
+    source = (
+        f"A model's, for one {document['card']['name']}, both networks on the cuda engine; nothing here was measured. "
+        f"From `{document['path']}`, made by `benchmarks/gpu_predictions.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def gpu_maps() -> str:
+    """Feature maps of the cuda engine's plans."""
+    document, plans = _predicted()
+    least = plans["resnet50", "never", 1]["feature_map_bytes"]
+    rows = []
+    for network, fusion, what in (
+        ("resnet50", "never", "resnet50, the optimum: sums in place"),
+        ("resnet50", "auto", "resnet50, as planned"),
+        ("plain50", "never", "plain50, layer by layer"),
+        ("plain50", "always", "plain50, fused"),
+        ("plain50", "auto", "plain50, as planned"),
+    ):
+        cells = []
+        for batch in (1, 32):
+            plan = plans[network, fusion, batch]
+            cells += [f"{plan['feature_map_bytes']:,}", f"{plan['arena_bytes']:,}"]
+        rows.append([what, *cells, f"{least / plans[network, fusion, 1]['feature_map_bytes']:.2f}x"])
+    header = ["fp16", "maps, batch 1", "arena, batch 1", "maps, batch 32", "arena, batch 32", "maps smaller by, batch 1"]
+    source = (
+        "Bytes. Maps: the most that live at once. Arena: with partial sums and alignment. "
+        f"From `{document['path']}`, made by `benchmarks/gpu_predictions.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def resources() -> str:
+    """What compiled kernels need, by card."""
+    document = newest("*-gpu-resources.json")
+    rows = []
+    for card in dict.fromkeys(row["card"] for row in document["rows"]):
+        found = [row for row in document["rows"] if row["card"] == card]
+        rows.append(
+            [
+                f"{card}, sm_{found[0]['capability']}",
+                str(len(found)),
+                str(max(row["registers"] for row in found)),
+                f"{max(row['shared'] for row in found) / 1024:.0f} of {found[0]['limit'] / 1024:.0f}",
+                str(sum(row["spilled"] > 0 for row in found)),
+                str(sum(row["serialized"] for row in found)),
+                ", ".join(sorted({row["tensor_ops"] for row in found} - {""})),
+            ]
+        )
+    header = ["card", "kernels", "most registers", "most shared memory, KiB", "that spill", "serialized", "products by"]
+    source = (
+        f"Every configuration that the tuner would time for plain-50 and ResNet-50, {document['what']}, compiled by triton "
+        f"{document['triton']} and its ptxas. From `{document['path']}`, made by `benchmarks/gpu_resources.py --all`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
 PAGES = {
     "README.md": {"speed": speed, "native": native, "memory": memory, "accuracy": accuracy},
     "docs/engine.md": {
@@ -306,6 +398,7 @@ PAGES = {
         "agreement": agreement,
         "profile": profile,
     },
+    "docs/gpu.md": {"predictions": predictions, "maps": gpu_maps, "resources": resources},
 }
 
 

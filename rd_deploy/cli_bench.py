@@ -11,7 +11,13 @@ from rd_deploy.common import UserError, nearest, run_command, write_json
 
 DESCRIPTION = """Compare a network's latency and feature-map memory with another's, on every engine that is installed.
 Times are host to host: NumPy images in, NumPy logits out. The two networks are measured interleaved (A B B A)."""
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16")
+# What is measured unless the user says otherwise.
+DEFAULTS = {
+    "cpu": {"precision": "fp32,bf16", "batch": "1,8"},
+    "cuda": {"precision": "fp16,bf16", "batch": "1,32"},
+}
+PLAN_CARD = "h100"  # whose plan is shown where there is no GPU
 QUICK_SECONDS = QUICK_WARM_UP = 0.2
 QUICK_QUADS = 3
 MAX_WARM_UP = 10.0  # seconds per network
@@ -39,11 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engines",
         metavar="NAMES",
-        help="torch,onnxruntime,openvino,native (default: those installed); RD_ISA in the environment sets native's "
-        "instruction set, default the best here",
+        help="torch,onnxruntime,openvino,native on the CPU (default: those installed), torch-cuda,inductor-cuda,onnxruntime-cuda,tensorrt,cuda on "
+        "an NVIDIA GPU; RD_ISA, and for cuda RD_FUSION, RD_TUNE and RD_PDL in the environment set how ours run",
     )
-    parser.add_argument("--batch", default="1,8", help="batch sizes (default: %(default)s)")
-    parser.add_argument("--precision", default="fp32,bf16", help="precisions (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=DEFAULTS, help="whose engines are the default (default: cpu, or that of --engines)"
+    )
+    parser.add_argument("--batch", help="batch sizes (default: 1,8; on a GPU 1,32)")
+    parser.add_argument("--precision", help="fp32, fp16, bf16 (default: fp32,bf16; on a GPU fp16,bf16)")
     parser.add_argument("--threads", type=int, help="(default: the CPUs this process may use)")
     parser.add_argument("--size", type=int, help="pixels, for named networks (default: 224, or 32 for that family)")
     parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair (default: %(default)s)")
@@ -51,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile", action="store_true", help="also time the native engine's steps, against this machine's limits"
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only print how the cuda engine would run both networks, with predicted times; needs no GPU",
+    )
+    parser.add_argument("--card", metavar="NAME", help=f"of --plan (default: the GPU here, or {PLAN_CARD})")
     parser.add_argument("--quick", action="store_true", help="a smoke run: short sampling, no conclusions")
     parser.add_argument("--out", default="bench", metavar="FOLDER", help="of the results (default: %(default)s)")
     parser.add_argument(
@@ -69,7 +84,30 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         value = getattr(options, option)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{option} {value} must be from {low} to {high}")
+    if options.card and not options.plan:
+        raise UserError("--card names the GPU of --plan: a measurement takes the GPU that is here")
     return options
+
+
+def _choose_device(options: argparse.Namespace) -> None:
+    """Fill in what depends on the device: one run compares engines of one device."""
+    from rd_deploy.engines import get_engine
+
+    named = {name: get_engine(name).device for name in (options.engines or "").split(",") if name}
+    devices = {options.device, *named.values()} - {None}
+    if options.plan:
+        devices = {"cuda"}
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in named.items())
+        raise UserError(f"engines of one device at a time, please: {where}{_device_note(options)}")
+    options.device = devices.pop() if devices else "cpu"
+    for name, default in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+
+
+def _device_note(options: argparse.Namespace) -> str:
+    return f"; --device is {options.device}" if options.device else ""
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -91,12 +129,13 @@ def _precisions(text: str) -> list[str]:
     return names
 
 
-def _engines(text: str | None) -> tuple[list, list[dict]]:
+def _engines(text: str | None, device: str) -> tuple[list, list[dict]]:
     """The engines to run and, for the default list, what was left out and why; one asked for must be there."""
     from rd_deploy.engines import ENGINES, get_engine
 
     chosen, skipped = [], []
-    for name in dict.fromkeys(ENGINES if text is None else text.split(",")):
+    wanted = [name for name, engine in ENGINES.items() if engine.device == device] if text is None else text.split(",")
+    for name in dict.fromkeys(wanted):
         engine = get_engine(name)
         reason = engine.missing()
         if reason is None:
@@ -105,6 +144,8 @@ def _engines(text: str | None) -> tuple[list, list[dict]]:
             raise UserError(reason)
         else:
             skipped.append({"engine": name, "precision": None, "batch": None, "reason": reason})
+    if not chosen:
+        raise UserError("no engine can run here: " + "; ".join(f"{row['engine']}: {row['reason']}" for row in skipped))
     return chosen, skipped
 
 
@@ -172,7 +213,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple
     from rd_deploy.bench import environment
     from rd_deploy.bench.measure import document, measure
 
-    engines, skipped = _engines(options.engines)
+    _choose_device(options)
+    engines, skipped = _engines(options.engines, options.device)
     _check_profile(options, engines)
     plan = _plan(options, engines)
     machine, before = environment.capture(plan.threads), environment.cpu_ticks()
@@ -185,6 +227,15 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple
         report.warnings.insert(0, "--quick: a smoke run; its times support no conclusion")
         report.claims[:] = [judge.unjudged(claim, "--quick") for claim in report.claims]
     return document(model, compare, plan, report, machine), report.ledgers
+
+
+def _planned(options: argparse.Namespace) -> str:
+    """The text of ``--plan``."""
+    from rd_deploy.bench.cuda_plan import choose_card, render_plans
+
+    _choose_device(options)
+    card = choose_card(options.card, PLAN_CARD)
+    return render_plans(_subjects(options), _numbers(options.batch, "--batch"), card)
 
 
 def _draw(folder: Path, result: dict, ledgers: dict) -> list[str]:
@@ -206,6 +257,9 @@ def command(arguments: list[str]) -> int:
     from rd_deploy.bench.report import render
 
     options = _parse(arguments)
+    if options.plan:
+        print(_planned(options))
+        return 0
     requirements = parse_requirements(options.require)
     result, ledgers = run(options)
     folder = Path(options.out)

@@ -10,7 +10,10 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-PACKAGES = ("residual-distillation", "numpy", "onnx", "onnxruntime", "openvino", "torch", "torchvision", "timm")
+PACKAGES = (
+    *("residual-distillation", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),
+    *("torch", "torchvision", "timm", "triton"),
+)
 # CPU features that decide which kernels an engine picks; x86 names, then Arm's.
 FLAGS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),

@@ -20,7 +20,7 @@ from rd_deploy.memory import Ledger
 
 FORMAT = "residual-distillation/bench/1"
 PROFILE_SECONDS = 2.0
-NATIVE = "native"
+OURS = ("native", "cuda")  # this package's engines, one for each device
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,10 @@ def _best_against_best(model, against, pairs: dict[str, Pair], plan: Plan, repor
 
 def _native_against_others(model, against, pairs: dict[str, Pair], plan: Plan, report: Report, say) -> None:
     """Our engine's answer to the question of who has the ResNet on the best engine there was before."""
-    others = {name: pair for name, pair in pairs.items() if name != NATIVE}
-    if NATIVE in pairs and others:
-        engines = [NATIVE, _fastest(others, 1)]
-        row = _across("native-against-others", (model, against), pairs, engines, plan, report, say)
+    others = {name: pair for name, pair in pairs.items() if name not in OURS}
+    for ours in pairs.keys() & set(OURS) if others else ():
+        engines = [ours, _fastest(others, 1)]
+        row = _across(f"{ours}-against-others", (model, against), pairs, engines, plan, report, say)
         report.native_against_others.append(row)
 
 

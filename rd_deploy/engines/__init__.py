@@ -2,12 +2,19 @@
 
 from rd_deploy.common import UserError, nearest
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
+from rd_deploy.engines.cuda import Cuda
+from rd_deploy.engines.inductor_cuda import InductorCuda
 from rd_deploy.engines.native import Native
 from rd_deploy.engines.onnxruntime import OnnxRuntime
+from rd_deploy.engines.onnxruntime_cuda import OnnxRuntimeCuda
 from rd_deploy.engines.openvino import OpenVino
+from rd_deploy.engines.tensorrt import TensorRt
 from rd_deploy.engines.torch import Torch
+from rd_deploy.engines.torch_cuda import TorchCuda
 
-ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Torch, OnnxRuntime, OpenVino, Native)}
+ON_CPU = (Torch, OnnxRuntime, OpenVino, Native)
+ON_GPU = (TorchCuda, InductorCuda, OnnxRuntimeCuda, TensorRt, Cuda)
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (*ON_CPU, *ON_GPU)}
 
 __all__ = ["ENGINES", "Engine", "Figure", "Session", "Unsupported", "get_engine"]
 

@@ -24,8 +24,11 @@ class DeviceEngine(Engine):
 
 
 def no_gpu() -> str | None:
-    """One line when torch finds no usable NVIDIA GPU; asked before anything touches a driver."""
-    torch = require("torch", "train")
+    """One line when torch is missing or finds no usable NVIDIA GPU; asked before anything else touches a driver."""
+    try:
+        torch = require("torch", "train")
+    except UserError as reason:
+        return str(reason)
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA: install a build with it"
     if not torch.cuda.is_available():

@@ -50,14 +50,7 @@ class TorchSession(Session):
         return self._torch.from_numpy(images).to(self._dtype, memory_format=self._torch.channels_last)
 
     def _forward(self, live: dict, after_call: Callable[[dict], None] | None = None):
-        """Run the calls on ``live`` (name to tensor); ``after_call`` sees it before what died is let go."""
-        for call in self._calls:
-            live[call.output] = call.function(*(live[name] for name in call.inputs))
-            if after_call:
-                after_call(live)
-            for name in call.dying:
-                live.pop(name)
-        return live[self._output]
+        return run_calls(self._calls, live, self._output, after_call)
 
     def _feature_maps(self) -> tuple[Figure, ...]:
         """Tensors and allocations of a run, without the input, which is the caller's."""
@@ -108,8 +101,19 @@ def _torch():
     return require("torch", "train")
 
 
-def translate(model: onnx.ModelProto, dtype) -> list[Call]:
-    """An ONNX graph as calls; an operator or attribute without a translation raises `Unsupported`."""
+def run_calls(calls: list[Call], live: dict, output: str, after_call: Callable[[dict], None] | None = None):
+    """Run the calls on ``live`` (name to tensor); ``after_call`` sees it before what died is let go."""
+    for call in calls:
+        live[call.output] = call.function(*(live[name] for name in call.inputs))
+        if after_call:
+            after_call(live)
+        for name in call.dying:
+            live.pop(name)
+    return live[output]
+
+
+def translate(model: onnx.ModelProto, dtype, device="cpu") -> list[Call]:
+    """An ONNX graph as calls, its weights on ``device``; what has no translation raises `Unsupported`."""
     graph = model.graph
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes = []
@@ -125,11 +129,11 @@ def translate(model: onnx.ModelProto, dtype) -> list[Call]:
     owned: set[str] = set()  # buffers no one else may see: an in-place call may overwrite them
     calls = []
     for node in nodes:
-        calls.append(_call(node, weights, readers, owned, dtype))
+        calls.append(_call(node, weights, readers, owned, dtype, device))
     return calls
 
 
-def _call(node, weights: dict, readers: Counter, owned: set[str], dtype) -> Call:
+def _call(node, weights: dict, readers: Counter, owned: set[str], dtype, device) -> Call:
     if node.op_type not in TRANSLATIONS:
         raise Unsupported(f"the torch engine does not translate the ONNX operator {node.op_type}")
     if len([name for name in node.output if name]) != 1:
@@ -140,7 +144,7 @@ def _call(node, weights: dict, readers: Counter, owned: set[str], dtype) -> Call
     for name in set(dynamic):
         readers[name] -= 1
     free = [name for name in dynamic if readers[name] == 0 and name in owned]
-    function = TRANSLATIONS[node.op_type](_Node(node, weights, dtype), dynamic, free)
+    function = TRANSLATIONS[node.op_type](_Node(node, weights, dtype, device), dynamic, free)
     if node.op_type not in VIEWS or free:
         owned.add(node.output[0])
     else:  # two live names for one buffer: neither may be overwritten
@@ -158,8 +162,8 @@ def _constant(node) -> np.ndarray:
 class _Node:
     """Attributes and constant operands of one ONNX node."""
 
-    def __init__(self, node, weights: dict, dtype):
-        self.inputs, self.weights, self.dtype = list(node.input), weights, dtype
+    def __init__(self, node, weights: dict, dtype, device):
+        self.inputs, self.weights, self.dtype, self.device = list(node.input), weights, dtype, device
         self.attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
         self.op_type = node.op_type
 
@@ -181,7 +185,7 @@ class _Node:
         return self.weights[self.inputs[index]]
 
     def tensor(self, index: int):
-        return _torch().from_numpy(np.array(self.array(index))).to(self.dtype)
+        return _torch().from_numpy(np.array(self.array(index))).to(self.device, self.dtype)
 
     def pads(self) -> list[int]:
         """Symmetric spatial padding (torch's form); ONNX lists all begins, then all ends."""
@@ -208,7 +212,8 @@ def _batch_norm(node: _Node, dynamic, free):
     scale = scale / np.sqrt(variance + node.get("epsilon", 1e-5))
     torch = _torch()
     factor, offset = (
-        torch.from_numpy(values.reshape(1, -1, 1, 1)).to(node.dtype) for values in (scale, shift - mean * scale)
+        torch.from_numpy(values.reshape(1, -1, 1, 1)).to(node.device, node.dtype)
+        for values in (scale, shift - mean * scale)
     )
     return lambda x: torch.addcmul(offset, x, factor)
 

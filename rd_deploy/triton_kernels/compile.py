@@ -1,24 +1,25 @@
 """Compile launches ahead of time, without a GPU, and read what they need of one.
 
-    python -m rd_deploy.triton_kernels.compile --help
-
 The compiled code lands in Triton's cache, so a later run on a GPU of that capability need not compile it again.
+`benchmarks/gpu_resources.py` does this for whole networks and cards.
 """
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
-from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Launch
-
-ALIGNED = [["tt.divisibility", 16]]
+from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Kernel, Launch
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,7 @@ class Resources:
 
 def compile_launch(launch: Launch, element: str, capability: int) -> Resources:
     """Compile for ``element`` ("fp16" or "bf16") and ``capability`` (90 for sm_90). Raises triton's own errors."""
-    if INTERPRETED:
-        raise RuntimeError("kernels under TRITON_INTERPRET cannot be compiled: use another process")
-    kernel = triton.compile(
-        _source(launch, element), target=GPUTarget("cuda", capability, 32), options=_options(launch)
-    )
+    kernel = compiled(launch, element, capability)
     log = _ptxas(kernel.asm["ptx"], capability)
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     found = [name for name in ("tcgen05", "wgmma", "mma") if re.search(rf"\b{name}\.(mma|sync)", kernel.asm["ptx"])]
@@ -55,18 +52,85 @@ def compile_launch(launch: Launch, element: str, capability: int) -> Resources:
     )
 
 
-def _options(launch: Launch) -> dict:
-    return {"num_warps": launch.warps} | ({"launch_pdl": True} if launch.constants["PDL"] else {})
+def compiled(launch: Launch, element: str, capability: int):
+    """Triton's compiled kernel, from its cache if it is there.
+
+    Triton's own launcher makes it, as for tensors on such a GPU, so that a launch there finds the same cache entry. For
+    that it is told for the rest of the process that there is such a GPU: a process that compiles must not launch.
+    """
+    import torch
+
+    if INTERPRETED:
+        raise RuntimeError("kernels under TRITON_INTERPRET cannot be compiled: use another process")
+    types = {ELEMENT: {"fp16": torch.float16, "bf16": torch.bfloat16}[element]}
+    types |= {"fp32": torch.float32, "i32": torch.int32}
+    values = (
+        {name: types[kind] for name, kind in launch.tensors.items()} | dict(launch.numbers) | dict(launch.constants)
+    )
+    driver.set_active(_NoGpu(capability))
+    arguments = (values[name] for name in launch.kernel.arg_names)
+    return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options())
 
 
-def _source(launch: Launch, element: str) -> ASTSource:
-    """As triton's launcher would make it for these arguments, so that its cache finds the result again."""
-    types = {name: "*" + (element if kind == ELEMENT else kind) for name, kind in launch.tensors.items()}
-    signature = {}
-    for name in launch.kernel.arg_names:
-        signature[name] = types.get(name) or ("i32" if name in launch.numbers else "constexpr")
-    aligned = {(index,): ALIGNED for index, name in enumerate(launch.kernel.arg_names) if name in launch.tensors}
-    return ASTSource(launch.kernel, signature, dict(launch.constants), aligned)
+class _NoGpu:
+    """A driver for the launcher that only says what to compile for; the launcher keeps kernels apart by device."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile, as it can be sent to another process."""
+
+    kernel: Kernel
+    config: Any
+    element: str
+    capability: int
+    pdl: bool = False
+
+    def launch(self) -> Launch:
+        return self.kernel.launch(self.config, self.pdl)
+
+
+def fill_cache(jobs: Iterable[Job]) -> list[str]:
+    """Compile in parallel into Triton's cache; returns what failed, a line each."""
+    return [line for line in in_parallel(_fill, jobs) if line]
+
+
+def resources(jobs: Iterable[Job]) -> list[Resources]:
+    """What each job's kernel needs, compiled in parallel. Raises triton's own errors."""
+    return in_parallel(_resources, jobs)
+
+
+def in_parallel(function: Callable[[Job], Any], jobs: Iterable[Job]) -> list:
+    """Results in the order of the jobs; processes are spawned, and touch no GPU."""
+    jobs = list(jobs)
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(jobs)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(function, jobs))
+
+
+def _resources(job: Job) -> Resources:
+    return compile_launch(job.launch(), job.element, job.capability)
+
+
+def _fill(job: Job) -> str | None:
+    try:
+        compiled(job.launch(), job.element, job.capability)
+    except Exception as error:  # a compiler's own classes; the kernel's other configurations can still be used
+        lines = str(error).strip().splitlines()
+        return f"{job.kernel} {job.config}: {lines[0][:160] if lines else repr(error)}"
+    return None
 
 
 def _ptxas(ptx: str, capability: int) -> str:
@@ -75,5 +139,12 @@ def _ptxas(ptx: str, capability: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={arch}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr

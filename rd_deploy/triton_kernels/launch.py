@@ -1,7 +1,7 @@
 """What the kernels share: how one is launched, what one costs, and three device functions."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,11 +64,12 @@ class Launch:
 
     def run(self, operands: Mapping[str, Any]) -> None:
         """Launch on the current stream; ``operands``: a torch tensor for each of ``tensors``."""
-        options = {"num_warps": self.warps}
-        if self.constants["PDL"]:
-            options["launch_pdl"] = True
         tensors = {name: operands[name] for name in self.tensors}
-        self.kernel[self.grid](**tensors, **self.numbers, **self.constants, **options)
+        self.kernel[self.grid](**tensors, **self.numbers, **self.constants, **self.options())
+
+    def options(self) -> dict:
+        """What Triton calls compile options."""
+        return {"num_warps": self.warps} | ({"launch_pdl": True} if self.constants["PDL"] else {})
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,11 @@ class Kernel(Protocol):
 
     def work(self, config: Any) -> Work: ...
 
+    def predict(self, config: Any, card: Card) -> Any:
+        """Modelled time of one launch: a `rd_deploy.triton_kernels.cost.Prediction`."""
+
     def scratch(self, config: Any) -> dict[str, tuple[str, int]]:
         """Operands besides maps and weights: (type, elements); those of type "i32" must be zero before the first run."""
 
     def weights(self, *steps: Step) -> dict[str, np.ndarray]:
-        """The chain's convolutions as this kernel's operands, float32 in the order the kernel reads."""
+        """The weights of the chain's steps that this kernel computes, as its operands: float32, in the order it reads."""

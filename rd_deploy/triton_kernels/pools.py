@@ -6,9 +6,10 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from rd_deploy.chain import GlobalAveragePool, MaxPool
+from rd_deploy.chain import Step
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import Card
+from rd_deploy.triton_kernels.cost import BlockCost, Prediction, predict
 from rd_deploy.triton_kernels.launch import ELEMENT, MAX_ELEMENTS, Launch, Work, begin
 
 
@@ -115,10 +116,13 @@ class MaxPoolKernel:
             registers=64,
         )
 
+    def predict(self, config: PoolConfig, card: Card) -> Prediction:
+        return predict(self.work(config), BlockCost(), card)
+
     def scratch(self, config: PoolConfig) -> dict[str, tuple[str, int]]:
         return {}
 
-    def weights(self, step: MaxPool) -> dict[str, np.ndarray]:
+    def weights(self, step: Step) -> dict[str, np.ndarray]:
         return {}
 
     def reference(self, x):
@@ -171,19 +175,20 @@ class AveragePoolKernel:
     def launch(self, config: PoolConfig, pdl: bool = False) -> Launch:
         constants = {"P": self.height * self.width, "C": self.channels, "BP": config.block_m, "BC": config.block_c}
         grid = (self.batch, triton.cdiv(self.channels, config.block_c))
-        return Launch(
-            average_pool, grid, {"x": ELEMENT, "out": ELEMENT}, {}, {**constants, "PDL": pdl}, config.warps
-        )
+        return Launch(average_pool, grid, {"x": ELEMENT, "out": ELEMENT}, {}, {**constants, "PDL": pdl}, config.warps)
 
     def work(self, config: PoolConfig) -> Work:
         moved = 2 * self.batch * self.channels * (self.height * self.width + 1)
         blocks = int(np.prod(self.launch(config).grid))
         return Work(0, 0, moved, 0, moved, blocks, config.warps, 0, 64)
 
+    def predict(self, config: PoolConfig, card: Card) -> Prediction:
+        return predict(self.work(config), BlockCost(), card)
+
     def scratch(self, config: PoolConfig) -> dict[str, tuple[str, int]]:
         return {}
 
-    def weights(self, step: GlobalAveragePool) -> dict[str, np.ndarray]:
+    def weights(self, step: Step) -> dict[str, np.ndarray]:
         return {}
 
     def reference(self, x):

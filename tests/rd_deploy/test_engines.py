@@ -14,6 +14,8 @@ from rd_deploy.engines import onnxruntime as ort_engine
 from rd_deploy.engines.base import image_shape, weight_elements, with_batch
 from rd_deploy.export.onnx import to_onnx
 
+ON_CPU = [name for name, engine in ENGINES.items() if engine.device == "cpu"]
+
 
 def network(nodes, weights, shape=(3, 8, 8), batch="N", classes=5) -> onnx.ModelProto:
     """A checked ONNX model from ``images`` to ``logits``."""
@@ -62,14 +64,14 @@ def expected(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_fp32_equals_the_onnx_reference(name, batch):
     x = images(batch)
     session = get_engine(name).load(residual(), "fp32", threads=1, batch=batch)
     np.testing.assert_allclose(session.run(x), expected(residual(), x), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_bf16_is_close_but_rounded(name):
     x = images(2)
     try:
@@ -111,7 +113,7 @@ def test_openvino_without_arithmetic_is_refused():
         get_engine("openvino").load(network(nodes, {}, classes=3), "bf16", 1, 1)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_runs_leave_input_and_earlier_output_alone(name):
     session = get_engine(name).load(residual(), "fp32", 1, 2)
     x = images(2)
@@ -201,7 +203,7 @@ def test_torch_refuses_what_it_does_not_translate(node, said):
         get_engine("torch").load(network([node, *tail], weights), "fp32", 1, 1)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_a_graph_that_fails_at_this_batch_is_refused_with_a_reason(name):
     """Exporters that bake the batch in: Reshape to (2, 4) cannot run three images."""
     nodes = [
@@ -328,7 +330,7 @@ def test_a_profile_without_memory_statistics_is_a_reason():
     assert "no memory statistics" in figure.how
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_accounts_have_a_figure_or_a_reason(name):
     figures = get_engine(name).load(residual(), "fp32", 1, 3).feature_maps()
     assert len({figure.source for figure in figures}) == len(figures) == {"openvino": 1, "native": 3}.get(name, 2)

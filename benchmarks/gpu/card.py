@@ -1,0 +1,129 @@
+"""The card at hand: what it is, and its clocks, temperature and power while it works."""
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+
+CLOCK_CHANGE = 0.03  # of the multiprocessors' clock: above this, times before and after do not compare
+# Reasons of the driver to slow down (nvidia-smi's bits); idling and a clock that the user set are none.
+REASONS = {0x4: "power cap", 0x8: "hardware", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
+FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second before driver 535
+KEYS = ("sm_mhz", "memory_mhz", "celsius", "watts", "slowed_by")
+PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "triton", "nvidia-cudnn-cu12")
+PACKAGES += ("nvidia-cudnn-cu13",)
+
+
+def describe(dry: bool) -> dict:
+    """Name and limits of the card as the driver tells them."""
+    if dry:
+        return {"name": "dry run", "capability": 90}
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": 10 * properties.major + properties.minor,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": _driver(),
+        "power_limit_watts": _number(_ask(("power.limit",))[0]),
+        "clock_limit_mhz": _number(_ask(("clocks.max.sm",))[0]),
+    }
+
+
+def versions() -> dict:
+    """Of Python, CUDA and the packages that matter."""
+    import torch
+
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def slug(name: str) -> str:
+    """A folder's name: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
+
+
+def state(dry: bool, work: Callable[[], object] | None = None) -> dict | None:
+    """Clocks, temperature, power and reasons to slow down; None where nothing tells them.
+
+    ``work`` enqueues a fraction of a second of work, so that the clocks are those under load.
+    """
+    if dry:
+        return None
+    import torch
+
+    if work is not None:
+        work()
+    found = next((values for name in REASON_FIELDS if (values := _ask((*FIELDS, name)))[-1]), None) or _ask(FIELDS)
+    torch.cuda.synchronize()
+    if not any(found):
+        return None
+    numbers = [_number(text) for text in found[: len(FIELDS)]]
+    return dict(zip(KEYS, [*numbers, _reasons(found[-1] if len(found) > len(FIELDS) else None)], strict=True))
+
+
+def doubts(before: dict | None, after: dict | None) -> list[str]:
+    """What two states say against the times between them."""
+    if before is None or after is None:
+        return []
+    warnings = []
+    first, last = before["sm_mhz"], after["sm_mhz"]
+    if first and last and abs(last - first) > CLOCK_CHANGE * first:
+        warnings.append(f"the clock moved from {first:.0f} to {last:.0f} MHz")
+    slowed = sorted({*(before["slowed_by"] or ()), *(after["slowed_by"] or ())})
+    return warnings + ([f"slowed down by {', '.join(slowed)}"] if slowed else [])
+
+
+def _reasons(text: str | None) -> list[str] | None:
+    """nvidia-smi's bits in words; None when it gave none."""
+    if not text or not text.lower().startswith("0x"):
+        return None
+    bits = int(text, 16)
+    return sorted({word for bit, word in REASONS.items() if bits & bit})
+
+
+def _ask(fields: tuple[str, ...]) -> list[str | None]:
+    """nvidia-smi's answers, None for what it does not know."""
+    nothing: list[str | None] = [None] * len(fields)
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return nothing
+    query = [command, f"--id={_identity()}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return nothing
+    lines = done.stdout.strip().splitlines()
+    cells = [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
+    return cells if len(cells) == len(fields) else nothing
+
+
+def _identity() -> str:
+    """Of torch's current device, whose number is another one under CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    device = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return str(device) if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"
+
+
+def _driver() -> str | None:
+    return _ask(("driver_version",))[0]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None

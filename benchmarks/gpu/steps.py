@@ -1,0 +1,66 @@
+"""Part d: every launch of our engine, measured and predicted, against what the card can do at most."""
+
+from collections.abc import Iterator
+
+from gpu.suite import COMPARE, MODEL, OURS, Row, Suite, Unsupported
+
+BATCHES = (32, 128, 1)
+
+
+def rows(suite: Suite) -> Iterator[Row]:
+    precision = suite.precisions[0]
+    yield Row(f"d/{precision}/limits", lambda: _limits(suite, precision))
+    for batch in (batch for batch in BATCHES if batch in suite.batches):
+        for network in (MODEL, COMPARE):
+            yield Row(
+                f"d/{precision}/{batch}/{network}", lambda given=(network, precision, batch): _steps(suite, *given)
+            )
+
+
+def _limits(suite: Suite, precision: str) -> dict:
+    from gpu.limits import measured
+
+    return {"limits": measured(suite, precision)}
+
+
+def _steps(suite: Suite, network: str, precision: str, batch: int) -> dict:
+    row = suite.record.rows.get(f"d/{precision}/limits", {})
+    if OURS not in suite.engines or row.get("status") != "measured":
+        raise Unsupported(f"needs the engine {OURS} and the card's limits")
+    session, _ = suite.load(OURS, network, precision, batch)
+    times = session.profile()
+    steps = [
+        _step(step, seconds, row["limits"], suite.card.l2_bytes)
+        for step, seconds in zip(session.plan.steps, times, strict=True)
+    ]
+    return {
+        "steps": steps,
+        "sum_us": sum(times) * 1e6,
+        "predicted_us": session.plan.predicted_us,
+        "worst": [step["name"] for step in worst(steps)],
+    }
+
+
+def _step(step, seconds: float, limits: dict, l2_bytes: int) -> dict:
+    """A launch alone, repeated: what fits half the L2 cache stays there, so that the L2 cache is its limit."""
+    moved = step.map_bytes + step.weight_bytes
+    memory = "l2" if moved <= l2_bytes / 2 else "dram"
+    least = {"arithmetic": step.flops / limits["tflops"] * 1e-12, memory: moved / limits[f"{memory}_gb_s"] * 1e-9}
+    limit = max(least, key=least.get)
+    return {
+        "name": step.name,
+        "kernel": step.kernel,
+        "settings": step.settings,
+        "us": seconds * 1e6,
+        "predicted_us": step.predicted_us,
+        "tflops": step.flops / seconds * 1e-12,
+        "gb_s": moved / seconds * 1e-9,
+        "limit": limit,
+        "share": least[limit] / seconds,
+        "lost_us": (seconds - least[limit]) * 1e6,
+    }
+
+
+def worst(steps: list[dict], count: int = 2) -> list[dict]:
+    """The steps that lose most time against their limit."""
+    return sorted(steps, key=lambda step: -step["lost_us"])[:count]

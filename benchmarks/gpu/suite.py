@@ -1,0 +1,214 @@
+"""What all parts share: options, networks, sessions, the record, and what a dry run puts in their place."""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx
+
+from gpu import dry
+from gpu.record import Record
+from rd_deploy.bench.agreement import random_images
+from rd_deploy.chain import Chain
+from rd_deploy.common import Stopped, UserError
+from rd_deploy.engines.base import Engine, Unsupported, first_line
+from rd_deploy.engines.cuda import SETTINGS, Cuda
+from rd_deploy.engines.device import DeviceSession
+from rd_deploy.engines.inductor_cuda import InductorCuda
+from rd_deploy.engines.onnxruntime_cuda import OnnxRuntimeCuda
+from rd_deploy.engines.tensorrt import TensorRt
+from rd_deploy.engines.torch_cuda import TorchCuda
+from rd_deploy.export.onnx import to_onnx
+from rd_deploy.export.source import chain_from_name
+
+OURS = "cuda"
+# The slowest to load last: when the time runs out, the others are there.
+ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (TorchCuda, Cuda, OnnxRuntimeCuda, TensorRt, InductorCuda)
+}
+BATCHES = (32, 128, 1, 8, 256)  # in the order of what the targets are about
+PRECISIONS = ("fp16", "bf16")
+MODEL, COMPARE = "plain50", "resnet50"
+OUT_OF_TIME = "out of time"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Something to measure. ``run`` returns what is to be kept; `Unsupported` and `UserError` from it mean skipped."""
+
+    key: str
+    run: Callable[[], dict]
+
+
+@dataclass
+class Suite:
+    """One sitting. ``minutes``: for each part; ``seconds``: of sampling per comparison; ``threads``: on the CPU."""
+
+    record: Record
+    batches: tuple[int, ...]
+    precisions: tuple[str, ...]
+    engines: tuple[str, ...]
+    minutes: float
+    seconds: float
+    threads: int
+    dry: bool = False
+    _compiled: set[str] = field(default_factory=set)
+    _chains: dict[str, Chain] = field(default_factory=dict)
+    _models: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    _sessions: dict[tuple, tuple[DeviceSession, float]] = field(default_factory=dict)
+    _dry_sessions: dict[tuple, tuple[DeviceSession, float]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> list[tuple[str, int]]:
+        """(precision, batch), the most important first."""
+        return [(precision, batch) for precision in self.precisions for batch in self.batches]
+
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """Networks that are checked for correctness."""
+        return (MODEL, COMPARE) if self.dry else (MODEL, COMPARE, "plain18")
+
+    @cached_property
+    def card(self):
+        """The card's limits, for plans."""
+        from rd_deploy.cuda.device import current_card
+        from rd_deploy.triton_kernels.cards import get_card
+
+        return get_card("h100") if self.dry else current_card()
+
+    @cached_property
+    def device(self):
+        import torch
+
+        return torch.device("cpu") if self.dry else torch.device("cuda", torch.cuda.current_device())
+
+    def chain(self, network: str) -> Chain:
+        """Calibrated random weights, 224x224."""
+        if network not in self._chains:
+            self._chains[network] = dry.chain(network) if self.dry else chain_from_name(network)
+        return self._chains[network]
+
+    def model(self, network: str) -> onnx.ModelProto:
+        if network not in self._models:
+            self._models[network] = to_onnx(self.chain(network))
+        return self._models[network]
+
+    def images(self, batch: int) -> np.ndarray:
+        return random_images(batch, self.chain(MODEL).input_shape)
+
+    def engine(self, name: str) -> Engine:
+        return dry.DryTorch() if self.dry and name == TorchCuda.name else ENGINES[name]()
+
+    def timed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """What is timed for ``call``: itself, but in a dry run."""
+        return dry.stand_in(call) if self.dry else call
+
+    def prepare(self, precision: str) -> None:
+        """Compile our kernels, once a sitting."""
+        from gpu.precompile import compile_all
+
+        if precision not in self._compiled:
+            self._compiled.add(precision)
+            self.record.sittings[-1].setdefault("compiled", []).append(compile_all(self, precision))
+            self.record.save()
+
+    def load(self, engine: str, network: str, precision: str, batch: int) -> tuple[DeviceSession, float]:
+        """A new session and the seconds that loading took, kernels compiled and chosen included.
+
+        In a dry run one of our engine's is made once for all parts.
+        """
+        key = (engine, network, precision, batch, *(os.environ.get(name) for name in SETTINGS))
+        if key in self._dry_sessions:
+            return self._dry_sessions[key]
+        chosen = self.engine(engine)
+        reason = chosen.missing()
+        if reason:
+            raise Unsupported(reason)
+        if engine == OURS:
+            self.prepare(precision)
+        model, start = self.model(network), time.perf_counter()
+        try:
+            session = chosen.load(model, precision, self.threads, batch)
+        except Unsupported as reason:
+            if engine != OURS:
+                raise
+            raise RuntimeError(str(reason)) from reason  # it can run these networks: this is a failure
+        seconds = time.perf_counter() - start
+        say(f"  {engine} {precision} batch {batch}: loaded {network} in {seconds:.1f} s")
+        if self.dry and engine == OURS:
+            self._dry_sessions[key] = session, seconds
+        return session, seconds
+
+    def session(self, engine: str, network: str, precision: str, batch: int) -> tuple[DeviceSession, float]:
+        """The same as `load`, kept until `keep` lets it go."""
+        key = (engine, network, precision, batch)
+        if key not in self._sessions:
+            self._sessions[key] = self.load(*key)
+        return self._sessions[key]
+
+    def keep(self, keys: Iterable[tuple]) -> None:
+        """Let go of all sessions but these, and of their memory."""
+        wanted = set(keys)
+        self._sessions = {key: value for key, value in self._sessions.items() if key in wanted}
+        free()
+
+    def run(self, part: str, rows: Iterable[Row]) -> None:
+        """Measure the rows of a part that are not there yet, within its minutes."""
+        deadline = time.monotonic() + 60 * self.minutes
+        for row in rows:
+            if self.record.finished(row.key):
+                continue
+            if time.monotonic() >= deadline:
+                self.record.add(row.key, {"status": "not measured", "reason": OUT_OF_TIME})
+                continue
+            start = time.perf_counter()
+            result = self._attempt(row)
+            broken = result["status"] in ("failed", "skipped") and self._broken()
+            result |= {"status": "failed"} if broken else {}
+            result["seconds"] = round(time.perf_counter() - start, 2)
+            self.record.add(row.key, result)
+            say(f"{row.key}: {result['status']}{_reason(result)} ({result['seconds']:.1f} s)")
+            if broken:
+                raise Stopped(f"{row.key} broke the GPU's context: run the same command again for the rest", code=1)
+        self.keep(())
+
+    def _attempt(self, row: Row) -> dict:
+        try:
+            return {"status": "measured", **row.run()}
+        except (Unsupported, UserError) as reason:
+            return {"status": "skipped", "reason": str(reason)}
+        except Exception as error:  # one row's failure must not cost the others
+            return {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
+
+    def _broken(self) -> bool:
+        """Whether the GPU's context is lost, as after an illegal access: then every later call fails."""
+        if self.dry:
+            return False
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+
+def free() -> None:
+    """Give back what nothing uses any more."""
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _reason(result: dict) -> str:
+    return f": {result['reason']}" if "reason" in result else ""

@@ -1,0 +1,126 @@
+"""Everything about one NVIDIA GPU in one command: correctness, speed, memory, each step against the card's limits.
+
+    python benchmarks/gpu_suite.py                     # about 10 minutes for the most important rows; again: the rest
+    python benchmarks/gpu_suite.py --part b --batch 32,128 --precision fp16
+    python benchmarks/gpu_suite.py --dry               # without a GPU: does every part's code run? (CI does this)
+
+Parts: a: every kernel and engine is right. b: latency and throughput, plain-50 against ResNet-50. c: memory. d: steps
+of our engine against measured limits. e: training speed. Results are written after every row; the same command again
+goes on where it was stopped, skips what is finished and tries again what was out of time. Needs no network. The exit
+code is 1 when something is wrong: a kernel, an engine, or a row that failed.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rd_deploy.bench.environment import available_threads, git_commit
+from rd_deploy.common import UserError, nearest, require, run_command
+
+PARTS = {"a": "correctness", "b": "speed", "c": "memory", "d": "steps", "e": "training"}
+RESULTS = Path(__file__).resolve().parent / "results"
+DRY = {"batch": "1", "precision": "fp16"}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default=",".join(PARTS), metavar="a,b,...", help="(default: %(default)s)")
+    parser.add_argument("--batch", metavar="N,...", help="(default: 32,128,1,8,256)")
+    parser.add_argument("--precision", metavar="P,...", help="fp16, bf16 (default: both)")
+    parser.add_argument("--engines", metavar="E,...", help="(default: all that are importable)")
+    parser.add_argument("--minutes", type=float, default=8, help="for each part (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, default=2, help="of sampling per comparison (default: %(default)g)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="(default: results/CARD/gpu-DATE.json)")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: the figures mean nothing")
+    return parser.parse_args()
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run the parts, print the table; 1 if anything failed."""
+    parts = chosen(given.part, PARTS, "part")
+    if given.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET=1 would run the kernels on the CPU: unset it, or give --dry")
+    require("torch", "train")
+    from rd_deploy.engines.device import no_gpu
+
+    if not given.dry and (reason := no_gpu()):
+        raise UserError(f"{reason}; --dry runs without one")
+    require("triton", "cuda")
+    from gpu import table
+
+    suite = make_suite(given)
+
+    try:
+        for part in parts:
+            suite.run(part, importlib.import_module(f"gpu.{PARTS[part]}").rows(suite))
+    finally:  # stopped or not: what there is
+        print(f"\n{table.text(suite.record)}\n\nwritten: {suite.record.path}", flush=True)
+    return int(bool(suite.record.failures))
+
+
+def make_suite(given: argparse.Namespace):
+    """The suite on this card, going on with its result file where there is one."""
+    from gpu import card
+    from gpu.record import FORMAT, open_record, sources_digest
+    from gpu.suite import BATCHES, ENGINES, PRECISIONS, Suite
+
+    precisions = chosen(given.precision or (DRY["precision"] if given.dry else ""), PRECISIONS, "precision")
+    engines = chosen(given.engines or "", ENGINES, "engine")
+    batches = sizes(given.batch or (DRY["batch"] if given.dry else "")) or BATCHES
+    if not (0 <= given.minutes <= 1e6 and 0 <= given.seconds <= 600):
+        raise UserError("--minutes must be 0 or more, --seconds from 0 to 600")
+    now = datetime.now(UTC)
+    described = card.describe(given.dry)
+    name = f"gpu-{now:%Y-%m-%d}{'-dry' if given.dry else ''}.json"
+    path = given.out or RESULTS / card.slug(described["name"]) / name
+    head = {
+        "format": FORMAT,
+        "dry": given.dry,
+        "sources": sources_digest(),
+        "card": described,
+        "commit": git_commit(),
+        "versions": card.versions(),
+        "date": now.isoformat(timespec="seconds"),
+        "timing": "one run is one replay on resident images, by the GPU's events; 'host' rows: NumPy in, NumPy out",
+    }
+    asked = {"part": given.part, "batch": list(batches), "precision": list(precisions), "engines": list(engines)}
+    sitting = {
+        "date": head["date"],
+        "options": asked | {"minutes": given.minutes, "seconds": given.seconds},
+        "state": card.state(given.dry),
+    }
+    record = open_record(path, head, sitting)
+    threads = 1 if given.dry else available_threads()  # tiny work: threads only wait for each other
+    if given.dry:
+        require("torch", "train").set_num_threads(threads)
+    return Suite(record, batches, precisions, engines, given.minutes, given.seconds, threads, given.dry)
+
+
+def chosen(text: str, known, what: str) -> tuple[str, ...]:
+    """The names in a list with commas, all that are known if it is empty; an unknown one is a `UserError`."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) or tuple(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown {what} '{name}'{nearest(name, known)}")
+    return names
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Batch sizes in a list with commas."""
+    try:
+        batches = tuple(dict.fromkeys(int(size) for size in text.split(",") if size.strip()))
+    except ValueError as error:
+        raise UserError(f"--batch {text}: give numbers such as 32,128") from error
+    if any(size < 1 for size in batches):
+        raise UserError("batches must be at least 1")
+    return batches
+
+
+if __name__ == "__main__":
+    arguments = options()
+    sys.exit(run_command("gpu_suite", lambda: run(arguments)))

@@ -1,0 +1,80 @@
+"""Running a plan: its arena, its weights on the GPU, and the launches in order."""
+
+from typing import Any
+
+import numpy as np
+
+from rd_deploy.chain import INPUT, Step
+from rd_deploy.common import UserError
+from rd_deploy.cuda.plan import TYPE_BYTES, Piece, Plan, PlanStep
+from rd_deploy.triton_kernels.launch import ELEMENT, Launch
+
+LARGEST = {"fp16": 65504.0, "bf16": 3.38e38}
+
+
+class Program:
+    """A plan with its memory: one arena, weights, and every launch's operands.
+
+    ``images``: torch tensor (N, H, W, C), ``logits``: (N, classes) float32, both on ``device`` and the caller's.
+    ``precision``: "fp16" or "bf16". ``pdl``: programmatic dependent launch between kernels, from sm_90 on.
+    """
+
+    def __init__(self, plan: Plan, precision: str, images, logits, pdl: bool = False):
+        import torch
+
+        self.plan, self.images, self.logits = plan, images, logits
+        self.arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8, device=images.device)
+        self._types = {ELEMENT: images.dtype, "fp32": torch.float32, "i32": torch.int32}
+        self.launches: list[tuple[Launch, dict[str, Any]]] = []
+        self._weights: dict[tuple[str, ...], dict[str, Any]] = {}
+        for step in plan.steps:
+            launch = step.piece.kernel.launch(step.config, pdl)
+            operands = self._maps(step) | self._scratch(step) | self._packed(step.piece, launch, precision)
+            self.launches.append((launch, operands))
+
+    def run(self) -> None:
+        """Enqueue every launch on torch's current stream."""
+        for launch, operands in self.launches:
+            launch.run(operands)
+
+    def _maps(self, step: PlanStep) -> dict[str, Any]:
+        last = step is self.plan.steps[-1]
+        maps = {"x": self._tensor(step.source), "out": self.logits if last else self._tensor(step.out)}
+        return maps | ({"add": self._tensor(step.add)} if step.add else {})
+
+    def _tensor(self, name: str):
+        """A map by its name; kernels know its shape and need only where it begins."""
+        return self.images if name == INPUT else self._view(name, ELEMENT, 1)
+
+    def _scratch(self, step: PlanStep) -> dict[str, Any]:
+        wanted = step.piece.kernel.scratch(step.config)
+        return {name: self._view(f"{step.out}/{name}", kind, count) for name, (kind, count) in wanted.items()}
+
+    def _view(self, name: str, kind: str, elements: int):
+        start = self.plan.offsets[name]
+        return self.arena[start : start + elements * TYPE_BYTES[kind]].view(self._types[kind])
+
+    def _packed(self, piece: Piece, launch: Launch, precision: str) -> dict[str, Any]:
+        """Weights as the kernel reads them, rounded once."""
+        import torch
+
+        packed = {}
+        for name, values in pack(piece, precision, launch).items():
+            kind = self._types[launch.tensors[name]]
+            packed[name] = torch.from_numpy(np.array(values)).to(self.images.device, kind)
+        return packed
+
+
+def pack(piece: Piece, precision: str, launch: Launch) -> dict[str, np.ndarray]:
+    """The kernel's weights in float32; a value that the precision cannot hold is a `UserError`."""
+    weights = piece.kernel.weights(*piece.steps)
+    for name, values in weights.items():
+        largest = float(np.abs(values).max(initial=0.0))
+        if launch.tensors[name] == ELEMENT and largest > LARGEST[precision]:
+            names = " · ".join(step.name for step in piece.steps)
+            raise UserError(f"{names}: a weight reaches {largest:.3g}, more than {precision} holds; use bf16")
+    return weights
+
+
+def has_weights(step: Step) -> bool:
+    return hasattr(step, "weight")

@@ -1,0 +1,63 @@
+"""torch.compile on an NVIDIA GPU, as strong as the library allows, recorded as one CUDA graph.
+
+The calls of `rd_deploy.engines.torch` are exported as one graph (BN is folded in the file already) and compiled for one
+batch size with the options below: Triton's products and convolutions compete with cuBLAS's and cuDNN's for every
+shape, 1x1 convolutions may be products with what follows fused into them, and weights are constants.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import onnx
+
+from rd_deploy.engines.base import Session, first_line
+from rd_deploy.engines.device import DeviceEngine
+from rd_deploy.engines.torch_cuda import TorchCudaSession
+
+# On top of the mode: `freezing` makes constants of the weights, so that their layout is settled when compiling;
+# `conv_1x1_as_mm` says for all shapes what autotuning would do for channels-last ones.
+MODE = "max-autotune-no-cudagraphs"
+OPTIONS = {"freezing": True, "conv_1x1_as_mm": True, "coordinate_descent_tuning": True}
+
+
+class InductorCudaSession(TorchCudaSession):
+    """The same calls, compiled."""
+
+    def _prepare(self, model: onnx.ModelProto) -> Callable:
+        settings = self._torch._inductor.list_mode_options(MODE) | OPTIONS
+        return compiled(super()._prepare(model), self.images, settings)
+
+
+def compiled(network: Callable, images, settings: dict) -> Callable:
+    """``network`` for images like these. Exporting first makes buffers of the weights that its calls hold: only such
+    can be frozen.
+    """
+    import torch
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return network(x)
+
+    with torch.no_grad():
+        exported = torch.export.export(Module().eval(), (images,), strict=False).module()
+    return torch.compile(exported, fullgraph=True, dynamic=False, options=settings)
+
+
+class InductorCuda(DeviceEngine):
+    """torch.compile in its slowest and best mode."""
+
+    name = "inductor-cuda"
+
+    def missing(self) -> str | None:
+        return super().missing() or _no_triton()
+
+    def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session:
+        return InductorCudaSession(self, model, precision, threads, batch)
+
+
+def _no_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"torch.compile needs triton ({first_line(error)}): install the one of this torch's release"
+    return None

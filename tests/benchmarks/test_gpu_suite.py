@@ -1,0 +1,300 @@
+"""benchmarks/gpu_suite.py without a GPU: the dry run reaches every part; what was measured is kept and not redone."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from rd_deploy.chain import Conv
+from rd_deploy.common import UserError, run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py")]
+FEW = ["--engines", "torch-cuda"]  # without our engine, whose interpreter is slow
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_suite
+from gpu import card, dry, kernels, memory, steps
+from gpu.record import FORMAT, Record, open_record
+from gpu.suite import Row, Suite, Unsupported
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*SCRIPT, *arguments], capture_output=True, text=True, timeout=200)
+
+
+def rows_of(path: Path) -> dict[str, dict]:
+    return {row["key"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The command in this process: it returns the exit code."""
+    threads = torch.get_num_threads()
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *arguments])
+        given = gpu_suite.options()
+        return run_command("gpu_suite", lambda: gpu_suite.run(given))
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
+    """One dry run of everything: what it printed and what it wrote."""
+    path = tmp_path_factory.mktemp("suite") / "gpu.json"
+    done = command("--dry", "--out", str(path))
+    return done, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_dry_run_measures_every_part_and_finds_nothing_wrong(whole):
+    done, document = whole
+    rows = {row["key"]: row for row in document["rows"]}
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {key[0] for key in rows} == set("abcde")
+    assert not [key for key, row in rows.items() if row["status"] in ("failed", "not measured")]
+    kinds = {key.split("/")[3].split("(")[0] for key in rows if key.startswith("a/fp16/kernel/")}
+    assert {"ConvKernel", "MaxPoolKernel", "AveragePoolKernel"} <= kinds
+    for key in ("a/fp16/plain50/cuda", "a/fp16/resnet50/cuda", "a/fp16/plain50/torch-cuda"):
+        assert rows[key]["status"] == "passed"
+        assert rows[key]["replays_equal"]
+    skipped = [row["reason"] for key, row in rows.items() if row["status"] == "skipped" and "tensorrt" in key]
+    assert skipped
+
+
+def test_a_dry_run_writes_what_a_reader_of_figures_needs(whole):
+    rows = {row["key"]: row for row in whole[1]["rows"]}
+    pair = rows["b/fp16/1/cuda"]
+    assert pair["low"] <= pair["ratio"] <= pair["high"]
+    assert len(pair["model"]["samples_ms"]) == 2 * pair["quads"]
+    assert pair["model"]["predicted_ms"] > 0
+    assert pair["model"]["images_per_second"] == pytest.approx(1e3 / pair["model"]["median_ms"])
+    assert rows["b/fp16/1/ours-against-best"]["compare_engine"] == "torch-cuda"
+    assert rows["b/fp16/1/torch-cuda/host"]["status"] == "measured"
+    peaks = rows["c/1/ledger"]["peaks"]
+    assert peaks["ledger separate"]["resnet50"] >= peaks["ledger in-place"]["resnet50"]
+    assert rows["c/1/cuda"]["peaks"]["cuda arena"]["plain50"] > 0
+    profile = rows["d/fp16/1/plain50"]
+    assert profile["sum_us"] == pytest.approx(sum(step["us"] for step in profile["steps"]))
+    assert len(profile["worst"]) == 2
+    assert set(rows["d/fp16/limits"]["limits"]) == {"tflops", "dram_gb_s", "l2_gb_s", "how"}
+    assert rows["e/plain20"]["images_per_second"] > 0
+
+
+def test_a_dry_run_cannot_pass_for_a_measurement(whole):
+    done, document = whole
+    assert document["dry"] is True
+    assert document["card"]["name"] == "dry run"
+    assert "DRY RUN" in done.stdout
+    assert all(name in document for name in ("commit", "sources", "versions", "date", "warnings", "sittings"))
+
+
+def test_the_table_ends_the_output(whole):
+    lines = whole[0].stdout.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("dry run, commit"))) :]
+    assert any(line.startswith("correct: ") and " 0 failed" in line for line in table)
+    assert any(line.startswith("fp16/1/cuda ") for line in table)
+    assert any("the two worst" in line for line in table)
+    assert table[-1].startswith("written: ")
+
+
+def test_a_killed_run_goes_on_after_its_last_row(tmp_path):
+    path = tmp_path / "gpu.json"
+    arguments = ["--dry", "--part", "c,e", *FEW, "--out", str(path)]
+    with subprocess.Popen(
+        [*SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("c/1/torch-cuda: measured"):
+                process.kill()
+    before = rows_of(path)
+    assert "c/1/torch-cuda" in before
+    assert "e/resnet20" not in before
+    done = command(*arguments)
+    after = rows_of(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {key: after[key] for key in before} == before  # with the seconds that they took
+    assert not [line for line in done.stdout.splitlines() if line.startswith("c/1/torch-cuda: ")]
+    assert after["e/resnet20"]["status"] == "measured"
+    assert len(json.loads(path.read_text(encoding="utf-8"))["sittings"]) == 2
+
+
+def test_what_there_was_no_time_for_is_listed_and_tried_again(tmp_path, here, capsys):
+    path = tmp_path / "gpu.json"
+    assert here("--dry", "--part", "c", "--minutes", "0", *FEW, "--out", str(path)) == 0
+    assert {row["status"] for row in rows_of(path).values()} == {"not measured"}
+    assert "not measured: out of time: c/1/ledger, c/1/torch-cuda" in capsys.readouterr().out
+    assert here("--dry", "--part", "c", *FEW, "--out", str(path)) == 0
+    assert {row["status"] for row in rows_of(path).values()} == {"measured"}
+
+
+def test_a_failure_is_the_exit_code(tmp_path, here, monkeypatch, capsys):
+    def fails(*given) -> dict:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(memory, "ledger", fails)
+    assert here("--dry", "--part", "c", *FEW, "--out", str(tmp_path / "gpu.json")) == 1
+    assert "failed: ValueError: broken: c/1/ledger" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_one_line():
+    done = command("--dry", "--part", "z")
+    assert done.returncode == 2
+    assert done.stderr == "gpu_suite: error: unknown part 'z' (known: a, b, c, d, e)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dry", "--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--dry", "--engines", "torch-cuta"], "did you mean 'torch-cuda'?"),
+        (["--dry", "--batch", "many"], "--batch many"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, here, capsys, arguments, words):
+    assert here(*arguments, "--out", str(tmp_path / "gpu.json")) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert len(errors.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(here, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert here() == 2
+    assert "--dry runs without one" in capsys.readouterr().err
+
+
+# --- in this process
+
+
+def head(**changes) -> dict:
+    return {"format": FORMAT, "dry": True, "sources": "s", "card": {"name": "c"}, "commit": None, **changes}
+
+
+def suite(path: Path, **changes) -> Suite:
+    record = open_record(path, head(), {"date": "today"})
+    return replace(Suite(record, (1,), ("fp16",), ("torch-cuda",), 8, 2, 1, True), **changes)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"sources": "other"}, {"dry": False}, {"card": {"name": "other"}}], ids=("sources", "dry", "card")
+)
+def test_results_of_something_else_are_not_continued(tmp_path, changed):
+    open_record(tmp_path / "r.json", head(), {})
+    with pytest.raises(UserError, match="give another --out"):
+        open_record(tmp_path / "r.json", head(**changed), {})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": []}', '{"format": "x", "rows": [{}], "sittings": 1}'])
+def test_a_file_that_is_no_result_is_refused(tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UserError):
+        open_record(tmp_path / "r.json", head(), {})
+    assert (tmp_path / "r.json").read_text() == content
+
+
+def test_one_failing_row_costs_no_other(tmp_path):
+    def fails() -> dict:
+        raise ValueError("no such thing\nand more")
+
+    def refuses() -> dict:
+        raise Unsupported("not here")
+
+    tried = suite(tmp_path / "r.json")
+    tried.run("b", [Row("b/1", fails), Row("b/2", refuses), Row("b/3", lambda: {"value": 1})])
+    rows = rows_of(tmp_path / "r.json")
+    assert [rows[key]["status"] for key in ("b/1", "b/2", "b/3")] == ["failed", "skipped", "measured"]
+    assert rows["b/1"]["reason"] == "ValueError: no such thing"
+    assert tried.record.failures == ["b/1"]
+
+
+def test_the_dry_networks_are_whole_chains():
+    for name, adds in (("plain50", 0), ("resnet50", 2)):
+        chain = dry.chain(name)
+        chain.check()
+        assert sum(isinstance(step, Conv) and step.add is not None for step in chain.steps) == adds
+
+
+def test_the_bound_holds_for_right_kernels_and_not_for_wrong_ones(monkeypatch):
+    """A weight that is left out, a bias that is off by 2%: the bound must tell rounding from mistakes."""
+    import rd_deploy.cuda.session as session
+    from rd_deploy.triton_kernels.cards import get_card
+
+    chain, pack = dry.chain("resnet50"), session.pack
+    singles = [piece for piece in kernels.pieces(chain, 1) if len(piece.steps) == 1]
+    pieces = [piece for piece in singles if isinstance(piece.steps[0], Conv)][:4]
+
+    def faults(change) -> list[bool]:
+        monkeypatch.setattr(session, "pack", lambda *given: change(pack(*given)))
+        card, device = get_card("h100"), torch.device("cpu")
+        return [
+            bool(kernels.check(piece, piece.kernel.configs(card)[:1], chain, 1, "fp16", False, device)["wrong"])
+            for piece in pieces
+        ]
+
+    def without_a_weight(packed: dict) -> dict:
+        return {name: _zeroed(values) if values.ndim > 1 else values for name, values in packed.items()}
+
+    def with_another_bias(packed: dict) -> dict:
+        return {name: values * 1.02 + 0.02 if values.ndim == 1 else values for name, values in packed.items()}
+
+    assert not any(faults(lambda packed: packed))
+    assert all(faults(without_a_weight))
+    assert all(faults(with_another_bias))
+
+
+def _zeroed(values):
+    """Without its largest entry."""
+    changed = values.copy()
+    changed.reshape(-1)[abs(changed).argmax()] = 0
+    return changed
+
+
+def test_doubts_about_the_card():
+    cool = {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "celsius": 40.0, "watts": 300.0, "slowed_by": []}
+    assert card.doubts(cool, cool) == []
+    assert card.doubts(None, cool) == []
+    assert card.doubts(cool, cool | {"sm_mhz": 1700.0}) == ["the clock moved from 1980 to 1700 MHz"]
+    assert card.doubts(cool, cool | {"slowed_by": ["power cap"]}) == ["slowed down by power cap"]
+
+
+def test_what_the_driver_says_is_read(monkeypatch, tmp_path):
+    answers = {"clocks_event_reasons.active": "1980, 2619, 41, 312.5, 0x0000000000000024", "driver_version": "580.1"}
+    monkeypatch.setattr(card.shutil, "which", lambda name: "nvidia-smi")
+    monkeypatch.setattr(card, "_identity", lambda: "0")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def smi(command, **options):
+        fields = command[2].removeprefix("--query-gpu=").split(",")
+        return subprocess.CompletedProcess(command, 0 if fields[-1] in answers else 2, answers.get(fields[-1], ""), "")
+
+    monkeypatch.setattr(card.subprocess, "run", smi)
+    expected = {"sm_mhz": 1980, "memory_mhz": 2619, "celsius": 41, "watts": 312.5}
+    assert card.state(False) == expected | {"slowed_by": ["power cap", "temperature"]}
+    assert card._driver() == "580.1"
+    answers.clear()
+    assert card.state(False) is None
+
+
+def test_the_worst_steps_lose_most_time():
+    found = [{"name": name, "lost_us": lost} for name, lost in (("a", 1), ("b", 30), ("c", 2))]
+    assert [step["name"] for step in steps.worst(found)] == ["b", "c"]
+
+
+def test_warnings_and_failures_come_from_the_rows(tmp_path):
+    record = Record(tmp_path / "r.json", head())
+    record.add("b/1", {"status": "measured", "warnings": ["slow"]})
+    record.add("a/1", {"status": "failed", "reason": "wrong"})
+    assert record.warnings == ["b/1: slow"]
+    assert record.failures == ["a/1"]
+    assert json.loads(record.path.read_text())["warnings"] == ["b/1: slow"]

@@ -1,0 +1,118 @@
+"""Whole networks on the cuda engine, in Triton's interpreter, against the NumPy reference in float64."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
+
+from chains import basics, bottlenecks, images_for, reference
+
+from rd_deploy.common import UserError
+from rd_deploy.engines import Unsupported, get_engine
+from rd_deploy.engines.cuda import CudaSession
+from rd_deploy.export.onnx import to_onnx
+
+# Largest error / standard deviation of the logits: each of about ten layers rounds once, to 2^-11 or 2^-8 of a value.
+TOLERANCE = {"fp16": 0.02, "bf16": 0.15}
+CHAINS = {
+    "bottleneck": bottlenecks(stages=(2, 1)),
+    "bottleneck with shortcuts": bottlenecks(stages=(2, 1), shortcuts=True),
+    "basic": basics(),
+    "basic with shortcuts": basics(shortcuts=True),
+}
+
+
+def load(chain, precision="fp16", batch=2) -> CudaSession:
+    return get_engine("cuda").load(to_onnx(chain), precision, threads=1, batch=batch)
+
+
+def error(chain, session) -> float:
+    images = images_for(chain, session.batch)
+    expected = reference(chain, images)
+    return float(np.abs(session.run(images) - expected).max() / expected.std())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_logits_are_those_of_the_network(name, precision):
+    session = load(CHAINS[name], precision)
+    assert error(CHAINS[name], session) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("fusion", ["always", "never"])
+def test_fused_or_layer_by_layer_the_logits_agree(monkeypatch, fusion):
+    monkeypatch.setenv("RD_FUSION", fusion)
+    chain = CHAINS["bottleneck"]
+    session = load(chain)
+    assert ("Bottleneck" in {step.kernel for step in session.plan.steps}) == (fusion == "always")
+    assert error(chain, session) < TOLERANCE["fp16"]
+
+
+def test_the_second_run_gives_the_same_bits():
+    """Counters are back at zero, and nothing is left of the run before."""
+    chain = CHAINS["bottleneck"]
+    session = load(chain, batch=1)
+    images = images_for(chain, 1)
+    first = session.run(images)
+    session.run(-images)
+    np.testing.assert_array_equal(session.run(images), first)
+
+
+def test_memory_that_was_never_written_is_never_read():
+    """The arena full of NaN, but for the counters, gives the same logits."""
+    chain = CHAINS["bottleneck with shortcuts"]
+    session = load(chain, batch=1)
+    images = images_for(chain, 1)
+    expected = session.run(images)
+    program = session.program
+    counters = [
+        operands[name]
+        for launch, operands in program.launches
+        for name, kind in launch.tensors.items()
+        if kind == "i32"
+    ]
+    program.arena.view(torch.float16).fill_(float("nan"))
+    for counter in counters:
+        counter.zero_()
+    np.testing.assert_array_equal(session.run(images), expected)
+
+
+def test_resident_images_and_logits():
+    chain = CHAINS["basic"]
+    session = load(chain)
+    images = images_for(chain, 2)
+    expected = session.run(images)
+    session.images.copy_(torch.from_numpy(images[::-1].copy()))
+    session.enqueue()
+    np.testing.assert_array_equal(session.logits.numpy(), expected[::-1])
+
+
+def test_accounts_and_profile():
+    session = load(CHAINS["bottleneck"], batch=1)
+    figures = {figure.source: figure.peak_bytes for figure in session.feature_maps()}
+    assert figures["cuda maps"] == session.plan.feature_map_bytes
+    assert figures["cuda arena"] == session.program.arena.nbytes
+    assert len(session.profile()) == len(session.plan.steps)
+    assert session.variant == "interpreter"
+
+
+def test_weights_beyond_fp16_are_refused():
+    chain = bottlenecks(stages=(1,))
+    chain.steps[3].bias[:] = 0
+    chain.steps[3].weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(Unsupported, match="more than fp16 holds"):
+        load(chain)
+    load(chain, "bf16")
+
+
+def test_precisions_and_settings(monkeypatch):
+    with pytest.raises(Unsupported, match="fp16 and bf16, not fp32"):
+        load(CHAINS["basic"], "fp32")
+    monkeypatch.setenv("RD_FUSION", "yes")
+    with pytest.raises(UserError, match="RD_FUSION=yes: give auto or always or never"):
+        load(CHAINS["basic"])
+    monkeypatch.setenv("RD_FUSION", "auto")
+    monkeypatch.setenv("RD_PDL", "1")
+    with pytest.raises(Unsupported, match="sm_90"):
+        load(CHAINS["basic"])

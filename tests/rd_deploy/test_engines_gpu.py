@@ -1,0 +1,52 @@
+"""The engines for GPUs where there is none: what they say, and the parts of them that need no GPU."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from chains import bottlenecks, images_for, reference
+from rd_deploy.common import UserError
+from rd_deploy.engines import ENGINES, get_engine
+from rd_deploy.engines.device import no_gpu
+from rd_deploy.engines.half_onnx import half_onnx
+from rd_deploy.export.onnx import to_onnx
+
+ON_GPU = [name for name, engine in ENGINES.items() if engine.device == "cuda"]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@without_gpu
+@pytest.mark.parametrize("name", [name for name in ON_GPU if name != "cuda"])  # which the tests interpret
+def test_without_a_gpu_one_line_says_so(name):
+    reason = get_engine(name).missing()
+    assert reason
+    assert "\n" not in reason
+    with pytest.raises(UserError) as error:
+        get_engine(name).load(to_onnx(bottlenecks()), "fp16", 1, 1)
+    assert str(error.value) == reason
+
+
+@without_gpu
+def test_the_reason_names_what_is_missing():
+    assert "GPU" in no_gpu() or "CUDA" in no_gpu()
+
+
+def test_precisions_are_those_of_gpus():
+    assert {ENGINES[name].precisions for name in ON_GPU} <= {("fp16", "bf16"), ("fp16",)}
+    assert len(ON_GPU) == 5
+
+
+@pytest.mark.parametrize("shortcuts", [False, True])
+def test_the_fp16_file_takes_channels_last_images_and_gives_the_logits(shortcuts):
+    """In ONNX Runtime on the CPU, which computes it in float32 between float16 tensors."""
+    import onnxruntime
+
+    chain = bottlenecks(shortcuts=shortcuts)
+    images = images_for(chain, 2)
+    expected = reference(chain, images)
+    model = half_onnx(to_onnx(chain), batch=2)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": images.transpose(0, 2, 3, 1).astype(np.float16)})
+    assert logits.dtype == np.float16
+    assert np.abs(logits - expected).max() / expected.std() < 0.02

@@ -1,0 +1,73 @@
+"""Ahead-of-time compilation for five generations of GPUs, without one; in processes of their own, since the tests'
+kernels are interpreted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize("card", ["a100", "rtx4090", "h100", "b200", "rtx5090"])
+def test_kernels_of_both_networks_fit_and_never_spill(card, tmp_path):
+    """What the model chooses at batch 32: no spills, shared memory a block may have, tensor cores everywhere."""
+    out = tmp_path / "resources.json"
+    done = run("benchmarks/gpu_resources.py", "--cards", card, "--batch", "32", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    kinds = {row["kernel"].partition("(")[0] for row in rows}
+    assert {"Stem", "Conv", "ExpandPool"} <= kinds
+    assert all(row["spilled"] == 0 and not row["serialized"] for row in rows)
+    wanted = {"h100": "wgmma", "b200": "tcgen05"}.get(card, "mma")
+    heavy = [row for row in rows if row["kernel"].startswith(("Bottleneck", "ExpandReduce"))]
+    assert {row["tensor_ops"] for row in heavy} <= {wanted}
+
+
+def test_a_broken_rule_is_found():
+    script = """
+from dataclasses import replace
+from benchmarks import gpu_resources
+from rd_deploy.triton_kernels.cards import get_card
+card = get_card("h100")
+job = gpu_resources.jobs_of(["plain18"], card, [1], ["fp16"], False)[1]
+found = gpu_resources.Resources(255, 300_000, 8, True, "")
+broken = "; ".join(gpu_resources.problems(job, found, card))
+for word in ("spills 8", "300000 bytes", "no tensor cores", "serialized"):
+    assert word in broken, broken
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_launcher_finds_what_was_compiled_ahead():
+    """A second process on a GPU of that kind compiles nothing: it takes the first one's result from the cache."""
+    script = """
+import sys, triton
+from rd_deploy.triton_kernels.cards import get_card
+from rd_deploy.triton_kernels.compile import compiled
+from rd_deploy.triton_kernels.pools import MaxPoolKernel
+
+kernel = MaxPoolKernel(2, 9, 11, int(sys.argv[1]), 3, 2, 1)
+hits = []
+triton.knobs.compilation.listener = lambda *, cache_hit, **rest: hits.append(cache_hit)
+for pdl in (False, True):
+    compiled(kernel.launch(kernel.configs(get_card("h100"))[0], pdl=pdl), "fp16", 90)
+print(hits)
+"""
+    channels = str(os.getpid() % 4096 + 1)  # so that no earlier test run compiled it
+    run("-c", script, channels)
+    again = run("-c", script, channels)
+    assert again.stdout.strip() == "[True, True]", again.stderr
