@@ -56,8 +56,10 @@ def _is_taken(kernel) -> bool:
     return True
 
 
-def problems(job: Job, found: Resources, card: Card) -> list[str]:
+def problems(job: Job, found: Resources | str, card: Card) -> list[str]:
     """The rules that a compiled kernel breaks."""
+    if isinstance(found, str):
+        return [f"does not compile: {found}"]
     broken = []
     if found.spilled:
         broken.append(f"spills {found.spilled} bytes")
@@ -72,7 +74,9 @@ def problems(job: Job, found: Resources, card: Card) -> list[str]:
     return broken
 
 
-def _row(job: Job, found: Resources, broken: list[str], card: Card) -> dict:
+def _row(job: Job, found: Resources | str, broken: list[str], card: Card) -> dict:
+    if isinstance(found, str):
+        found = Resources(0, 0, 0, False, "")
     settings = " ".join(f"{key}={value}" for key, value in asdict(job.config).items())
     name = type(job.kernel).__name__.removesuffix("Kernel")
     shape = ",".join(str(int(value)) for value in asdict(job.kernel).values())

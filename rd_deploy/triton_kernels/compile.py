@@ -107,8 +107,8 @@ def fill_cache(jobs: Iterable[Job]) -> list[str]:
     return [line for line in in_parallel(_fill, jobs) if line]
 
 
-def resources(jobs: Iterable[Job]) -> list[Resources]:
-    """What each job's kernel needs, compiled in parallel. Raises triton's own errors."""
+def resources(jobs: Iterable[Job]) -> list[Resources | str]:
+    """What each job's kernel needs, compiled in parallel, or a line that says why it does not compile."""
     return in_parallel(_resources, jobs)
 
 
@@ -120,17 +120,24 @@ def in_parallel(function: Callable[[Job], Any], jobs: Iterable[Job]) -> list:
         return list(pool.map(function, jobs))
 
 
-def _resources(job: Job) -> Resources:
-    return compile_launch(job.launch(), job.element, job.capability)
+def _resources(job: Job) -> Resources | str:
+    try:
+        return compile_launch(job.launch(), job.element, job.capability)
+    except Exception as error:  # a compiler's own classes
+        return _line(error)
 
 
 def _fill(job: Job) -> str | None:
     try:
         compiled(job.launch(), job.element, job.capability)
     except Exception as error:  # a compiler's own classes; the kernel's other configurations can still be used
-        lines = str(error).strip().splitlines()
-        return f"{job.kernel} {job.config}: {lines[0][:160] if lines else repr(error)}"
+        return f"{job.kernel} {job.config}: {_line(error)}"
     return None
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else repr(error)
 
 
 def _ptxas(ptx: str, capability: int) -> str:

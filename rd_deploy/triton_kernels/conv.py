@@ -23,8 +23,10 @@ import triton.language as tl
 
 from rd_deploy.chain import Conv, Linear
 from rd_deploy.common import UserError
+from rd_deploy.triton_kernels import conv_tiles
 from rd_deploy.triton_kernels.cards import Card
-from rd_deploy.triton_kernels.conv_tiles import ConvConfig, ceil_div, registers, shared_bytes, worth_timing
+from rd_deploy.triton_kernels.conv_tiles import ConvConfig, registers, shared_bytes, worth_timing
+from rd_deploy.triton_kernels.cost import Prediction, ceil_div
 from rd_deploy.triton_kernels.launch import ELEMENT, MAX_ELEMENTS, Launch, Work, begin, dot, relu
 
 WEIGHT_ROWS = 64  # rows and columns of the packed weights are padded to multiples of these
@@ -230,6 +232,9 @@ class ConvKernel:
 
     def configs(self, card: Card) -> tuple[ConvConfig, ...]:
         return worth_timing(self, card)
+
+    def predict(self, config: ConvConfig, card: Card) -> Prediction:
+        return conv_tiles.predict(self, config, card)
 
     def launch(self, config: ConvConfig, pdl: bool = False) -> Launch:
         height, width = self.out_size

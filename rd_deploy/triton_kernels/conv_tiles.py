@@ -1,19 +1,13 @@
-"""Which tiles of a convolution are worth timing on a card: a model of one launch ranks all that fit.
-
-The model has four terms: what every multiprocessor multiplies, what it asks of the L2 cache, what all together ask of
-DRAM, and the chain of waits in one block after another. It steers what gets timed and claims no more.
-"""
+"""Which tiles of a convolution are worth timing on a card: all that fit, ranked by the model of `cost`."""
 
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rd_deploy.triton_kernels.cards import KIB, Card
-
-KEPT = 8
-KEPT_WITHIN = 2.0  # times the best one's modelled time
-KEPT_PER_TILE = 2  # of one (block_m, block_n): a model that errs about one tile errs about all its variants
+from rd_deploy.triton_kernels import cost
+from rd_deploy.triton_kernels.cards import Card
+from rd_deploy.triton_kernels.cost import BlockCost, Prediction, ceil_div, is_asynchronous
 
 # (block_m, block_n, warps); tensor cores want at least 16 of each.
 TILES = (
@@ -23,17 +17,6 @@ TILES = (
 )
 STAGES = (2, 3, 4, 6)
 MOST_SPLITS = 16
-
-# Guesses from published micro-benchmarks, to be corrected by measurements: seconds, and shares of the peak.
-LATENCY = 0.8e-6  # of a load that misses the L1 cache, under load
-FILL = 1.2e-6  # of a block: its first loads, and its last stores
-MEETING = 1.0e-6  # of splits: store and announce
-MATRIX_SHARE = 0.75  # of the peak, by a large tile
-MMA_SHARE = {90: 0.6, 100: 0.3}  # of that, by the older instruction
-DRAM_SHARE = 0.85
-EXPOSED = 0.1  # of what should hide behind the longest term
-SM_L2_BYTES = 100e9  # per second: the most that one multiprocessor can have of the L2 cache's bandwidth
-REGISTERS_SM = 65536
 
 
 @dataclass(frozen=True)
@@ -51,15 +34,12 @@ class ConvConfig:
 
 def worth_timing(kernel, card: Card) -> tuple[ConvConfig, ...]:
     """The configurations of a `ConvKernel` with the least modelled time, the best first."""
-    times = {config: seconds(kernel, config, card) for config in candidates(kernel, card)}
-    limit = KEPT_WITHIN * min(times.values())
-    kept: list[ConvConfig] = []
-    for config in sorted((config for config in times if times[config] <= limit), key=times.get):
-        alike = [other for other in kept if (other.block_m, other.block_n) == (config.block_m, config.block_n)]
-        twin = config.splits > 1 and any(other.splits == config.splits for other in alike)
-        if len(alike) < KEPT_PER_TILE and not twin:
-            kept.append(config)
-    return tuple(kept[:KEPT])
+    times = {config: predict(kernel, config, card).us for config in candidates(kernel, card)}
+    return cost.best(
+        times,
+        alike=lambda config: (config.block_m, config.block_n),
+        same=lambda config: (config.block_m, config.block_n, config.splits if config.splits > 1 else config),
+    )
 
 
 def candidates(kernel, card: Card) -> Iterator[ConvConfig]:
@@ -87,12 +67,13 @@ def fits(kernel, config: ConvConfig, card: Card) -> bool:
     """Within a card's shared memory, and without spills: beside its sums a thread holds addresses, operands of the
     older instruction, and what is added or gathered."""
     threads = 32 * config.warps
-    modern = asynchronous(card, config.block_m)
+    modern = is_asynchronous(card, config.block_m)
     sums = 128 if modern and config.splits == 1 and not kernel.add else 64
     if kernel.add and not modern and kernel.steps(config) == 1:
         sums = 32  # without a loop the assembler loads all of ``add`` beside the operands
     if config.splits > 2:
-        sums = 16 if card.capability == 100 else 32  # it reads two parts at a time
+        # It reads two parts at a time; Blackwell's assembler spills a few bytes to save registers.
+        sums = 16 if card.capability >= 100 else 32
     return (
         config.block_m * config.block_n <= sums * threads
         and not (kernel.gather and config.block_m * config.block_k > 16 * threads)
@@ -127,54 +108,26 @@ def registers(kernel, config: ConvConfig) -> int:
     return min(255, 30 + 5 * sums // 4 + copies + 3 * gathered)
 
 
-def seconds(kernel, config: ConvConfig, card: Card) -> float:
-    """Modelled time of one launch within a CUDA graph."""
+def predict(kernel, config: ConvConfig, card: Card) -> Prediction:
+    """Modelled time of one launch."""
     work = kernel.work(config)
-    sms = card.multiprocessors
-    share = ceil_div(work.blocks, sms)  # blocks of the multiprocessor that has most
-    rounds = ceil_div(share, max(1, resident(kernel, config, card)))
     steps = ceil_div(kernel.steps(config), config.splits)
-    multiply = work.issued_flops / work.blocks / (card.tflops * 1e12 / sms * matrix_share(config, card))
-    fetch = work.l2_bytes / work.blocks / min(SM_L2_BYTES, card.l2_gb_s * 1e9 / min(sms, work.blocks))
-    terms = (
-        share * multiply,
-        share * fetch,
-        rounds * (FILL + max(multiply, fetch, steps * LATENCY / (config.stages - 1))),
-        (work.map_bytes + work.weight_bytes) / (card.dram_gb_s * 1e9 * DRAM_SHARE),
+    alone = 0.0
+    if config.splits > 1:
+        read_again = 4 * config.splits * config.block_m * config.block_n / cost.SM_L2_BYTES
+        alone = cost.MEETING + max(read_again, ceil_div(config.splits, 2) * cost.LATENCY)
+    block = BlockCost(
+        flops=work.issued_flops / work.blocks / reuse(config),
+        waits=steps * cost.LATENCY / (config.stages - 1),
+        asynchronous=is_asynchronous(card, config.block_m),
+        alone=alone,
     )
-    seconds = card.launch_us * 1e-6 + max(terms) + EXPOSED * (sum(terms) - max(terms))
-    if config.splits == 1:
-        return seconds
-    read_again = 4 * config.splits * config.block_m * config.block_n / SM_L2_BYTES
-    return seconds + MEETING + max(read_again, ceil_div(config.splits, 2) * LATENCY)
+    return cost.predict(work, block, card)
 
 
-def resident(kernel, config: ConvConfig, card: Card) -> int:
-    """Blocks that a multiprocessor holds at a time."""
-    work = kernel.work(config)
-    buffers = config.stages if asynchronous(card, config.block_m) else config.stages - 1
-    return min(
-        card.shared_sm_bytes // (shared_bytes(kernel, config, buffers) + KIB),
-        REGISTERS_SM // (work.registers * 32 * config.warps),
-        card.max_warps // config.warps,
-    )
-
-
-def matrix_share(config: ConvConfig, card: Card) -> float:
-    """Of a card's peak: small tiles bring too many operands per product through shared memory."""
-    reuse = config.block_m * config.block_n / (config.block_m + config.block_n)
-    older = 1.0 if asynchronous(card, config.block_m) else MMA_SHARE.get(card.capability, 1.0)
-    return MATRIX_SHARE * older * min(1.0, reuse / 64)
-
-
-def asynchronous(card: Card, block_m: int) -> bool:
-    """Tensor cores that read both operands from shared memory: `wgmma`, `tcgen05`."""
-    return card.capability in (90, 100) and block_m >= 64
-
-
-def ceil_div(value: int, divisor: int) -> int:
-    """Like `triton.cdiv`, which is made for kernels and slow here."""
-    return -(-value // divisor)
+def reuse(config: ConvConfig) -> float:
+    """Of the tensor cores' rate: small tiles bring too many operands per product through shared memory."""
+    return min(1.0, config.block_m * config.block_n / (config.block_m + config.block_n) / 64)
 
 
 def _power_of_2(value: int) -> int:

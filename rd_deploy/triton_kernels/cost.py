@@ -74,7 +74,9 @@ def predict(work: Work, block: BlockCost, card: Card) -> Prediction:
     share = ceil_div(work.blocks, sms)
     held = per_sm(work, card)
     together = min(share, held)
-    matrix = card.tflops * 1e12 / sms * MATRIX_SHARE * (1.0 if block.asynchronous else MMA_SHARE.get(card.capability, 1))
+    matrix = (
+        card.tflops * 1e12 / sms * MATRIX_SHARE * (1.0 if block.asynchronous else MMA_SHARE.get(card.capability, 1))
+    )
     multiply = block.flops / (matrix * min(1.0, together * work.warps / 4))  # a multiprocessor has four tensor cores
     fetch = work.l2_bytes / work.blocks / min(SM_L2_BYTES, card.l2_gb_s * 1e9 / min(sms, work.blocks))
     shared = block.shared_traffic / SM_SHARED_BYTES

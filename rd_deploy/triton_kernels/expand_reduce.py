@@ -215,7 +215,8 @@ class ExpandReduceKernel:
         is_async = is_asynchronous(card, config.block_m)
         if config.split > 1 and config.block_m * config.block_n > 64 * 32 * config.warps:
             return False  # the last block holds a part beside its sum
-        return self.work(config).shared_bytes <= card.shared_bytes and self.sums(config, is_async) <= 200
+        most = 200 if is_async else 140
+        return self.work(config).shared_bytes <= card.shared_bytes and self.sums(config, is_async) <= most
 
     def sums(self, config: ExpandReduceConfig, is_async: bool) -> float:
         """Registers of a thread that hold operands and sums; only `mma` keeps x in registers."""
@@ -231,7 +232,9 @@ class ExpandReduceKernel:
         traffic = 2 * 2 * config.block_m * self.channels + steps * (1 + readers) * chunk
         if is_async:  # x is read again for every chunk
             traffic += steps * 2 * config.block_m * self.channels
-        expand = self.channels * self.hidden * repeats(config.block_m, config.warps) * (1 + cost.NARROW / config.block_h)
+        expand = (
+            self.channels * self.hidden * repeats(config.block_m, config.warps) * (1 + cost.NARROW / config.block_h)
+        )
         products = config.block_m * (expand + self.hidden * config.block_n) / config.split
         waits = steps * max(cost.CHAIN, cost.LATENCY / (config.stages - 1))
         tile = 4 * config.block_m * config.block_n

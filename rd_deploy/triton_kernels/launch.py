@@ -117,4 +117,4 @@ class Kernel(Protocol):
         """Operands besides maps and weights: (type, elements); those of type "i32" must be zero before the first run."""
 
     def weights(self, *steps: Step) -> dict[str, np.ndarray]:
-        """The weights of the chain's steps that this kernel computes, as its operands: float32, in the order it reads."""
+        """The weights of the steps that this kernel computes, as its operands: float32, in the order it reads."""

@@ -180,7 +180,7 @@ class AveragePoolKernel:
     def work(self, config: PoolConfig) -> Work:
         moved = 2 * self.batch * self.channels * (self.height * self.width + 1)
         blocks = int(np.prod(self.launch(config).grid))
-        return Work(0, 0, moved, 0, moved, blocks, config.warps, 0, 64)
+        return Work(0, 0, moved, 0, moved, blocks, config.warps, 4 * config.block_c * config.warps, 64)
 
     def predict(self, config: PoolConfig, card: Card) -> Prediction:
         return predict(self.work(config), BlockCost(), card)
