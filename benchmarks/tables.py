@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/engine.md and docs/gpu.md, made from the committed results, so that no figure is typed by hand.
+"""The tables of README.md, docs/engine.md and docs/gpu.md, made from the committed results: none is typed by hand.
 
 python benchmarks/tables.py            rewrite the tables between the markers
 python benchmarks/tables.py --check    exit 1 where a page differs (a test runs this)
@@ -355,7 +355,8 @@ def gpu_maps() -> str:
             plan = plans[network, fusion, batch]
             cells += [f"{plan['feature_map_bytes']:,}", f"{plan['arena_bytes']:,}"]
         rows.append([what, *cells, f"{least / plans[network, fusion, 1]['feature_map_bytes']:.2f}x"])
-    header = ["fp16", "maps, batch 1", "arena, batch 1", "maps, batch 32", "arena, batch 32", "maps smaller by, batch 1"]
+    sizes = [f"{what}, batch {batch}" for batch in (1, 32) for what in ("maps", "arena")]
+    header = ["fp16", *sizes, "maps smaller by, batch 1"]
     source = (
         "Bytes. Maps: the most that live at once. Arena: with partial sums and alignment. "
         f"From `{document['path']}`, made by `benchmarks/gpu_predictions.py`."
@@ -382,14 +383,21 @@ def resources() -> str:
         )
     header = ["card", "kernels", "most registers", "most shared memory, KiB", "that spill", "serialized", "products by"]
     source = (
-        f"Every configuration that the tuner would time for plain-50 and ResNet-50, {document['what']}, compiled by triton "
-        f"{document['triton']} and its ptxas. From `{document['path']}`, made by `benchmarks/gpu_resources.py --all`."
+        f"Every configuration that the tuner would time for plain-50 and ResNet-50, {document['what']}, compiled by "
+        f"triton {document['triton']} and its ptxas. From "
+        f"`{document['path']}`, made by `benchmarks/gpu_resources.py --all`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
 
 
 PAGES = {
-    "README.md": {"speed": speed, "native": native, "memory": memory, "accuracy": accuracy},
+    "README.md": {
+        "speed": speed,
+        "native": native,
+        "memory": memory,
+        "predictions": predictions,
+        "accuracy": accuracy,
+    },
     "docs/engine.md": {
         "native": native,
         "basic": native_basic,

@@ -1,14 +1,15 @@
 """From a chain to the list of kernel launches that runs it, with one arena for everything that they write.
 
 A plain chain's steps can be one kernel each or be fused: [stem, max-pool, reduce], [3x3, expand, reduce] or only
-[expand, reduce], [expand, average]. For each of these places the cheapest way is taken: by the model of `rd_deploy.triton_kernels.cost`, or
-by times that were measured on the card (`rd_deploy.cuda.tune`). Residual networks run on the same kernels, each sum
-within the convolution before it and in place where the shortcut dies there.
+[expand, reduce], [expand, average]. For each of these places the cheapest way is taken: by the model of
+`rd_deploy.triton_kernels.cost`, or by times that were measured on the card (`rd_deploy.cuda.tune`). Residual networks
+run on the same kernels, each sum within the convolution before it and in place where the shortcut dies there.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -222,8 +223,7 @@ class _Maker:
         if len(steps) < length:
             return False
         linked = all(
-            after.source == before.name and self.readers[before.name] == 1
-            for before, after in zip(steps, steps[1:], strict=False)
+            after.source == before.name and self.readers[before.name] == 1 for before, after in pairwise(steps)
         )
         return length == 1 or (linked and _is_fusable(steps))
 

@@ -94,7 +94,7 @@ def predict(work: Work, block: BlockCost, card: Card) -> Prediction:
 
 
 def dram_bytes(work: Work, card: Card) -> int:
-    """Bytes that the L2 cache cannot have kept: weights always (a network's nearly fill it), maps when they are large."""
+    """Bytes that the L2 cache cannot have kept: weights always (a network's nearly fill it), maps if they are large."""
     return work.weight_bytes + (work.map_bytes if work.map_bytes > card.l2_bytes * RESIDENT_SHARE else 0)
 
 
@@ -111,7 +111,7 @@ def is_asynchronous(card: Card, block_m: int) -> bool:
 
 
 def best(times: dict[Any, float], alike: Callable[[Any], Any], same: Callable[[Any], Any] | None = None) -> tuple:
-    """The configurations with the least modelled time, the best first: few that are ``alike``, one that are ``same``."""
+    """The configurations with the least modelled time, the best first: few that are ``alike``, no two the ``same``."""
     limit = KEPT_WITHIN * min(times.values(), default=0.0)
     kept: list = []
     for config in sorted((config for config in times if times[config] <= limit), key=times.get):

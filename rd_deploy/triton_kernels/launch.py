@@ -114,7 +114,7 @@ class Kernel(Protocol):
         """Modelled time of one launch: a `rd_deploy.triton_kernels.cost.Prediction`."""
 
     def scratch(self, config: Any) -> dict[str, tuple[str, int]]:
-        """Operands besides maps and weights: (type, elements); those of type "i32" must be zero before the first run."""
+        """Operands besides maps and weights, (type, elements); those of type "i32" are zero before the first run."""
 
     def weights(self, *steps: Step) -> dict[str, np.ndarray]:
         """The weights of the steps that this kernel computes, as its operands: float32, in the order it reads."""

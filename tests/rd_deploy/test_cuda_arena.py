@@ -1,5 +1,7 @@
 """The arena: no two tensors that live at once share a byte, and chains get the least that is possible."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_tensors_that_live_at_once_never_share_bytes(shapes):
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=20))
 def test_a_chain_needs_its_largest_pair(sizes):
     scaled = [size * ALIGNMENT for size in sizes]
-    pairs = max(first + second for first, second in zip(scaled, scaled[1:], strict=False))
+    pairs = max(first + second for first, second in pairwise(scaled))
     intervals = chain(*scaled)
     assert most_alive(intervals) == pairs
     # Greedy placement is not optimal for every chain; it is for sizes that fall or rise, as those of a network do.

@@ -65,5 +65,5 @@ def test_too_old_a_card(monkeypatch):
 def test_an_unknown_name_of_a_card():
     from rd_deploy.common import UserError
 
-    with pytest.raises(UserError, match="unknown card 'h1000'.*h100"):
+    with pytest.raises(UserError, match=r"unknown card 'h1000'.*h100"):
         get_card("h1000")

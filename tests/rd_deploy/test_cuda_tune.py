@@ -6,10 +6,10 @@ pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 from chains import bottlenecks
-from rd_deploy.triton_kernels.bottleneck import BottleneckKernel
 
 from rd_deploy.cuda import tune
 from rd_deploy.cuda.tune import Tuner
+from rd_deploy.triton_kernels.bottleneck import BottleneckKernel
 from rd_deploy.triton_kernels.cards import get_card
 
 CHAIN = bottlenecks(stages=(2,), size=(8, 8))

@@ -6,6 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from chains import bottlenecks, images_for, reference
+
 from rd_deploy.common import UserError
 from rd_deploy.engines import ENGINES, get_engine
 from rd_deploy.engines.device import no_gpu
