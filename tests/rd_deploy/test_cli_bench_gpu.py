@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 import onnx
 from chains import basics
+
 from rd_deploy import cli_bench
 from rd_deploy.common import run_command
 from rd_deploy.export.onnx import to_onnx
