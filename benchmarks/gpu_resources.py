@@ -20,11 +20,12 @@ import triton
 
 from rd_deploy.bench.environment import git_commit
 from rd_deploy.bench.report import table
-from rd_deploy.common import UserError, run_command, write_json
+from rd_deploy.common import run_command, write_json
 from rd_deploy.cuda.plan import build_plan, places
 from rd_deploy.export.source import chain_from_name
 from rd_deploy.triton_kernels.cards import Card, get_card
 from rd_deploy.triton_kernels.compile import Job, Resources, resources
+from rd_deploy.triton_kernels.launch import is_taken
 
 FIVE = "a100,rtx4090,h100,b200,rtx5090"  # one card for each of sm_80, sm_89, sm_90, sm_100 and sm_120
 
@@ -36,24 +37,15 @@ def jobs_of(networks: list[str], card: Card, batches: list[int], elements: list[
         chain = chain_from_name(network)
         if every:
             for piece in (piece for ways in places(chain, batch) for way in ways for piece in way):
-                if _is_taken(piece.kernel):
+                if is_taken(piece.kernel):
                     wanted |= {(piece.kernel, config): None for config in piece.kernel.configs(card)}
         else:
             wanted |= {(step.piece.kernel, step.config): None for step in build_plan(chain, batch, card).steps}
     jobs = {}
     for (kernel, config), element in itertools.product(wanted, elements):
-        launch = kernel.launch(config)
-        code = (launch.kernel.__name__, tuple(launch.constants.items()), launch.warps, element)  # batches share code
-        jobs.setdefault(code, Job(kernel, config, element, card.capability))
+        job = Job(kernel, config, element, card.capability)
+        jobs.setdefault(job.code(), job)
     return list(jobs.values())
-
-
-def _is_taken(kernel) -> bool:
-    try:
-        kernel.check()
-    except UserError:
-        return False
-    return True
 
 
 def problems(job: Job, found: Resources | str, card: Card) -> list[str]:

@@ -9,6 +9,7 @@ run on the same kernels, each sum within the convolution before it and in place 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -159,6 +160,12 @@ def build_plan(
     return layout(chain, batch, card, tuple(steps))
 
 
+@lru_cache(maxsize=4096)
+def configs(kernel: Kernel, card: Card) -> tuple[Any, ...]:
+    """What is worth timing; ranking it takes some tens of milliseconds, and it is asked for more than once."""
+    return kernel.configs(card)
+
+
 Choice = tuple[Any, Prediction, float]  # a configuration, its prediction, its time
 
 
@@ -175,7 +182,7 @@ def _cheapest(ways: list[list[Piece]], card: Card, stopwatch: Stopwatch | None) 
 def _fastest(piece: Piece, card: Card, stopwatch: Stopwatch | None) -> Choice | None:
     """None: no configuration may be used."""
     choices = []
-    for config in piece.kernel.configs(card):
+    for config in configs(piece.kernel, card):
         prediction = piece.kernel.predict(config, card)
         us = prediction.us if stopwatch is None else stopwatch(piece, config)
         if us is not None:

@@ -1,15 +1,25 @@
 """Running a plan: its arena, its weights on the GPU, and the launches in order."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rd_deploy.chain import INPUT, Step
+from rd_deploy.chain import INPUT
 from rd_deploy.common import UserError
 from rd_deploy.cuda.plan import TYPE_BYTES, Piece, Plan, PlanStep
 from rd_deploy.triton_kernels.launch import ELEMENT, Launch
 
 LARGEST = {"fp16": 65504.0, "bf16": 3.38e38}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A launch with the memory of its operands; ``weights``: the names of those that are weights."""
+
+    launch: Launch
+    operands: dict[str, Any]
+    weights: list[str]
 
 
 class Program:
@@ -25,17 +35,16 @@ class Program:
         self.plan, self.images, self.logits = plan, images, logits
         self.arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8, device=images.device)
         self._types = {ELEMENT: images.dtype, "fp32": torch.float32, "i32": torch.int32}
-        self.launches: list[tuple[Launch, dict[str, Any]]] = []
-        self._weights: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.launches: list[Bound] = []
         for step in plan.steps:
             launch = step.piece.kernel.launch(step.config, pdl)
-            operands = self._maps(step) | self._scratch(step) | self._packed(step.piece, launch, precision)
-            self.launches.append((launch, operands))
+            weights = self._packed(step.piece, launch, precision)
+            self.launches.append(Bound(launch, self._maps(step) | self._scratch(step) | weights, list(weights)))
 
     def run(self) -> None:
         """Enqueue every launch on torch's current stream."""
-        for launch, operands in self.launches:
-            launch.run(operands)
+        for bound in self.launches:
+            bound.launch.run(bound.operands)
 
     def _maps(self, step: PlanStep) -> dict[str, Any]:
         last = step is self.plan.steps[-1]
@@ -74,7 +83,3 @@ def pack(piece: Piece, precision: str, launch: Launch) -> dict[str, np.ndarray]:
             names = " · ".join(step.name for step in piece.steps)
             raise UserError(f"{names}: a weight reaches {largest:.3g}, more than {precision} holds; use bf16")
     return weights
-
-
-def has_weights(step: Step) -> bool:
-    return hasattr(step, "weight")

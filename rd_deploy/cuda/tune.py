@@ -1,29 +1,37 @@
 """Choosing kernels by measurement: every configuration of every way to fuse, timed and checked on the GPU at hand."""
 
 from collections.abc import Callable
+from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import numpy as np
 
 from rd_deploy.chain import Chain
-from rd_deploy.cuda.plan import Fusion, Piece, Plan, build_plan, places
-from rd_deploy.cuda.session import has_weights, pack
+from rd_deploy.cuda.plan import Fusion, Piece, Plan, build_plan, configs, places
+from rd_deploy.cuda.session import pack
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.compile import Job, fill_cache
-from rd_deploy.triton_kernels.launch import ELEMENT, Kernel, Launch
+from rd_deploy.triton_kernels.launch import ELEMENT, Kernel, Launch, is_taken
 
-REPEATS, SAMPLES = 20, 5  # launches in the graph that times one, and replays of it
+COPIES = (20, 200)  # of weights, least and most
+COLD = 1.5  # times the L2 cache: as many bytes of copies as surely drive each other out of it
+STEADY_MS, SAMPLES = 5.0, 5  # of replays before those that count, and how many count
 # Largest error of a kernel / largest value of its reference, in units of the precision's rounding: three products in a
 # row round twice in between and once at the end, so a right kernel stays well below, and a wrong one far above.
 UNITS = 8
 ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 
+# Times are a card's and a kernel's, whatever network asks: sessions of one process share them.
+_times: dict[tuple, float | None] = {}
+_reasons: dict[tuple, str] = {}  # of None among the times
+
 
 class Tuner:
     """A stopwatch for `build_plan`. ``rejected``: configurations that did not compile, fit or compute what they should.
 
-    Weights are taken in turn from as many copies as there are launches in a graph, so that they come from DRAM as in
-    a network; maps are those that the launch before has just used, as there.
+    Weights are taken in turn from so many copies that the L2 cache cannot hold them, because in a network they come
+    from DRAM (unless 200 copies are too few); maps are those that the launch before has just used, as there.
     """
 
     def __init__(self, chain: Chain, batch: int, precision: str, card: Card, device):
@@ -36,23 +44,33 @@ class Tuner:
             "fp32": torch.float32,
             "i32": torch.int32,
         }
-        self._times: dict[tuple[Kernel, Any], float | None] = {}
-        self._expected: dict[Kernel, tuple[dict, Any]] = {}
+        self._inputs: tuple[Kernel, dict, Any] | None = None  # of the kernel at work, and what it should make of them
 
     def plan(self, fusion: Fusion = "auto") -> Plan:
         """The fastest plan for this card."""
         pieces = [piece for ways in places(self.chain, self.batch) for way in ways for piece in way]
-        kernels = dict.fromkeys(piece.kernel for piece in pieces if _takes(piece.kernel))
+        kernels = [kernel for kernel in dict.fromkeys(piece.kernel for piece in pieces) if is_taken(kernel)]
+        choices = [(kernel, config) for kernel in kernels for config in configs(kernel, self.card)]
         target = self.precision, self.card.capability
-        jobs = [Job(kernel, config, *target) for kernel in kernels for config in kernel.configs(self.card)]
-        self.rejected += fill_cache(jobs)
-        return build_plan(self.chain, self.batch, self.card, fusion, self)
+        for job, reason in fill_cache(Job(*choice, *target) for choice in choices if self._key(*choice) not in _times):
+            self._reject(job.kernel, job.config, reason)
+        plan = build_plan(self.chain, self.batch, self.card, fusion, self)
+        self.rejected = [_reasons[self._key(*choice)] for choice in choices if self._key(*choice) in _reasons]
+        self._inputs = None
+        return plan
 
     def __call__(self, piece: Piece, config: Any) -> float | None:
-        key = piece.kernel, config
-        if key not in self._times:
-            self._times[key] = self._tried(piece, config)
-        return self._times[key]
+        key = self._key(piece.kernel, config)
+        if key not in _times:
+            _times[key] = self._tried(piece, config)
+        return _times[key]
+
+    def _key(self, kernel: Kernel, config: Any) -> tuple:
+        return kernel, config, self.precision, self.card, str(self.device)
+
+    def _reject(self, kernel: Kernel, config: Any, reason: str) -> None:
+        key = self._key(kernel, config)
+        _times[key], _reasons[key] = None, f"{kernel} {config}: {reason}"
 
     def _tried(self, piece: Piece, config: Any) -> float | None:
         """Microseconds, or None if the configuration must not be used here."""
@@ -63,48 +81,59 @@ class Tuner:
         try:
             operands = self._operands(piece, launch, config)
             launch.run(operands)
-        except (OutOfResources, CompilationError, PTXASError) as error:
-            return self._reject(piece, config, str(error).strip().splitlines()[0][:160])
-        error = self._error(piece, operands)
+            error = self._error(operands["out"])
+        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:
+            self._check_context(piece.kernel, config, error)
+            return self._reject(piece.kernel, config, str(error).strip().splitlines()[0][:160])
         if not error <= UNITS * ROUNDING[self.precision]:
-            return self._reject(piece, config, f"wrong by {error:.2g} of the largest value")
-        copies = [self._other_weights(operands, piece) for _ in range(REPEATS)]
-        return measure(lambda index: launch.run(copies[index]), REPEATS)
+            return self._reject(piece.kernel, config, f"wrong by {error:.2g} of the largest value")
+        return self.measure(piece, launch, operands)
 
-    def _reject(self, piece: Piece, config: Any, reason: str) -> None:
-        self.rejected.append(f"{piece.kernel} {config}: {reason}")
+    def _check_context(self, kernel: Kernel, config: Any, error: Exception) -> None:
+        """A kernel that faults takes the GPU's context along: name it, since nothing can run after it."""
+        import torch
+
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except RuntimeError:
+            raise RuntimeError(f"{kernel} {config} broke the GPU's context: {error}") from error
+
+    def measure(self, piece: Piece, launch: Launch, operands: dict[str, Any]) -> float:
+        """Microseconds of a launch whose weights come from DRAM."""
+        return measure_cold(launch, operands, list(pack(piece, self.precision, launch)), self.card)
 
     def _operands(self, piece: Piece, launch: Launch, config: Any) -> dict[str, Any]:
         import torch
 
-        operands, expected = self._reference(piece, launch)
+        inputs, expected = self._reference(piece, launch)
         out = torch.full_like(expected, float("nan"), dtype=self._types[launch.tensors["out"]])
         scratch = {
             name: torch.zeros(count, dtype=self._types[kind], device=self.device)
             for name, (kind, count) in piece.kernel.scratch(config).items()
         }
-        return operands | scratch | {"out": out}
+        return inputs | scratch | {"out": out}
 
     def _reference(self, piece: Piece, launch: Launch) -> tuple[dict[str, Any], Any]:
         """Random inputs and real weights of a kernel, and what it should make of them, in float32."""
         import torch
 
-        if piece.kernel not in self._expected:
+        if self._inputs is None or self._inputs[0] != piece.kernel:
+            self._inputs = None  # first let the last kernel's memory go
             shapes = self.chain.shapes()
-            inputs = {"x": piece.steps[0].source}
+            sources = {"x": piece.steps[0].source}
             if "add" in launch.tensors:
-                inputs["add"] = piece.steps[-1].add
-            operands = {name: self._random(shapes[tensor]) for name, tensor in inputs.items()}
+                sources["add"] = piece.steps[-1].add
+            inputs = {name: self._random(shapes[tensor]) for name, tensor in sources.items()}
             for name, values in pack(piece, self.precision, launch).items():
-                kind = self._types[launch.tensors[name]]
-                operands[name] = torch.from_numpy(np.array(values)).to(self.device, kind)
+                inputs[name] = torch.from_numpy(np.array(values)).to(self.device, self._types[launch.tensors[name]])
             with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                expected = piece.kernel.reference(**{name: tensor.float() for name, tensor in operands.items()})
-            self._expected[piece.kernel] = operands, expected.contiguous()
-        return self._expected[piece.kernel]
+                expected = piece.kernel.reference(**{name: tensor.float() for name, tensor in inputs.items()})
+            self._inputs = piece.kernel, inputs, expected.contiguous()
+        return self._inputs[1:]
 
     def _random(self, shape: tuple[int, ...]):
-        """A map (N, H, W, C) such as ReLU leaves it: half zeros."""
+        """A map (N, H, W, C) such as ReLU leaves it: half zeros; small enough for sums within fp16."""
         import torch
 
         channels, height, width = [*shape, 1, 1][:3]
@@ -112,41 +141,46 @@ class Tuner:
         size = (self.batch, height, width, channels)
         return torch.randn(size, generator=generator, device=self.device).relu_().to(self._types[ELEMENT])
 
-    def _error(self, piece: Piece, operands: dict[str, Any]) -> float:
-        expected = self._expected[piece.kernel][1]
-        return float((operands["out"].float() - expected).abs().max() / expected.abs().max())
-
-    def _other_weights(self, operands: dict[str, Any], piece: Piece) -> dict[str, Any]:
-        if not any(has_weights(step) for step in piece.steps):
-            return operands
-        maps = ("x", "add", "out", *piece.kernel.scratch(piece.kernel.configs(self.card)[0]))
-        return {name: tensor if name in maps else tensor.clone() for name, tensor in operands.items()}
+    def _error(self, out) -> float:
+        """Of the largest value; a reference of zeros alone wants zeros."""
+        expected = self._inputs[2]
+        largest = float(expected.abs().max())
+        return float((out.float() - expected).abs().max()) / (largest or 1.0)
 
 
-def _takes(kernel: Kernel) -> bool:
-    from rd_deploy.common import UserError
+def measure_cold(launch: Launch, operands: dict[str, Any], weights: list[str], card: Card) -> float:
+    """Microseconds of a launch that finds its operands' maps where the last launch left them, but not its weights."""
+    size = sum(operands[name].nbytes for name in weights)
+    least, most = COPIES
+    count = min(max(least, ceil(COLD * card.l2_bytes / size)), most) if size else 1
+    copies = [operands | {name: operands[name].clone() for name in weights} for _ in range(count)]
+    return measure(lambda index: launch.run(copies[index % count]), max(least, count))
 
-    try:
-        kernel.check()
-    except UserError:
-        return False
-    return True
 
+def measure(enqueue: Callable[[int], None], repeats: int = COPIES[0]) -> float:
+    """Microseconds of one ``enqueue(index)`` on the GPU: median of replays of a graph of ``repeats`` of them.
 
-def measure(enqueue: Callable[[int], None], repeats: int = REPEATS, samples: int = SAMPLES) -> float:
-    """Microseconds of one ``enqueue(index)`` on the GPU: median of replays of a graph of ``repeats`` of them."""
+    Replays are queued one behind the other with events in between, so that the host's part of launching a graph hides
+    behind the replay before, and begin when the clocks have had a few milliseconds to rise.
+    """
     import torch
 
     graph = record(lambda: [enqueue(index) for index in range(repeats)])
-    times = []
-    for _ in range(samples + 1):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
+    once = _elapsed(torch, graph, 2)[-1]
+    warm = min(200, ceil(STEADY_MS / max(once, 1e-3)))
+    times = _elapsed(torch, graph, warm + SAMPLES)[warm:]
+    return float(np.median(times)) * 1e3 / repeats
+
+
+def _elapsed(torch, graph, replays: int) -> list[float]:
+    """Milliseconds from replay to replay."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
         graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1e3 / repeats)
-    return float(np.median(times[1:]))  # the first replay uploads the graph
+        event.record()
+    events[-1].synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
 def record(calls: Callable[[], object]):

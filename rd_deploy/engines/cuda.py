@@ -15,8 +15,6 @@ from rd_deploy.common import UserError
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 from rd_deploy.engines.device import DeviceEngine, DeviceSession, no_gpu
 
-FIRST_PDL = 90  # the capability from which programmatic dependent launch exists
-
 
 class CudaSession(DeviceSession):
     """A network planned for the GPU at hand. ``rejected``: configurations that the tuner would not use."""
@@ -65,10 +63,13 @@ class CudaSession(DeviceSession):
         chosen = [(step.piece.kernel, step.config) for step in self.plan.steps]
         failed = fill_cache(Job(*choice, *target, pdl) for pdl in self._pdl(wanted) for choice in dict.fromkeys(chosen))
         if failed:
-            raise UserError(f"{len(failed)} kernels do not compile, the first: {failed[0]}")
+            (job, reason), *_ = failed
+            raise UserError(f"{len(failed)} kernels do not compile, the first: {job.kernel} {job.config}: {reason}")
 
     def _pdl(self, wanted: str) -> tuple[bool, ...]:
         """Which kinds of launch to try."""
+        from rd_deploy.triton_kernels.launch import FIRST_PDL
+
         able = not self._interpreted and self.plan.card.capability >= FIRST_PDL
         if wanted == "1" and not able:
             raise UserError("RD_PDL=1 needs a GPU of sm_90 or later")
@@ -119,19 +120,20 @@ class CudaSession(DeviceSession):
         return self.logits.numpy().copy()
 
     def profile(self) -> list[float]:
-        """Seconds of each step, in the plan's order: each launch alone, repeated within a graph."""
+        """Seconds of each step, in the plan's order: each launch alone, repeated in a graph, its weights from DRAM."""
         from time import perf_counter
 
-        from rd_deploy.cuda.tune import measure
+        from rd_deploy.cuda.tune import measure_cold
 
         seconds = []
-        for launch, operands in self.program.launches:
+        for bound in self.program.launches:
             if self._interpreted:
                 start = perf_counter()
-                launch.run(operands)
+                bound.launch.run(bound.operands)
                 seconds.append(perf_counter() - start)
             else:
-                seconds.append(measure(lambda index, run=launch.run, given=operands: run(given)) * 1e-6)
+                us = measure_cold(bound.launch, bound.operands, bound.weights, self.plan.card)
+                seconds.append(us * 1e-6)
         return seconds
 
     def _feature_maps(self) -> tuple[Figure, ...]:

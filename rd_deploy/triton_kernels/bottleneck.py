@@ -203,7 +203,8 @@ class BottleneckKernel:
         if not is_asynchronous(card, config.block_m):  # here the early weights would stay in registers
             most = 110 if config.warps < 4 else 144 if rows > 0.5 else 172 if rows == 0.5 else 204
             short = config.l1 and config.block_h < 64 and rows == 0.5 and config.warps > 4 and self.channels >= 128
-            allowed = sums <= most and not config.early and not short
+            alone = config.warps == 1 and max(self.channels, self.outputs) > 64
+            allowed = sums <= most and not (config.early or short or alone)
         elif config.warps == 4 and rows == 0.5:  # each thread loads more of the weights
             allowed = sums <= (130 if config.early else 217) and (self.channels < 128 or config.block_h <= 32)
         else:

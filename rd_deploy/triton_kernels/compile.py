@@ -4,12 +4,12 @@ The compiled code lands in Triton's cache, so a later run on a GPU of that capab
 `benchmarks/gpu_resources.py` does this for whole networks and cards.
 """
 
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.driver import driver
 
+from rd_deploy.bench.environment import available_threads
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Kernel, Launch
 
 
@@ -101,10 +102,23 @@ class Job:
     def launch(self) -> Launch:
         return self.kernel.launch(self.config, self.pdl)
 
+    def code(self) -> tuple:
+        """What the compiled code depends on; batches share it."""
+        launch = self.launch()
+        name = launch.kernel.__name__
+        return name, str(launch.tensors), str(launch.constants), launch.warps, self.element, self.capability
 
-def fill_cache(jobs: Iterable[Job]) -> list[str]:
-    """Compile in parallel into Triton's cache; returns what failed, a line each."""
-    return [line for line in in_parallel(_fill, jobs) if line]
+
+_in_cache: set[tuple] = set()  # the code of jobs that this process has had compiled
+
+
+def fill_cache(jobs: Iterable[Job]) -> list[tuple[Job, str]]:
+    """Compile in parallel into Triton's cache what this process has not had compiled; returns what failed, and why."""
+    codes = {job: job.code() for job in jobs}
+    new = {code: job for job, code in reversed(codes.items()) if code not in _in_cache}
+    reasons = dict(zip(new, in_parallel(_reason, new.values()), strict=True))
+    _in_cache.update(code for code, reason in reasons.items() if reason is None)
+    return [(job, reasons[code]) for job, code in codes.items() if reasons.get(code)]
 
 
 def resources(jobs: Iterable[Job]) -> list[Resources | str]:
@@ -113,11 +127,29 @@ def resources(jobs: Iterable[Job]) -> list[Resources | str]:
 
 
 def in_parallel(function: Callable[[Job], Any], jobs: Iterable[Job]) -> list:
-    """Results in the order of the jobs; processes are spawned, and touch no GPU."""
+    """Results in the order of the jobs; processes are spawned, and touch no GPU.
+
+    A compiler that aborts takes its process, and with it the pool, along: then each job left gets a process of its own,
+    and those that abort once more a line as their result.
+    """
     jobs = list(jobs)
-    workers = max(1, min(len(os.sched_getaffinity(0)), len(jobs)))
+    workers = min(available_threads(), len(jobs))
+    if not jobs:
+        return []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(function, jobs))
+        futures = [pool.submit(function, job) for job in jobs]
+        return [_result(future, function, job) for future, job in zip(futures, jobs, strict=True)]
+
+
+def _result(future: Future, function: Callable[[Job], Any], job: Job) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                return pool.submit(function, job).result()
+        except BrokenProcessPool:
+            return "the compiling process died (or a script without `if __name__ == '__main__'` called this)"
 
 
 def _resources(job: Job) -> Resources | str:
@@ -127,11 +159,12 @@ def _resources(job: Job) -> Resources | str:
         return _line(error)
 
 
-def _fill(job: Job) -> str | None:
+def _reason(job: Job) -> str | None:
+    """Why a job does not compile; None: it does."""
     try:
         compiled(job.launch(), job.element, job.capability)
     except Exception as error:  # a compiler's own classes; the kernel's other configurations can still be used
-        return f"{job.kernel} {job.config}: {_line(error)}"
+        return _line(error)
     return None
 
 

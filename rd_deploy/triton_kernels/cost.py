@@ -20,7 +20,7 @@ from rd_deploy.triton_kernels.cards import KIB, Card
 from rd_deploy.triton_kernels.launch import Work
 
 MATRIX_SHARE = 0.75  # of the tensor cores' peak, in the main loop of a large tile
-MMA_SHARE = {90: 0.6, 100: 0.3}  # of that, by `mma`, the instruction of older GPUs
+MMA_SHARE = {9: 0.6, 10: 0.3}  # of that, by `mma`, the instruction of older GPUs; by the capability's major number
 DRAM_SHARE = 0.85
 EXPOSED = 0.1  # of what should hide behind the longest term
 RESIDENT_SHARE = 0.5  # of the L2 cache: maps below this are still there from the step before
@@ -74,9 +74,8 @@ def predict(work: Work, block: BlockCost, card: Card) -> Prediction:
     share = ceil_div(work.blocks, sms)
     held = per_sm(work, card)
     together = min(share, held)
-    matrix = (
-        card.tflops * 1e12 / sms * MATRIX_SHARE * (1.0 if block.asynchronous else MMA_SHARE.get(card.capability, 1))
-    )
+    share_of_peak = MATRIX_SHARE if block.asynchronous else MATRIX_SHARE * MMA_SHARE.get(card.capability // 10, 1.0)
+    matrix = card.tflops * 1e12 / sms * share_of_peak
     multiply = block.flops / (matrix * min(1.0, together * work.warps / 4))  # a multiprocessor has four tensor cores
     fetch = work.l2_bytes / work.blocks / min(SM_L2_BYTES, card.l2_gb_s * 1e9 / min(sms, work.blocks))
     shared = block.shared_traffic / SM_SHARED_BYTES
@@ -107,7 +106,7 @@ def per_sm(work: Work, card: Card) -> int:
 
 def is_asynchronous(card: Card, block_m: int) -> bool:
     """Whether a product of so many rows uses tensor cores that read operands from shared memory: `wgmma`, `tcgen05`."""
-    return card.capability in (90, 100) and block_m >= 64
+    return card.capability // 10 in (9, 10) and block_m >= 64
 
 
 def best(times: dict[Any, float], alike: Callable[[Any], Any], same: Callable[[Any], Any] | None = None) -> tuple:

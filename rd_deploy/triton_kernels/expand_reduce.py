@@ -213,9 +213,10 @@ class ExpandReduceKernel:
     def fits(self, config: ExpandReduceConfig, card: Card) -> bool:
         """Within shared memory, and without spills."""
         is_async = is_asynchronous(card, config.block_m)
-        if config.split > 1 and config.block_m * config.block_n > 64 * 32 * config.warps:
+        part = 32 if card.capability == 100 else 64  # sm_100's assembler spills a few bytes to stay at 128 registers
+        if config.split > 1 and config.block_m * config.block_n > part * 32 * config.warps:
             return False  # the last block holds a part beside its sum
-        most = 200 if is_async or config.block_m < 16 * config.warps else 140
+        most = 200 if is_async or config.block_m < 16 * config.warps else 116 if card.capability == 120 else 140
         return self.work(config).shared_bytes <= card.shared_bytes and self.sums(config, is_async) <= most
 
     def sums(self, config: ExpandReduceConfig, is_async: bool) -> float:

@@ -10,11 +10,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rd_deploy.chain import Step
+from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import Card
 
 # Kernels run in Triton's interpreter, on the CPU; decided by TRITON_INTERPRET when triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+FIRST_PDL = 90  # the capability from which programmatic dependent launch exists
 MAX_ELEMENTS = 2**31  # of one tensor: kernels count in 32 bits
 
 ELEMENT = "element"  # fp16 or bf16, whatever the network is compiled for
@@ -118,3 +120,12 @@ class Kernel(Protocol):
 
     def weights(self, *steps: Step) -> dict[str, np.ndarray]:
         """The weights of the steps that this kernel computes, as its operands: float32, in the order it reads."""
+
+
+def is_taken(kernel: Kernel) -> bool:
+    """Whether a kernel has words for its shapes."""
+    try:
+        kernel.check()
+    except UserError:
+        return False
+    return True

@@ -84,7 +84,7 @@ class MaxPoolKernel:
 
     def configs(self, card: Card) -> tuple[PoolConfig, ...]:
         block_c = min(64, triton.next_power_of_2(self.channels))
-        return tuple(PoolConfig(block_m, block_c, warps) for block_m, warps in ((32, 4), (64, 4), (16, 4)))
+        return tuple(PoolConfig(block_m, block_c, warps) for block_m, warps in ((32, 8), (16, 4), (64, 8)))
 
     def launch(self, config: PoolConfig, pdl: bool = False) -> Launch:
         height, width = self.out_size

@@ -67,9 +67,9 @@ def test_memory_that_was_never_written_is_never_read():
     expected = session.run(images)
     program = session.program
     counters = [
-        operands[name]
-        for launch, operands in program.launches
-        for name, kind in launch.tensors.items()
+        bound.operands[name]
+        for bound in program.launches
+        for name, kind in bound.launch.tensors.items()
         if kind == "i32"
     ]
     program.arena.view(torch.float16).fill_(float("nan"))

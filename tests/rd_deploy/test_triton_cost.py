@@ -37,7 +37,7 @@ def test_arithmetic_counts_what_a_block_multiplies():
     # What a block multiplies is both the arithmetic and, all by itself, the latency of the only round.
     assert longest(WORK, replace(IDLE, flops=flops)) == pytest.approx(alone * (1 + cost.EXPOSED))
     slower = longest(WORK, replace(IDLE, flops=flops, asynchronous=False))
-    assert slower == pytest.approx(alone * (1 + cost.EXPOSED) / cost.MMA_SHARE[90])
+    assert slower == pytest.approx(alone * (1 + cost.EXPOSED) / cost.MMA_SHARE[9])
 
 
 def test_the_fullest_multiprocessor_decides():
