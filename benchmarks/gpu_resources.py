@@ -9,6 +9,7 @@ time. Prints a table and exits with 1 if a kernel breaks a rule. --json FILE kee
 
 import argparse
 import itertools
+import json
 import os
 import sys
 from dataclasses import asdict
@@ -20,7 +21,7 @@ import triton
 
 from rd_deploy.bench.environment import git_commit
 from rd_deploy.bench.report import table
-from rd_deploy.common import run_command, write_json
+from rd_deploy.common import run_command, write_text
 from rd_deploy.cuda.plan import build_plan, places
 from rd_deploy.export.source import chain_from_name
 from rd_deploy.triton_kernels.cards import Card, get_card
@@ -76,6 +77,13 @@ def _row(job: Job, found: Resources | str, broken: list[str], card: Card) -> dic
     return {**where, "kernel": f"{name}({shape})", "config": settings, **asdict(found), "problems": broken}
 
 
+def _write(path: Path, head: dict, rows: list[dict]) -> None:
+    """A line per kernel: there are thousands."""
+    lines = ",\n".join(json.dumps(list(row.values())) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
+
+
 def command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="plain50,resnet50")
@@ -97,7 +105,7 @@ def command(arguments: list[str]) -> int:
     if options.json:
         what = f"{options.elements.replace(',', ' and ')}, batch {options.batch.replace(',', ' and ')}"
         made = {"command": ["gpu_resources.py", *arguments], "what": what, "triton": triton.__version__}
-        write_json(options.json, {**made, "commit": git_commit(), "rows": rows})
+        _write(options.json, {**made, "commit": git_commit(), "columns": list(rows[0])}, rows)
     broken = sum(bool(row["problems"]) for row in rows)
     print(f"\n{len(rows)} kernels, {broken} with problems")
     return 1 if broken else 0

@@ -367,9 +367,10 @@ def gpu_maps() -> str:
 def resources() -> str:
     """What compiled kernels need, by card."""
     document = newest("*-gpu-resources.json")
+    kernels = [dict(zip(document["columns"], row, strict=True)) for row in document["rows"]]
     rows = []
-    for card in dict.fromkeys(row["card"] for row in document["rows"]):
-        found = [row for row in document["rows"] if row["card"] == card]
+    for card in dict.fromkeys(row["card"] for row in kernels):
+        found = [row for row in kernels if row["card"] == card]
         rows.append(
             [
                 f"{card}, sm_{found[0]['capability']}",

@@ -29,7 +29,8 @@ def test_kernels_fit_and_never_spill(card, tmp_path):
     what = ("--networks", "plain50", "--batch", "32")
     done = run("benchmarks/gpu_resources.py", "--cards", card, *what, "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(out.read_text())["rows"]
+    document = json.loads(out.read_text())
+    rows = [dict(zip(document["columns"], row, strict=True)) for row in document["rows"]]
     kinds = {row["kernel"].partition("(")[0] for row in rows}
     assert {"Stem", "Conv", "ExpandPool"} <= kinds
     assert all(row["spilled"] == 0 and not row["serialized"] for row in rows)
