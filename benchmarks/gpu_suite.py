@@ -1,13 +1,19 @@
 """Everything about one NVIDIA GPU in one command: correctness, speed, memory, each step against the card's limits.
 
-    python benchmarks/gpu_suite.py                     # about 10 minutes for the most important rows; again: the rest
+    python benchmarks/gpu_suite.py                     # up to 45 minutes; again: the rows that it did not reach
+    python benchmarks/gpu_suite.py --minutes 4 --total 8     # where a command may take 10 minutes; again: the next ones
     python benchmarks/gpu_suite.py --part b --batch 32,128 --precision fp16
     python benchmarks/gpu_suite.py --dry               # without a GPU: does every part's code run? (CI does this)
 
 Parts: a: every kernel and engine is right. b: latency and throughput, plain-50 against ResNet-50. c: memory. d: steps
 of our engine against measured limits. e: training speed. Results are written after every row; the same command again
-goes on where it was stopped, skips what is finished and tries again what was out of time. Needs no network. The exit
-code is 1 when something is wrong: a kernel, an engine, or a row that failed.
+goes on where it was stopped, skips what is finished and tries again what was out of time. Needs no network and no
+installation of this project. The exit code is 1 when something is wrong: a kernel, an engine, or a row that failed.
+
+How long: each of the five parts begins no row after --minutes (8), compiling our kernels included, and no part one
+after --total; a row that has begun is finished, which takes seconds, or minutes where an engine is slow to load. All
+rows of all parts need several such sittings. Where commands are cut off, only the row at work is lost, and what was
+compiled stays in Triton's cache.
 """
 
 import argparse
@@ -17,11 +23,14 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # this checkout, installed or not; spawned processes inherit it
+
 from rd_deploy.bench.environment import available_threads, git_commit
 from rd_deploy.common import UserError, nearest, require, run_command
 
 PARTS = {"a": "correctness", "b": "speed", "c": "memory", "d": "steps", "e": "training"}
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 DRY = {"batch": "1", "precision": "fp16"}
 
 
@@ -32,6 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--precision", metavar="P,...", help="fp16, bf16 (default: both)")
     parser.add_argument("--engines", metavar="E,...", help="(default: all that are importable)")
     parser.add_argument("--minutes", type=float, default=8, help="for each part (default: %(default)g)")
+    parser.add_argument("--total", type=float, metavar="MINUTES", help="for all parts together (default: no limit)")
     parser.add_argument("--seconds", type=float, default=2, help="of sampling per comparison (default: %(default)g)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="(default: results/CARD/gpu-DATE.json)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: the figures mean nothing")
@@ -72,8 +82,9 @@ def make_suite(given: argparse.Namespace):
     precisions = chosen(given.precision or (DRY["precision"] if given.dry else ""), PRECISIONS, "precision")
     engines = chosen(given.engines or "", ENGINES, "engine")
     batches = sizes(given.batch or (DRY["batch"] if given.dry else "")) or BATCHES
-    if not (0 <= given.minutes <= 1e6 and 0 <= given.seconds <= 600):
-        raise UserError("--minutes must be 0 or more, --seconds from 0 to 600")
+    total = float("inf") if given.total is None else given.total
+    if not (0 <= given.minutes <= 1e6 and total >= 0 and 0 <= given.seconds <= 600):
+        raise UserError("--minutes and --total must be 0 or more, --seconds from 0 to 600")
     now = datetime.now(UTC)
     described = card.describe(given.dry)
     name = f"gpu-{now:%Y-%m-%d}{'-dry' if given.dry else ''}.json"
@@ -91,14 +102,14 @@ def make_suite(given: argparse.Namespace):
     asked = {"part": given.part, "batch": list(batches), "precision": list(precisions), "engines": list(engines)}
     sitting = {
         "date": head["date"],
-        "options": asked | {"minutes": given.minutes, "seconds": given.seconds},
+        "options": asked | {"minutes": given.minutes, "total": given.total, "seconds": given.seconds},
         "state": card.state(given.dry),
     }
     record = open_record(path, head, sitting)
     threads = 1 if given.dry else available_threads()  # tiny work: threads only wait for each other
     if given.dry:
         require("torch", "train").set_num_threads(threads)
-    return Suite(record, batches, precisions, engines, given.minutes, given.seconds, threads, given.dry)
+    return Suite(record, batches, precisions, engines, given.minutes, given.seconds, threads, given.dry, total)
 
 
 def chosen(text: str, known, what: str) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 
+MOST_WORK = 3.0  # seconds of work while nvidia-smi answers
 CLOCK_CHANGE = 0.03  # of the multiprocessors' clock: above this, times before and after do not compare
 # Reasons of the driver to slow down (nvidia-smi's bits); idling and a clock that the user set are none.
 REASONS = {0x4: "power cap", 0x8: "hardware", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
@@ -57,16 +59,14 @@ def slug(name: str) -> str:
 def state(dry: bool, work: Callable[[], object] | None = None) -> dict | None:
     """Clocks, temperature, power and reasons to slow down; None where nothing tells them.
 
-    ``work`` enqueues a fraction of a second of work, so that the clocks are those under load.
+    ``work`` enqueues a fraction of a second of work, again and again until there is an answer: clocks under load.
     """
     if dry:
         return None
-    import torch
-
     if work is not None:
         work()
-    found = next((values for name in REASON_FIELDS if (values := _ask((*FIELDS, name)))[-1]), None) or _ask(FIELDS)
-    torch.cuda.synchronize()
+    asked = (_ask((*FIELDS, name), work) for name in REASON_FIELDS)
+    found = next((values for values in asked if values[-1]), None) or _ask(FIELDS, work)
     if not any(found):
         return None
     numbers = [_number(text) for text in found[: len(FIELDS)]]
@@ -93,20 +93,36 @@ def _reasons(text: str | None) -> list[str] | None:
     return sorted({word for bit, word in REASONS.items() if bits & bit})
 
 
-def _ask(fields: tuple[str, ...]) -> list[str | None]:
-    """nvidia-smi's answers, None for what it does not know."""
+def _ask(fields: tuple[str, ...], work: Callable[[], object] | None = None) -> list[str | None]:
+    """nvidia-smi's answers, None for what it does not know; ``work`` goes on while it starts and asks."""
     nothing: list[str | None] = [None] * len(fields)
     command = shutil.which("nvidia-smi")
     if command is None:
         return nothing
     query = [command, f"--id={_identity()}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
+        process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
         return nothing
-    lines = done.stdout.strip().splitlines()
-    cells = [cell.strip() for cell in lines[0].split(",")] if done.returncode == 0 and lines else []
+    try:
+        _busy(process, work)
+        lines = process.communicate(timeout=20)[0].strip().splitlines()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return nothing
+    cells = [cell.strip() for cell in lines[0].split(",")] if process.returncode == 0 and lines else []
     return cells if len(cells) == len(fields) else nothing
+
+
+def _busy(process: subprocess.Popen, work: Callable[[], object] | None) -> None:
+    """Work until the process ends, or for so long at most."""
+    import torch
+
+    deadline = time.monotonic() + MOST_WORK
+    while work is not None and process.poll() is None and time.monotonic() < deadline:
+        work()
+        torch.cuda.synchronize()
 
 
 def _identity() -> str:

@@ -13,7 +13,8 @@ def rows(suite: Suite) -> Iterator[Row]:
         yield Row(f"c/{batch}/ledger", lambda batch=batch: _ledger(suite, batch))
         for engine in suite.engines:
             setting = (engine, suite.precisions[0], batch)
-            yield Row(f"c/{batch}/{engine}", lambda setting=setting: _engine(suite, *setting))
+            kernels = suite.precisions[0] if engine == OURS else None
+            yield Row(f"c/{batch}/{engine}", lambda setting=setting: _engine(suite, *setting), kernels)
 
 
 def _ledger(suite: Suite, batch: int) -> dict:

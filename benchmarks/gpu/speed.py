@@ -1,7 +1,8 @@
 """Part b: latency and throughput on resident images, each engine's two networks interleaved, and ours against the best.
 
 A row's ``model`` is plain-50 and its ``compare`` ResNet-50; a ratio above 1 means that plain-50 is faster. One graph
-replay is one run; ``host`` rows are NumPy images in, NumPy logits out.
+replay is one run, on the suite's random images and with logits that were found right (`Suite.session`); ``host`` rows
+are NumPy images in, NumPy logits out.
 """
 
 import time
@@ -18,9 +19,10 @@ def rows(suite: Suite) -> Iterator[Row]:
         at = f"b/{precision}/{batch}"
         for engine in suite.engines:
             setting = (engine, precision, batch)
-            yield Row(f"{at}/{engine}", lambda setting=setting: _pair(suite, *setting))
+            kernels = precision if engine == OURS else None
+            yield Row(f"{at}/{engine}", lambda setting=setting: _pair(suite, *setting), kernels)
             if batch in HOST_BATCHES:
-                yield Row(f"{at}/{engine}/host", lambda setting=setting: _host(suite, *setting))
+                yield Row(f"{at}/{engine}/host", lambda setting=setting: _host(suite, *setting), kernels)
         yield Row(f"{at}/ours-against-best", lambda setting=(precision, batch): _against_best(suite, *setting))
 
 
@@ -30,6 +32,9 @@ def _pair(suite: Suite, engine: str, precision: str, batch: int) -> dict:
     found = _compared(suite, plain.enqueue, residual.enqueue)
     for side, session, seconds in (("model", plain, plain_s), ("compare", residual, residual_s)):
         found[side] |= _about(session, seconds, batch, found[side]["median_ms"])
+    if engine == OURS:
+        for side, network in (("model", MODEL), ("compare", COMPARE)):
+            found[side]["compile_seconds"] = suite.compile_seconds(network, precision, batch)
     return found
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from gpu import dry
+from gpu import dry, reference
 from gpu.record import Record
 from rd_deploy.bench.agreement import random_images
 from rd_deploy.chain import Chain
@@ -38,15 +38,21 @@ OUT_OF_TIME = "out of time"
 
 @dataclass(frozen=True)
 class Row:
-    """Something to measure. ``run`` returns what is to be kept; `Unsupported` and `UserError` from it mean skipped."""
+    """Something to measure. ``run`` returns what is to be kept; `Unsupported` and `UserError` from it mean skipped.
+
+    ``kernels``: the precision whose kernels of ours it needs; they are compiled before it.
+    """
 
     key: str
     run: Callable[[], dict]
+    kernels: str | None = None
 
 
 @dataclass
 class Suite:
-    """One sitting. ``minutes``: for each part; ``seconds``: of sampling per comparison; ``threads``: on the CPU."""
+    """One sitting. ``minutes``: for each part; ``seconds``: of sampling per comparison; ``threads``: on the CPU;
+    ``total``: minutes for all parts together.
+    """
 
     record: Record
     batches: tuple[int, ...]
@@ -56,7 +62,11 @@ class Suite:
     seconds: float
     threads: int
     dry: bool = False
-    _compiled: set[str] = field(default_factory=set)
+    total: float = float("inf")
+    _began: float = field(default_factory=time.monotonic)
+    _compiled: dict[str, dict] = field(default_factory=dict)
+    _images: dict[int, np.ndarray] = field(default_factory=dict)
+    _references: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     _chains: dict[str, Chain] = field(default_factory=dict)
     _models: dict[str, onnx.ModelProto] = field(default_factory=dict)
     _sessions: dict[tuple, tuple[DeviceSession, float]] = field(default_factory=dict)
@@ -98,7 +108,16 @@ class Suite:
         return self._models[network]
 
     def images(self, batch: int) -> np.ndarray:
-        return random_images(batch, self.chain(MODEL).input_shape)
+        """The same random ones for everything: zeros would draw less power, and clocks would rise."""
+        if batch not in self._images:
+            self._images[batch] = random_images(batch, self.chain(MODEL).input_shape)
+        return self._images[batch]
+
+    def reference(self, network: str, batch: int) -> np.ndarray:
+        """What an engine should make of these images."""
+        if (network, batch) not in self._references:
+            self._references[network, batch] = reference.logits(self.model(network), self.images(batch), self.device)
+        return self._references[network, batch]
 
     def engine(self, name: str) -> Engine:
         return dry.DryTorch() if self.dry and name == TorchCuda.name else ENGINES[name]()
@@ -112,14 +131,20 @@ class Suite:
         from gpu.precompile import compile_all
 
         if precision not in self._compiled:
-            self._compiled.add(precision)
-            self.record.sittings[-1].setdefault("compiled", []).append(compile_all(self, precision))
+            self._compiled[precision] = compile_all(self, precision)
+            self.record.sittings[-1].setdefault("compiled", []).append(self._compiled[precision])
             self.record.save()
 
-    def load(self, engine: str, network: str, precision: str, batch: int) -> tuple[DeviceSession, float]:
-        """A new session and the seconds that loading took, kernels compiled and chosen included.
+    def compile_seconds(self, network: str, precision: str, batch: int) -> float | None:
+        """A network's share, by its number of kernels, of what `prepare` took in this sitting."""
+        done = self._compiled.get(precision)
+        return None if done is None else done["seconds"] * done["needs"].get(f"{network}/{batch}", 0) / done["jobs"]
 
-        In a dry run one of our engine's is made once for all parts.
+    def load(self, engine: str, network: str, precision: str, batch: int) -> tuple[DeviceSession, float]:
+        """A new session and the seconds that loading took, kernels chosen included.
+
+        Other engines compile in this time too; ours has compiled before, in parallel for all networks
+        (`compile_seconds`). In a dry run one of our engine's is made once for all parts.
         """
         key = (engine, network, precision, batch, *(os.environ.get(name) for name in SETTINGS))
         if key in self._dry_sessions:
@@ -144,10 +169,17 @@ class Suite:
         return session, seconds
 
     def session(self, engine: str, network: str, precision: str, batch: int) -> tuple[DeviceSession, float]:
-        """The same as `load`, kept until `keep` lets it go."""
+        """The same as `load`, kept until `keep` lets it go; it has run on `images`, which `enqueue` reads from then on.
+
+        Wrong logits are a `RuntimeError`: their time would mean nothing.
+        """
         key = (engine, network, precision, batch)
         if key not in self._sessions:
-            self._sessions[key] = self.load(*key)
+            session, seconds = self.load(*key)
+            _, faults = reference.check(session, self.images(batch), self.reference(network, batch), engine == OURS)
+            if faults:
+                raise RuntimeError(f"wrong logits of {network} at batch {batch}: {'; '.join(faults)}")
+            self._sessions[key] = session, seconds
         return self._sessions[key]
 
     def keep(self, keys: Iterable[tuple]) -> None:
@@ -157,16 +189,16 @@ class Suite:
         free()
 
     def run(self, part: str, rows: Iterable[Row]) -> None:
-        """Measure the rows of a part that are not there yet, within its minutes."""
-        deadline = time.monotonic() + 60 * self.minutes
+        """Measure the rows of a part that are not there yet, within its minutes and those of all parts."""
+        deadline = min(time.monotonic() + 60 * self.minutes, self._began + 60 * self.total)
         for row in rows:
             if self.record.finished(row.key):
                 continue
-            if time.monotonic() >= deadline:
-                self.record.add(row.key, {"status": "not measured", "reason": OUT_OF_TIME})
-                continue
             start = time.perf_counter()
-            result = self._attempt(row)
+            result = self._attempt(row, deadline)
+            if result["status"] == "not measured":
+                self.record.add(row.key, result)
+                continue
             broken = result["status"] in ("failed", "skipped") and self._broken()
             result |= {"status": "failed"} if broken else {}
             result["seconds"] = round(time.perf_counter() - start, 2)
@@ -176,8 +208,12 @@ class Suite:
                 raise Stopped(f"{row.key} broke the GPU's context: run the same command again for the rest", code=1)
         self.keep(())
 
-    def _attempt(self, row: Row) -> dict:
+    def _attempt(self, row: Row, deadline: float) -> dict:
         try:
+            if row.kernels and time.monotonic() < deadline:
+                self.prepare(row.kernels)
+            if time.monotonic() >= deadline:
+                return {"status": "not measured", "reason": OUT_OF_TIME}
             return {"status": "measured", **row.run()}
         except (Unsupported, UserError) as reason:
             return {"status": "skipped", "reason": str(reason)}

@@ -38,7 +38,9 @@ def _speed(record: Record) -> list[str]:
 def _timed(key: str, row: dict) -> tuple[str, ...]:
     ours, theirs = row["model"], row["compare"]
     name = key.removeprefix("b/") + (f" ({row['compare_engine']})" if "compare_engine" in row else "")
-    loading = [side["load_seconds"] for side in (ours, theirs) if "load_seconds" in side]
+    loading = [
+        side["load_seconds"] + (side.get("compile_seconds") or 0) for side in (ours, theirs) if "load_seconds" in side
+    ]
     return (
         name,
         f"{theirs['median_ms']:.3f}",
@@ -70,10 +72,12 @@ def _steps(record: Record) -> list[str]:
                 f"{limits['l2_gb_s']:.0f} GB/s L2"
             )
             continue
-        lines.append(f"{key[2:]}: steps {row['sum_us']:.0f} us (predicted {row['predicted_us']:.0f}); the two worst:")
+        times = f"whole {row['whole_us']:.0f} us, sum of steps {row['sum_us']:.0f} (tuned {row['tuned_us']:.0f}"
+        lines.append(f"{key[2:]}: {times}, predicted {row['predicted_us']:.0f}); the two worst:")
         for step in (step for step in row["steps"] if step["name"] in row["worst"]):
             lines.append(
-                f"  {step['name']} ({step['kernel']}): {step['us']:.1f} us (predicted {step['predicted_us']:.1f}), "
+                f"  {step['name']} ({step['kernel']}): {step['us']:.1f} us (tuned {step['tuned_us']:.1f}, "
+                f"predicted {step['predicted_us']:.1f}), "
                 f"{step['tflops']:.0f} TFLOP/s, {step['gb_s']:.0f} GB/s, {step['share']:.0%} of {step['limit']}"
             )
     return lines

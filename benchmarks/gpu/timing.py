@@ -1,5 +1,6 @@
 """Times of work on the GPU by the one audited timer (`rd_deploy.bench.timer`), whose clock is the GPU's own."""
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from rd_deploy.bench.statistics import instability, paired_ratio, summarise
 from rd_deploy.bench.timer import Clock, PairedSamples, time_pair
 
 BURST_MS = 4.0  # runs queued between two readings of the clock: the launch that nothing hides costs 0.2% of it
-LOAD_SECONDS = 0.3  # of work queued while the card is asked for its clocks
+LOAD_SECONDS = 0.05  # of work queued at a time while the card is asked for its clocks
+READINGS = 5  # of what is not compared with anything
 MOST_RUNS = 500  # queued at once: the driver's queue is longer
 SIDES = ("model", "compare")
 
@@ -66,6 +68,13 @@ def compare(first: Callable, second: Callable, clock: Clock, length: Length, dry
     )
     after = card.state(dry, _load(first, clock))
     return _result(samples, runs, before, after)
+
+
+def median_ms(call: Callable, dry: bool) -> float:
+    """Milliseconds of one run, without the care that a comparison takes."""
+    clock = resident(dry)
+    runs = _burst(call, clock, 0 if dry else BURST_MS)
+    return statistics.median(_milliseconds(call, runs, clock) / runs for _ in range(READINGS))
 
 
 def _result(samples: PairedSamples, runs: list[int], before: dict | None, after: dict | None) -> dict:

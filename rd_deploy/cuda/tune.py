@@ -10,6 +10,7 @@ import numpy as np
 from rd_deploy.chain import Chain
 from rd_deploy.cuda.plan import Fusion, Piece, Plan, build_plan, configs, places
 from rd_deploy.cuda.session import pack
+from rd_deploy.engines.base import first_line
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.compile import Job, fill_cache
 from rd_deploy.triton_kernels.launch import ELEMENT, Kernel, Launch, is_taken
@@ -81,13 +82,13 @@ class Tuner:
         try:
             operands = self._operands(piece, launch, config)
             launch.run(operands)
-            error = self._error(operands["out"])
-        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:
+            off = self._error(operands["out"])
+            if not off <= UNITS * ROUNDING[self.precision]:
+                return self._reject(piece.kernel, config, f"wrong by {off:.2g} of the largest value")
+            return measure_cold(launch, operands, list(pack(piece, self.precision, launch)), self.card)
+        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
             self._check_context(piece.kernel, config, error)
-            return self._reject(piece.kernel, config, str(error).strip().splitlines()[0][:160])
-        if not error <= UNITS * ROUNDING[self.precision]:
-            return self._reject(piece.kernel, config, f"wrong by {error:.2g} of the largest value")
-        return self.measure(piece, launch, operands)
+            return self._reject(piece.kernel, config, first_line(error))
 
     def _check_context(self, kernel: Kernel, config: Any, error: Exception) -> None:
         """A kernel that faults takes the GPU's context along: name it, since nothing can run after it."""
@@ -98,10 +99,6 @@ class Tuner:
                 torch.cuda.synchronize()
         except RuntimeError:
             raise RuntimeError(f"{kernel} {config} broke the GPU's context: {error}") from error
-
-    def measure(self, piece: Piece, launch: Launch, operands: dict[str, Any]) -> float:
-        """Microseconds of a launch whose weights come from DRAM."""
-        return measure_cold(launch, operands, list(pack(piece, self.precision, launch)), self.card)
 
     def _operands(self, piece: Piece, launch: Launch, config: Any) -> dict[str, Any]:
         import torch

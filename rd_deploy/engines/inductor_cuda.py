@@ -29,8 +29,11 @@ class InductorCudaSession(TorchCudaSession):
 
 
 def compiled(network: Callable, images, settings: dict) -> Callable:
-    """``network`` for images like these. Exporting first makes buffers of the weights that its calls hold: only such
-    can be frozen.
+    """``network`` for images like these, compiled. Exporting first makes buffers of the weights that its calls hold:
+    only such can be frozen.
+
+    Dynamo asks for `freezing` before it passes options on, so it must be set for everything that is compiled meanwhile,
+    and only without gradients; the session runs in the mode of the call here, and nothing is compiled again.
     """
     import torch
 
@@ -40,7 +43,10 @@ def compiled(network: Callable, images, settings: dict) -> Callable:
 
     with torch.no_grad():
         exported = torch.export.export(Module().eval(), (images,), strict=False).module()
-    return torch.compile(exported, fullgraph=True, dynamic=False, options=settings)
+    found = torch.compile(exported, fullgraph=True, dynamic=False, options=settings)
+    with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+        found(images)
+    return found
 
 
 class InductorCuda(DeviceEngine):

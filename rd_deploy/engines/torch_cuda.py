@@ -1,9 +1,11 @@
 """PyTorch eager on an NVIDIA GPU: the calls of `rd_deploy.engines.torch`, channels-last, recorded as one CUDA graph.
 
-cuDNN times its algorithms for every shape before the graph is recorded (``cudnn.benchmark``), which keeps its choice.
+cuDNN times all its algorithms for every shape before the graph is recorded (``cudnn.benchmark``), which keeps its
+choice.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import onnx
 
@@ -17,10 +19,16 @@ class TorchCudaSession(DeviceSession):
 
     def __init__(self, engine: Engine, model: onnx.ModelProto, precision: str, threads: int, batch: int):
         super().__init__(engine, model, precision, threads, batch)
-        self._network = self._prepare(model)
-        cudnn = self._torch.backends.cudnn
-        with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=cudnn.allow_tf32):
+        with self._searching():
+            self._network = self._prepare(model)
             self._capture(self._forward)
+
+    def _searching(self) -> AbstractContextManager:
+        """cuDNN times its algorithms; 0: all of them, and not only the ten that it would guess to be fastest."""
+        cudnn = self._torch.backends.cudnn
+        return cudnn.flags(
+            enabled=True, benchmark=True, benchmark_limit=0, deterministic=False, allow_tf32=cudnn.allow_tf32
+        )
 
     def _prepare(self, model: onnx.ModelProto) -> Callable:
         """A function from images to logits, both on the device."""
@@ -33,7 +41,8 @@ class TorchCudaSession(DeviceSession):
 
     def _feature_maps(self) -> tuple[Figure, ...]:
         """A run outside the graph: the graph has taken the same memory for good when it was recorded."""
-        return (allocated_by(self._forward, f"{self.engine.name} allocator"),)
+        with self._searching():
+            return (allocated_by(self._forward, f"{self.engine.name} allocator"),)
 
 
 def allocated_by(forward: Callable[[], object], source: str) -> Figure:

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -20,7 +22,7 @@ FEW = ["--engines", "torch-cuda"]  # without our engine, whose interpreter is sl
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_suite
-from gpu import card, dry, kernels, memory, steps
+from gpu import card, dry, kernels, memory, speed, steps
 from gpu.record import FORMAT, Record, open_record
 from gpu.suite import Row, Suite, Unsupported
 
@@ -63,6 +65,8 @@ def test_a_dry_run_measures_every_part_and_finds_nothing_wrong(whole):
     assert not [key for key, row in rows.items() if row["status"] in ("failed", "not measured")]
     kinds = {key.split("/")[3].split("(")[0] for key in rows if key.startswith("a/fp16/kernel/")}
     assert {"ConvKernel", "MaxPoolKernel", "AveragePoolKernel"} <= kinds
+    order = [key.split("/")[2] == "kernel" for key in rows if key.startswith("a/")]
+    assert order == sorted(order, reverse=True)  # a kernel that faults is named before a network runs it
     for key in ("a/fp16/plain50/cuda", "a/fp16/resnet50/cuda", "a/fp16/plain50/torch-cuda"):
         assert rows[key]["status"] == "passed"
         assert rows[key]["replays_equal"]
@@ -76,6 +80,7 @@ def test_a_dry_run_writes_what_a_reader_of_figures_needs(whole):
     assert pair["low"] <= pair["ratio"] <= pair["high"]
     assert len(pair["model"]["samples_ms"]) == 2 * pair["quads"]
     assert pair["model"]["predicted_ms"] > 0
+    assert pair["model"]["compile_seconds"] > 0
     assert pair["model"]["images_per_second"] == pytest.approx(1e3 / pair["model"]["median_ms"])
     assert rows["b/fp16/1/ours-against-best"]["compare_engine"] == "torch-cuda"
     assert rows["b/fp16/1/torch-cuda/host"]["status"] == "measured"
@@ -85,6 +90,8 @@ def test_a_dry_run_writes_what_a_reader_of_figures_needs(whole):
     profile = rows["d/fp16/1/plain50"]
     assert profile["sum_us"] == pytest.approx(sum(step["us"] for step in profile["steps"]))
     assert len(profile["worst"]) == 2
+    assert profile["whole_us"] > 0
+    assert profile["tuned_us"] == pytest.approx(sum(step["tuned_us"] for step in profile["steps"]))
     assert set(rows["d/fp16/limits"]["limits"]) == {"tflops", "dram_gb_s", "l2_gb_s", "how"}
     assert rows["e/plain20"]["images_per_second"] > 0
 
@@ -134,6 +141,42 @@ def test_what_there_was_no_time_for_is_listed_and_tried_again(tmp_path, here, ca
     assert "not measured: out of time: c/1/ledger, c/1/torch-cuda" in capsys.readouterr().out
     assert here("--dry", "--part", "c", *FEW, "--out", str(path)) == 0
     assert {row["status"] for row in rows_of(path).values()} == {"measured"}
+
+
+def test_all_parts_together_have_their_time_too(tmp_path, here, capsys):
+    path = tmp_path / "gpu.json"
+    assert here("--dry", "--part", "c,e", "--total", "0", *FEW, "--out", str(path)) == 0
+    assert {row["status"] for row in rows_of(path).values()} == {"not measured"}
+    assert here("--dry", "--total", "-1", "--out", str(path)) == 2
+
+
+def test_compiling_counts_against_the_time_of_a_part(tmp_path, monkeypatch):
+    tried, ran = suite(tmp_path / "r.json", minutes=0.001), []
+    monkeypatch.setattr(Suite, "prepare", lambda self, precision: time.sleep(0.1))
+    tried.run("b", [Row("b/1", lambda: ran.append(1) or {}, "fp16"), Row("b/2", lambda: ran.append(2) or {})])
+    assert not ran
+    assert {row["reason"] for row in rows_of(tmp_path / "r.json").values()} == {"out of time"}
+
+
+def test_it_finds_this_checkout_without_an_installation(tmp_path):
+    """From elsewhere, without site-packages' .pth files and PYTHONPATH: by sys.path alone."""
+    code = f"import sys, runpy; runpy.run_path({str(SCRIPT[1])!r}); print(*sys.path[:2], sep='\\n')"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [str(ROOT / "benchmarks"), str(ROOT)], done.stderr
+
+
+def test_a_wrong_engine_has_no_time(tmp_path, monkeypatch):
+    tried = suite(tmp_path / "r.json")
+    tried.run("b", speed.rows(tried))
+    images = tried.session("torch-cuda", "plain50", "fp16", 1)[0].images
+    assert torch.equal(images.float(), torch.from_numpy(tried.images(1)).half().float())  # and not zeros
+    wrong = suite(tmp_path / "wrong.json")
+    monkeypatch.setattr(dry.DryTorchSession, "_run", lambda self, given: np.zeros((1, 10), np.float32))
+    wrong.run("b", speed.rows(wrong))
+    row = rows_of(tmp_path / "wrong.json")["b/fp16/1/torch-cuda"]
+    assert row["status"] == "failed"
+    assert "wrong logits of plain50 at batch 1: off by" in row["reason"]
+    assert rows_of(tmp_path / "r.json")["b/fp16/1/torch-cuda"]["status"] == "measured"
 
 
 def test_a_failure_is_the_exit_code(tmp_path, here, monkeypatch, capsys):
@@ -253,6 +296,28 @@ def test_the_bound_holds_for_right_kernels_and_not_for_wrong_ones(monkeypatch):
     assert all(faults(with_another_bias))
 
 
+def test_a_sum_that_is_wrong_in_place_is_found(monkeypatch):
+    """Here every kernel that is given one memory for both writes ones."""
+    from rd_deploy.triton_kernels.cards import get_card
+    from rd_deploy.triton_kernels.launch import Launch
+
+    chain, run = dry.chain("resnet50"), Launch.run
+    piece = next(piece for piece in kernels.pieces(chain, 1) if kernels.added(piece))
+
+    def checked() -> list[dict]:
+        configs = piece.kernel.configs(get_card("h100"))[:1]
+        return kernels.check(piece, configs, chain, 1, "fp16", False, torch.device("cpu"))["wrong"]
+
+    def overwrites(self, operands) -> None:
+        run(self, operands)
+        if operands.get("add") is operands["out"]:
+            operands["out"][:8] = 1
+
+    assert not checked()
+    monkeypatch.setattr(Launch, "run", overwrites)
+    assert [entry["faults"] for entry in checked()] == [["differs in place"]]
+
+
 def _zeroed(values):
     """Without its largest entry."""
     changed = values.copy()
@@ -274,14 +339,26 @@ def test_what_the_driver_says_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(card, "_identity", lambda: "0")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
-    def smi(command, **options):
-        fields = command[2].removeprefix("--query-gpu=").split(",")
-        return subprocess.CompletedProcess(command, 0 if fields[-1] in answers else 2, answers.get(fields[-1], ""), "")
+    class Smi:
+        """Still busy when it is first asked."""
 
-    monkeypatch.setattr(card.subprocess, "run", smi)
+        def __init__(self, command, **options):
+            self._answer = answers.get(command[2].removeprefix("--query-gpu=").split(",")[-1])
+            self.returncode, self._polls = 2 if self._answer is None else 0, iter([None])
+
+        def poll(self):
+            return next(self._polls, self.returncode)
+
+        def communicate(self, timeout):
+            return self._answer or "", None
+
+    monkeypatch.setattr(card.subprocess, "Popen", Smi)
     expected = {"sm_mhz": 1980, "memory_mhz": 2619, "celsius": 41, "watts": 312.5}
     assert card.state(False) == expected | {"slowed_by": ["power cap", "temperature"]}
     assert card._driver() == "580.1"
+    worked: list[int] = []
+    assert card.state(False, lambda: worked.append(1))["watts"] == 312.5
+    assert len(worked) == 2  # before it starts, and while it is busy
     answers.clear()
     assert card.state(False) is None
 

@@ -11,6 +11,7 @@ from rd_deploy.common import UserError
 from rd_deploy.engines import ENGINES, get_engine
 from rd_deploy.engines.device import no_gpu
 from rd_deploy.engines.half_onnx import half_onnx
+from rd_deploy.engines.torch import run_calls, translate
 from rd_deploy.export.onnx import to_onnx
 
 ON_GPU = [name for name, engine in ENGINES.items() if engine.device == "cuda"]
@@ -36,6 +37,31 @@ def test_the_reason_names_what_is_missing():
 def test_precisions_are_those_of_gpus():
     assert {ENGINES[name].precisions for name in ON_GPU} <= {("fp16", "bf16"), ("fp16",)}
     assert len(ON_GPU) == 5
+
+
+def test_inductor_makes_constants_of_the_weights(monkeypatch):
+    """On the CPU: what `freeze` leaves as an input of the compiled graph is the images alone."""
+    from torch._inductor import freezing
+
+    from rd_deploy.engines import inductor_cuda
+
+    chain, left, freeze = bottlenecks(), [], freezing.freeze
+
+    def spied(*given):
+        found = freeze(*given)
+        left.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr(freezing, "freeze", spied)
+    model = to_onnx(chain)
+    calls, images = translate(model, torch.float32, torch.device("cpu")), torch.from_numpy(images_for(chain, 2))
+    network = inductor_cuda.compiled(
+        lambda x: run_calls(calls, {"images": x}, "logits"), images, {"freezing": True, "max_autotune": False}
+    )
+    with torch.inference_mode():
+        logits = network(images).numpy()
+    assert left == [1]  # once: the second call compiled nothing
+    assert np.abs(logits - reference(chain, images.numpy())).max() < 1e-3
 
 
 @pytest.mark.parametrize("shortcuts", [False, True])

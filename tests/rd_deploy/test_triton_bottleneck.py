@@ -9,15 +9,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernels import error, run_guarded, with_guards
+
 from rd_deploy.chain import Conv
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.bottleneck import BottleneckConfig, BottleneckKernel
 from rd_deploy.triton_kernels.cards import CARDS
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUMS = 3e-6  # of the largest output: sums in fp32
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-7}  # relative; the interpreter rounds to fp16 and cuts off to bf16
-GUARD = 64  # elements on both sides of every operand
 
 WIDTHS = [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)]
 H100, OTHERS = CARDS["h100"], [CARDS[name] for name in ("a100", "l4", "b200", "rtx5090")]
@@ -41,21 +41,12 @@ def steps_of(kernel, seed=0):
     )
 
 
-def guarded(values, fill):
-    """A view of the same values with ``fill`` on both sides of it, and the whole buffer."""
-    buffer = torch.full((values.numel() + 2 * GUARD,), fill, dtype=values.dtype)
-    view = buffer[GUARD:-GUARD].view(values.shape)
-    view.copy_(values)
-    return view, buffer
-
-
 def operands_of(kernel, element="fp32", seed=0):
     """All operands but "out"; what lies beside them is not a number, so that reading it would be seen."""
     torch.manual_seed(seed)
     operands = {"x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.channels)}
     operands |= {name: torch.tensor(values) for name, values in kernel.weights(*steps_of(kernel, seed)).items()}
-    types = {name: torch.float32 if name.startswith("b") else TYPES[element] for name in operands}
-    return {name: guarded(values.to(types[name]), float("nan"))[0] for name, values in operands.items()}
+    return with_guards(operands, element)
 
 
 def expected(kernel, operands):
@@ -63,19 +54,7 @@ def expected(kernel, operands):
 
 
 def run(kernel, config, operands):
-    """The output; what surrounds it must stay as it was."""
-    kernel.check()
-    shape = kernel.batch, *kernel.out_size, kernel.outputs
-    out, buffer = guarded(torch.full(shape, -5.0, dtype=operands["x"].dtype), 7.0)
-    kernel.launch(config).run({**operands, "out": out})
-    assert (buffer[:GUARD] == 7).all()
-    assert (buffer[-GUARD:] == 7).all()
-    return out
-
-
-def error(got, wanted):
-    """Largest, relative to the largest output."""
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    return run_guarded(kernel, config, operands, (kernel.batch, *kernel.out_size, kernel.outputs))
 
 
 def bound(kernel, operands, element):

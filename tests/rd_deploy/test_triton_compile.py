@@ -74,3 +74,11 @@ print(hits)
     run("-c", script, channels)
     again = run("-c", script, channels)
     assert again.stdout.strip() == "[True, True]", again.stderr
+
+
+def test_a_compiler_that_takes_its_process_along_costs_that_job_only():
+    from rd_deploy.triton_kernels.compile import in_parallel
+
+    assert in_parallel(abs, [-1, 2, -3]) == [1, 2, 3]
+    assert in_parallel(abs, []) == []
+    assert all("process died" in line for line in in_parallel(os._exit, [1, 1]))

@@ -9,18 +9,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernels import TYPES, error, run_guarded, with_guards
+
 from rd_deploy.chain import Conv, Linear
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import CARDS
 from rd_deploy.triton_kernels.conv import ConvKernel
 from rd_deploy.triton_kernels.conv_tiles import ConvConfig
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 # Of the largest output. Sums in fp32 of up to 2048 products; then the output is rounded to fp16's 11 bits, and in the
 # interpreter cut to bf16's 8.
 SUMS = 3e-6
 TOLERANCES = {"fp32": SUMS, "fp16": SUMS + 2**-11, "bf16": SUMS + 2**-7}
-GUARD = 64  # elements on both sides of every operand
 
 
 def conv(batch, height, width, inputs, outputs, kernel=3, stride=1, padding=None, **options):
@@ -40,26 +40,14 @@ def step_of(kernel, seed=0):
     return Conv("conv", weight, random.standard_normal(kernel.outputs), kernel.stride, kernel.padding, kernel.relu, "x")
 
 
-def guarded(values, fill):
-    """A view of the same values with ``fill`` on both sides of it, and the whole buffer."""
-    buffer = torch.full((values.numel() + 2 * GUARD,), fill, dtype=values.dtype)
-    view = buffer[GUARD:-GUARD].view(values.shape)
-    view.copy_(values)
-    return view, buffer
-
-
 def operands_of(kernel, config, element="fp32", seed=0):
     """All operands but "out"; what lies beside an input is not a number, so that reading it would be seen."""
     torch.manual_seed(seed)
-    packed = kernel.weights(step_of(kernel, seed))
-    operands = {
-        "x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.inputs).to(TYPES[element]),
-        "w": torch.tensor(packed["w"]).to(TYPES[element]),
-        "b": torch.tensor(packed["b"]),
-    }
+    operands = {"x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.inputs)}
+    operands |= {name: torch.tensor(values) for name, values in kernel.weights(step_of(kernel, seed)).items()}
     if kernel.add:
-        operands["add"] = torch.randn(kernel.batch, *kernel.out_size, kernel.outputs).to(TYPES[element])
-    operands = {name: guarded(values, float("nan"))[0] for name, values in operands.items()}
+        operands["add"] = torch.randn(kernel.batch, *kernel.out_size, kernel.outputs)
+    operands = with_guards(operands, element)
     for name, (kind, elements) in kernel.scratch(config).items():
         operands[name] = torch.zeros(elements, dtype=TYPES[kind])
     return operands
@@ -71,19 +59,8 @@ def expected(kernel, operands):
 
 
 def run(kernel, config, operands):
-    """The output; what surrounds it must stay as it was."""
-    kernel.check()
-    element = torch.float32 if kernel.fp32_out else operands["x"].dtype
-    out, buffer = guarded(torch.full((kernel.batch, *kernel.out_size, kernel.outputs), -5.0, dtype=element), 7.0)
-    kernel.launch(config).run({**operands, "out": out})
-    assert (buffer[:GUARD] == 7).all()
-    assert (buffer[-GUARD:] == 7).all()
-    return out
-
-
-def error(got, wanted):
-    """Largest, relative to the largest output."""
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    shape = (kernel.batch, *kernel.out_size, kernel.outputs)
+    return run_guarded(kernel, config, operands, shape, torch.float32 if kernel.fp32_out else None)
 
 
 SMALL = ConvConfig(16, 16, 16, 2, 4)

@@ -9,17 +9,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernels import error, run_guarded, with_guards
+
 from rd_deploy.chain import Conv, GlobalAveragePool
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import CARDS
 from rd_deploy.triton_kernels.expand_pool import ExpandPoolConfig, ExpandPoolKernel
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the largest output. Sums in fp32 up to the mean; then it is rounded to fp16's 11 bits, and in the interpreter cut
 # to bf16's 8.
 SUMS = 3e-6
 TOLERANCES = {"fp32": SUMS, "fp16": SUMS + 2**-11, "bf16": SUMS + 2**-7}
-GUARD = 64  # elements on both sides of every operand
 
 
 def steps_of(kernel, seed=0):
@@ -29,24 +29,12 @@ def steps_of(kernel, seed=0):
     return conv, GlobalAveragePool("pool", "expand")
 
 
-def guarded(values, fill):
-    """A view of the same values with ``fill`` on both sides of it, and the whole buffer."""
-    buffer = torch.full((values.numel() + 2 * GUARD,), fill, dtype=values.dtype)
-    view = buffer[GUARD:-GUARD].view(values.shape)
-    view.copy_(values)
-    return view, buffer
-
-
 def operands_of(kernel, element="fp32", seed=0):
     """All operands but "out"; what lies beside an input is not a number, so that reading it would be seen."""
     torch.manual_seed(seed)
-    packed = kernel.weights(*steps_of(kernel, seed))
-    operands = {
-        "x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.inputs).to(TYPES[element]),
-        "w": torch.tensor(packed["w"]).to(TYPES[element]),
-        "b": torch.tensor(packed["b"]),
-    }
-    return {name: guarded(values, float("nan"))[0] for name, values in operands.items()}
+    operands = {"x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.inputs)}
+    operands |= {name: torch.tensor(values) for name, values in kernel.weights(*steps_of(kernel, seed)).items()}
+    return with_guards(operands, element)
 
 
 def expected(kernel, operands):
@@ -54,18 +42,7 @@ def expected(kernel, operands):
 
 
 def run(kernel, config, operands):
-    """The output; what surrounds it must stay as it was."""
-    kernel.check()
-    out, buffer = guarded(torch.full((kernel.batch, 1, 1, kernel.outputs), -5.0, dtype=operands["x"].dtype), 7.0)
-    kernel.launch(config).run({**operands, "out": out})
-    assert (buffer[:GUARD] == 7).all()
-    assert (buffer[-GUARD:] == 7).all()
-    return out
-
-
-def error(got, wanted):
-    """Largest, relative to the largest output."""
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    return run_guarded(kernel, config, operands, (kernel.batch, 1, 1, kernel.outputs))
 
 
 def tile(images, pixels, block_n=16, block_k=16, stages=2):

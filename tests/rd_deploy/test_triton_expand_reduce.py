@@ -9,15 +9,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernels import TYPES, error, run_guarded, with_guards
+
 from rd_deploy.chain import Conv
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import CARDS
 from rd_deploy.triton_kernels.expand_reduce import ExpandReduceConfig, ExpandReduceKernel
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 SUMS = 3e-6  # of the largest output: sums in fp32
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-7}  # relative; the interpreter rounds to fp16 and cuts off to bf16
-GUARD = 64  # elements on both sides of every operand
 
 WIDTHS = [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)]
 H100, OTHERS = CARDS["h100"], [CARDS[name] for name in ("a100", "l4", "b200", "rtx5090")]
@@ -37,21 +37,12 @@ def steps_of(kernel, seed=0):
     return step_of(random, kernel.channels, kernel.hidden), step_of(random, kernel.hidden, kernel.outputs)
 
 
-def guarded(values, fill):
-    """A view of the same values with ``fill`` on both sides of it, and the whole buffer."""
-    buffer = torch.full((values.numel() + 2 * GUARD,), fill, dtype=values.dtype)
-    view = buffer[GUARD:-GUARD].view(values.shape)
-    view.copy_(values)
-    return view, buffer
-
-
 def operands_of(kernel, element="fp32", seed=0):
     """Map and weights; what lies beside them is not a number, so that reading it would be seen."""
     torch.manual_seed(seed)
     operands = {"x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.channels)}
     operands |= {name: torch.tensor(values) for name, values in kernel.weights(*steps_of(kernel, seed)).items()}
-    types = {name: torch.float32 if name.startswith("b") else TYPES[element] for name in operands}
-    return {name: guarded(values.to(types[name]), float("nan"))[0] for name, values in operands.items()}
+    return with_guards(operands, element)
 
 
 def scratch_of(kernel, config):
@@ -67,19 +58,8 @@ def expected(kernel, operands):
 
 
 def run(kernel, config, operands, scratch=None):
-    """The output; what surrounds it must stay as it was."""
-    kernel.check()
-    shape = kernel.batch, kernel.height, kernel.width, kernel.outputs
-    out, buffer = guarded(torch.full(shape, -5.0, dtype=operands["x"].dtype), 7.0)
-    kernel.launch(config).run({**operands, **(scratch or scratch_of(kernel, config)), "out": out})
-    assert (buffer[:GUARD] == 7).all()
-    assert (buffer[-GUARD:] == 7).all()
-    return out
-
-
-def error(got, wanted):
-    """Largest, relative to the largest output."""
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    operands = {**operands, **(scratch or scratch_of(kernel, config))}
+    return run_guarded(kernel, config, operands, (kernel.batch, kernel.height, kernel.width, kernel.outputs))
 
 
 def bound(kernel, operands, element):

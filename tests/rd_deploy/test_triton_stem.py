@@ -9,19 +9,19 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernels import error, run_guarded, with_guards
+
 from rd_deploy.chain import Conv, MaxPool
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import CARDS
 from rd_deploy.triton_kernels.stem import StemConfig, StemKernel
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative to the largest output. fp32: sums of up to 200 products, twice. Otherwise the output is rounded to fp16's 11
 # bits, and in the interpreter cut to bf16's 8; with a second convolution so is its input, and these errors add up over
 # at most 24 channels, with weights of 1/sqrt(24) on average, to no more than 24/sqrt(24) < 5 of them.
 SUMS = 3e-6
 TOLERANCES = {"fp32": SUMS, "fp16": SUMS + 2**-11, "bf16": SUMS + 2**-7}
 TWICE = 6
-GUARD = 64  # elements on both sides of every operand
 
 
 def stem(batch, height, width, outputs=16, kernel=7, stride=2, padding=None, reduce=0, inputs=3):
@@ -41,23 +41,12 @@ def steps_of(kernel, seed=0):
     return steps
 
 
-def guarded(values, fill):
-    """A view of the same values with ``fill`` on both sides of it, and the whole buffer."""
-    buffer = torch.full((values.numel() + 2 * GUARD,), fill, dtype=values.dtype)
-    view = buffer[GUARD:-GUARD].view(values.shape)
-    view.copy_(values)
-    return view, buffer
-
-
 def operands_of(kernel, element="fp32", seed=0):
     """All operands but "out"; what lies beside an input is not a number, so that reading it would be seen."""
     torch.manual_seed(seed)
     packed = {name: torch.tensor(values) for name, values in kernel.weights(*steps_of(kernel, seed)).items()}
     operands = {"x": torch.randn(kernel.batch, kernel.height, kernel.width, kernel.inputs), **packed}
-    return {
-        name: guarded(values.to(torch.float32 if name in ("b", "b2") else TYPES[element]), float("nan"))[0]
-        for name, values in operands.items()
-    }
+    return with_guards(operands, element)
 
 
 def expected(kernel, operands):
@@ -65,19 +54,8 @@ def expected(kernel, operands):
 
 
 def run(kernel, config, operands):
-    """The output; what surrounds it must stay as it was."""
-    kernel.check()
     shape = (kernel.batch, *kernel.out_size, kernel.reduce or kernel.outputs)
-    out, buffer = guarded(torch.full(shape, -5.0, dtype=operands["x"].dtype), 7.0)
-    kernel.launch(config).run({**operands, "out": out})
-    assert (buffer[:GUARD] == 7).all()
-    assert (buffer[-GUARD:] == 7).all()
-    return out
-
-
-def error(got, wanted):
-    """Largest, relative to the largest output."""
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    return run_guarded(kernel, config, operands, shape)
 
 
 ONE_ROW, TWO_ROWS, THREE_ROWS = StemConfig(16, 1, 2, 4), StemConfig(16, 2, 1, 4), StemConfig(32, 3, 1, 4)
