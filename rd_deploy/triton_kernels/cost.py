@@ -79,16 +79,20 @@ def predict(work: Work, block: BlockCost, card: Card) -> Prediction:
     multiply = block.flops / (matrix * min(1.0, together * work.warps / 4))  # a multiprocessor has four tensor cores
     fetch = work.l2_bytes / work.blocks / min(SM_L2_BYTES, card.l2_gb_s * 1e9 / min(sms, work.blocks))
     shared = block.shared_traffic / SM_SHARED_BYTES
+    within = {"arithmetic": multiply, "L2": fetch, "shared memory": shared, "latency": block.waits}
+    slowest = max(within, key=within.get)
     terms = {
         "arithmetic": share * multiply,
         "L2": share * fetch,
         "shared memory": share * shared,
-        "latency": ceil_div(share, together) * (block.fill + max(multiply, fetch, shared, block.waits)),
+        "latency": ceil_div(share, together) * (block.fill + within[slowest]),
         "DRAM": dram_bytes(work, card) / (card.dram_gb_s * 1e9 * DRAM_SHARE),
     }
     limit = max(terms, key=terms.get)
     seconds = terms[limit] + EXPOSED * (sum(terms.values()) - terms[limit]) + block.alone
     us = card.launch_us + seconds * 1e6
+    if limit == "latency" and within[slowest] > block.fill:  # what each block mostly does, one round after the other
+        limit = slowest
     return Prediction(us, limit if us > 2 * card.launch_us else "launch", held, work.blocks / (held * sms))
 
 

@@ -58,7 +58,7 @@ def test_one_multiprocessor_cannot_have_all_of_the_l2_cache():
 def test_shared_memory():
     block = replace(IDLE, shared_traffic=2e6)
     assert longest(WORK, block) == pytest.approx(2e6 / cost.SM_SHARED_BYTES * 1e6 * (1 + cost.EXPOSED))
-    assert predict(WORK, block, H100).limit in ("shared memory", "latency")
+    assert predict(WORK, block, H100).limit == "shared memory"
 
 
 def test_waits_are_hidden_by_blocks_side_by_side_only():
