@@ -332,8 +332,8 @@ def predictions() -> str:
         "what limits plain50",
     ]
     source = (
-        f"A model's, for one {document['card']['name']}, both networks on the cuda engine; nothing here was measured. What "
-        "limits: in the blocks of the busiest multiprocessor, by the steps' time. "
+        f"A model's, for one {document['card']['name']}, both networks on the cuda engine; nothing here was measured. "
+        "What limits: in the blocks of the busiest multiprocessor, by the steps' time. "
         f"From `{document['path']}`, made by `benchmarks/gpu_predictions.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
