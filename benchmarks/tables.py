@@ -385,9 +385,9 @@ def resources() -> str:
         )
     header = ["card", "kernels", "most registers", "most shared memory, KiB", "that spill", "serialized", "products by"]
     source = (
-        f"Every configuration that the tuner would time for plain-50 and ResNet-50, {document['what']}, compiled by "
+        f"Kernels of the plans that the model chooses for plain-50 and ResNet-50, {document['what']}, compiled by "
         f"triton {document['triton']} and its ptxas. From "
-        f"`{document['path']}`, made by `benchmarks/gpu_resources.py --all`."
+        f"`{document['path']}`, made by `benchmarks/gpu_resources.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
 

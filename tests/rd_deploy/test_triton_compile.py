@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("card", ["a100", "rtx4090", "h100", "b200", "rtx5090"])
 def test_kernels_fit_and_never_spill(card, tmp_path):
     """What the model chooses for plain-50 at batch 32: no spills, shared memory a block may have, tensor cores in every
-    product. `gpu_resources.py --all` does the same for every configuration; its result is committed."""
+    product. `gpu_resources.py --all` does the same for every configuration that the tuner would time."""
     out = tmp_path / "resources.json"
     what = ("--networks", "plain50", "--batch", "32")
     done = run("benchmarks/gpu_resources.py", "--cards", card, *what, "--json", str(out))
