@@ -18,8 +18,8 @@ TOLERANCE = {"fp16": 0.02, "bf16": 0.15}
 CHAINS = {
     "bottleneck": bottlenecks(stages=(2, 1)),
     "bottleneck with shortcuts": bottlenecks(stages=(2, 1), shortcuts=True),
-    "basic": basics(),
-    "basic with shortcuts": basics(shortcuts=True),
+    "basic": basics(size=(7, 9)),
+    "basic with shortcuts": basics(size=(7, 9), shortcuts=True),
 }
 
 
