@@ -290,9 +290,7 @@ def _is_fusable(steps: tuple[Step, ...]) -> bool:
         return stem and all(_is_pointwise(step) for step in third)
     if isinstance(second, GlobalAveragePool):
         return not third and _is_pointwise(first)
-    if third:
-        return _is_3x3(first) and _is_pointwise(second) and _is_pointwise(third[0])
-    return False
+    return bool(third) and _is_3x3(first) and _is_pointwise(second) and _is_pointwise(third[0])
 
 
 def _is_plain(step: Step) -> bool:

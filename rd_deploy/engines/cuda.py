@@ -48,12 +48,11 @@ class CudaSession(DeviceSession):
         images = self.images.permute(0, 2, 3, 1)  # as the kernels see them: channels-last memory
         if not self._interpreted:
             self._compile(settings["RD_PDL"])
-        self._programs = {
+        programs = {
             pdl: Program(self.plan, self.precision, images, self.logits, pdl) for pdl in self._pdl(settings["RD_PDL"])
         }
-        self.pdl = self._choose()
-        self.program = self._programs.pop(self.pdl)
-        self._programs.clear()
+        self.pdl = self._choose(programs)
+        self.program = programs[self.pdl]
 
     def _compile(self, wanted: str) -> None:
         """The plan's kernels, in parallel; the tuner has compiled them, but not for overlapping launches."""
@@ -75,13 +74,13 @@ class CudaSession(DeviceSession):
             raise UserError("RD_PDL=1 needs a GPU of sm_90 or later")
         return {"0": (False,), "1": (True,), "auto": (False, True) if able else (False,)}[wanted]
 
-    def _choose(self) -> bool:
+    def _choose(self, programs: dict) -> bool:
         """Whether launches overlap: what runs faster and computes the same, bit for bit."""
         if self._interpreted:
-            self._replay = self._programs[False].run
+            self._replay = programs[False].run
             return False
         times, replays, logits = {}, {}, {}
-        for pdl, program in self._programs.items():
+        for pdl, program in programs.items():
             replays[pdl], times[pdl], logits[pdl] = self._recorded(program)
         if len(times) == 2 and not self._torch.equal(logits[False], logits[True]):
             self.rejected.append("programmatic dependent launch: logits differ from those of plain launches")

@@ -14,7 +14,6 @@ from rd_deploy.triton_kernels import cost
 from rd_deploy.triton_kernels.cards import KIB, Card
 from rd_deploy.triton_kernels.cost import BlockCost, Prediction, is_asynchronous
 from rd_deploy.triton_kernels.expand_reduce import (
-    check_size,
     check_widths,
     expand_and_reduce,
     hidden_steps,
@@ -22,7 +21,7 @@ from rd_deploy.triton_kernels.expand_reduce import (
     pointwise_weights,
     repeats,
 )
-from rd_deploy.triton_kernels.launch import ELEMENT, Launch, Work, begin, dot, relu
+from rd_deploy.triton_kernels.launch import ELEMENT, Launch, Work, begin, check_size, dot, relu
 
 # (block_m, warps): 16 pixels a warp; 32 halve what weights cost in shared memory, 8 save registers and repeat products.
 TILES = ((256, 8), (128, 8), (128, 4), (64, 4), (32, 2), (16, 1), (64, 8), (32, 4))

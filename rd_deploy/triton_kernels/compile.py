@@ -20,6 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.driver import driver
 
 from rd_deploy.bench.environment import available_threads
+from rd_deploy.engines.base import first_line
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Kernel, Launch
 
 
@@ -115,7 +116,10 @@ _in_cache: set[tuple] = set()  # the code of jobs that this process has had comp
 def fill_cache(jobs: Iterable[Job]) -> list[tuple[Job, str]]:
     """Compile in parallel into Triton's cache what this process has not had compiled; returns what failed, and why."""
     codes = {job: job.code() for job in jobs}
-    new = {code: job for job, code in reversed(codes.items()) if code not in _in_cache}
+    new: dict[tuple, Job] = {}
+    for job, code in codes.items():
+        if code not in _in_cache:
+            new.setdefault(code, job)
     reasons = dict(zip(new, in_parallel(_reason, new.values()), strict=True))
     _in_cache.update(code for code, reason in reasons.items() if reason is None)
     return [(job, reasons[code]) for job, code in codes.items() if reasons.get(code)]
@@ -156,7 +160,7 @@ def _resources(job: Job) -> Resources | str:
     try:
         return compile_launch(job.launch(), job.element, job.capability)
     except Exception as error:  # a compiler's own classes
-        return _line(error)
+        return first_line(error)
 
 
 def _reason(job: Job) -> str | None:
@@ -164,13 +168,8 @@ def _reason(job: Job) -> str | None:
     try:
         compiled(job.launch(), job.element, job.capability)
     except Exception as error:  # a compiler's own classes; the kernel's other configurations can still be used
-        return _line(error)
+        return first_line(error)
     return None
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else repr(error)
 
 
 def _ptxas(ptx: str, capability: int) -> str:

@@ -13,7 +13,7 @@ from rd_deploy.common import UserError
 from rd_deploy.triton_kernels import cost
 from rd_deploy.triton_kernels.cards import KIB, Card
 from rd_deploy.triton_kernels.cost import BlockCost, Prediction, is_asynchronous
-from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, MAX_ELEMENTS, Launch, Work, begin, dot, relu
+from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Launch, Work, begin, check_size, dot, relu
 
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 LINE: tl.constexpr = tl.constexpr(64)  # elements of a line of 128 bytes
@@ -315,8 +315,3 @@ def check_widths(channels: int, hidden: int, outputs: int, most_channels: int) -
             raise UserError(f"{value} {what}: a fused bottleneck takes powers of two from 16 to {most}")
     if hidden < 16 or hidden % 16:
         raise UserError(f"{hidden} hidden channels: a fused bottleneck takes multiples of 16")
-
-
-def check_size(elements: int) -> None:
-    if elements >= MAX_ELEMENTS:
-        raise UserError("a map has 2^31 elements or more: use a smaller batch")

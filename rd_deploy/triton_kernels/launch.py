@@ -122,6 +122,12 @@ class Kernel(Protocol):
         """The weights of the steps that this kernel computes, as its operands: float32, in the order it reads."""
 
 
+def check_size(elements: int) -> None:
+    """Raise `UserError` for a map that 32 bits cannot count."""
+    if elements >= MAX_ELEMENTS:
+        raise UserError("a map has 2^31 elements or more: use a smaller batch")
+
+
 def is_taken(kernel: Kernel) -> bool:
     """Whether a kernel has words for its shapes."""
     try:

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from rd_deploy.chain import Step
-from rd_deploy.common import UserError
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.cost import BlockCost, Prediction, predict
-from rd_deploy.triton_kernels.launch import ELEMENT, MAX_ELEMENTS, Launch, Work, begin
+from rd_deploy.triton_kernels.launch import ELEMENT, Launch, Work, begin, check_size
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -54,8 +53,24 @@ class PoolConfig:
     warps: int
 
 
+class _Pool:
+    """What both pools offer: they multiply nothing and need nothing but their map."""
+
+    def check(self) -> None:
+        check_size(self.batch * self.height * self.width * self.channels)
+
+    def predict(self, config: PoolConfig, card: Card) -> Prediction:
+        return predict(self.work(config), BlockCost(), card)
+
+    def scratch(self, config: PoolConfig) -> dict[str, tuple[str, int]]:
+        return {}
+
+    def weights(self, step: Step) -> dict[str, np.ndarray]:
+        return {}
+
+
 @dataclass(frozen=True)
-class MaxPoolKernel:
+class MaxPoolKernel(_Pool):
     """Max-pooling (N, H, W, C) to (N, OH, OW, C). Padding never wins.
 
     Bound by memory: H·W·C + OH·OW·C elements per image; overlapping windows are read again from the caches.
@@ -77,10 +92,6 @@ class MaxPoolKernel:
     @property
     def pixels(self) -> int:
         return self.batch * self.out_size[0] * self.out_size[1]
-
-    def check(self) -> None:
-        if self.batch * self.height * self.width * self.channels >= MAX_ELEMENTS:
-            raise UserError("a map has 2^31 elements or more: use a smaller batch")
 
     def configs(self, card: Card) -> tuple[PoolConfig, ...]:
         block_c = min(64, triton.next_power_of_2(self.channels))
@@ -116,15 +127,6 @@ class MaxPoolKernel:
             registers=64,
         )
 
-    def predict(self, config: PoolConfig, card: Card) -> Prediction:
-        return predict(self.work(config), BlockCost(), card)
-
-    def scratch(self, config: PoolConfig) -> dict[str, tuple[str, int]]:
-        return {}
-
-    def weights(self, step: Step) -> dict[str, np.ndarray]:
-        return {}
-
     def reference(self, x):
         """The same in torch: x (N, H, W, C) to (N, OH, OW, C)."""
         import torch
@@ -156,17 +158,13 @@ def average_pool(
 
 
 @dataclass(frozen=True)
-class AveragePoolKernel:
+class AveragePoolKernel(_Pool):
     """Global average pooling (N, H, W, C) to (N, 1, 1, C): fp32 sums. Bound by memory: H·W·C elements per image."""
 
     batch: int
     height: int
     width: int
     channels: int
-
-    def check(self) -> None:
-        if self.batch * self.height * self.width * self.channels >= MAX_ELEMENTS:
-            raise UserError("a map has 2^31 elements or more: use a smaller batch")
 
     def configs(self, card: Card) -> tuple[PoolConfig, ...]:
         block_c = triton.next_power_of_2(self.channels)
@@ -181,15 +179,6 @@ class AveragePoolKernel:
         moved = 2 * self.batch * self.channels * (self.height * self.width + 1)
         blocks = int(np.prod(self.launch(config).grid))
         return Work(0, 0, moved, 0, moved, blocks, config.warps, 4 * config.block_c * config.warps, 64)
-
-    def predict(self, config: PoolConfig, card: Card) -> Prediction:
-        return predict(self.work(config), BlockCost(), card)
-
-    def scratch(self, config: PoolConfig) -> dict[str, tuple[str, int]]:
-        return {}
-
-    def weights(self, step: Step) -> dict[str, np.ndarray]:
-        return {}
 
     def reference(self, x):
         """The same in torch: x (N, H, W, C) to (N, 1, 1, C)."""

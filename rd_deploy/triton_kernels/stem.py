@@ -25,7 +25,7 @@ from rd_deploy.chain import Conv, MaxPool
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels import cost
 from rd_deploy.triton_kernels.cards import KIB, Card
-from rd_deploy.triton_kernels.launch import ELEMENT, MAX_ELEMENTS, Launch, Work, begin, dot, relu
+from rd_deploy.triton_kernels.launch import ELEMENT, Launch, Work, begin, check_size, dot, relu
 
 NEIGHBOURS = 3  # columns, and rows, under a pooled pixel
 MAX_CHANNELS = 128
@@ -238,8 +238,7 @@ class StemKernel:
             raise UserError(f"the fused stem's weights, {window} to {self.outputs}, do not fit into shared memory")
         pixels = self.batch * math.prod(self.out_size)
         most = max(self.batch * self.height * self.width * self.inputs, pixels * (self.reduce or self.outputs))
-        if most >= MAX_ELEMENTS:
-            raise UserError("a map has 2^31 elements or more: use a smaller batch")
+        check_size(most)
 
     def configs(self, card: Card) -> tuple[StemConfig, ...]:
         """The least modelled time first."""
