@@ -20,10 +20,8 @@ from rd_deploy.chain import Conv, GlobalAveragePool
 from rd_deploy.common import UserError
 from rd_deploy.triton_kernels import cost
 from rd_deploy.triton_kernels.cards import KIB, Card
+from rd_deploy.triton_kernels.conv import WEIGHT_COLUMNS, WEIGHT_ROWS
 from rd_deploy.triton_kernels.launch import ELEMENT, MAX_ELEMENTS, Launch, Work, begin, dot, relu
-
-WEIGHT_ROWS = 64  # rows and columns of the packed weights are padded to multiples of these
-WEIGHT_COLUMNS = 16
 
 # (block_m, block_n, warps): a thread holds 64 sums of products and 64 of pixels at most.
 TILES = (

@@ -1,5 +1,9 @@
 """What the tests of GPU kernels share: operands with guards around them, a run that checks them, an error."""
 
+import dataclasses
+import json
+
+import numpy as np
 import torch
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
@@ -33,3 +37,19 @@ def run_guarded(kernel, config, operands, shape, dtype=None):
 def error(got, wanted):
     """Largest, relative to the largest output."""
     return float((got.double() - wanted).abs().max() / wanted.abs().max())
+
+
+def checked_configs(kernel, card):
+    """Each configuration that a kernel offers for a card, with work and launch, after what holds for all of them."""
+    kernel.check()
+    configs = kernel.configs(card)
+    assert 1 <= len(set(configs)) == len(configs) <= 8
+    json.dumps([dataclasses.asdict(config) for config in configs])
+    for config in configs:
+        work, launch = kernel.work(config), kernel.launch(config, pdl=True)
+        assert work.shared_bytes <= card.shared_bytes
+        assert work.issued_flops >= work.flops > 0
+        assert work.blocks == np.prod(launch.grid)
+        assert kernel.predict(config, card).us > card.launch_us
+        assert {*launch.tensors, *launch.numbers, *launch.constants} == set(launch.kernel.arg_names)
+        yield config, work, launch

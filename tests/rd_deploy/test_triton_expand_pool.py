@@ -1,15 +1,12 @@
 """The GPU's fused 1x1 convolution and global average pool, in Triton's interpreter, against torch in float64."""
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from kernels import error, run_guarded, with_guards
+from kernels import checked_configs, error, run_guarded, with_guards
 
 from rd_deploy.chain import Conv, GlobalAveragePool
 from rd_deploy.common import UserError
@@ -156,18 +153,7 @@ REAL = {
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 @pytest.mark.parametrize("name", REAL)
 def test_configurations_fit_the_card(card, name):
-    kernel = REAL[name]
-    kernel.check()
-    configs = kernel.configs(card)
-    assert 1 <= len(set(configs)) == len(configs) <= 8
-    json.dumps([dataclasses.asdict(config) for config in configs])
-    for config in configs:
-        work, launch = kernel.work(config), kernel.launch(config, pdl=True)
-        assert work.shared_bytes <= card.shared_bytes
-        assert work.issued_flops >= work.flops > 0
-        assert work.blocks == np.prod(launch.grid)
-        assert kernel.predict(config, card).us > card.launch_us
-        assert {*launch.tensors, *launch.numbers, *launch.constants} == set(launch.kernel.arg_names)
+    assert list(checked_configs(REAL[name], card))
 
 
 @pytest.mark.parametrize("name", ["other", "small"])
