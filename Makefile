@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,openvino,tensorboard,dev
+EXTRAS := train,openvino,tensorboard,rtx,dev
 DEMO := runs/demo
 
 .PHONY: help setup demo test lint clean

@@ -4,7 +4,7 @@
 # Quick when nothing changed: VENV/.installed names all that the install depends on. It is absent while pip works, and
 # an environment found without it is made anew: pip killed while it unpacks can leave a package that looks installed.
 set -eu
-: "${PYTHON:=python3}" "${VENV:=.venv}" "${EXTRAS:=train,openvino,tensorboard,dev}"
+: "${PYTHON:=python3}" "${VENV:=.venv}" "${EXTRAS:=train,openvino,tensorboard,rtx,dev}"
 : "${CONSTRAINTS=constraints.txt}" "${TORCH_INDEX=}" "${PIP_FLAGS=}"
 
 fail() {

@@ -1,0 +1,1 @@
+"""What other people's servers need to serve an exported network."""
