@@ -45,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engines",
         metavar="NAMES",
-        help="torch,onnxruntime,openvino,native on the CPU, torch-cuda,inductor-cuda,onnxruntime-cuda,tensorrt,cuda on "
-        "an NVIDIA GPU (default: those installed); RD_ISA, for cuda RD_FUSION, RD_TUNE and RD_PDL in the environment "
-        "set how ours run",
+        help="torch,onnxruntime,openvino,native on the CPU, torch-cuda,inductor-cuda,onnxruntime-cuda,"
+        "onnxruntime-tensorrt,onnxruntime-rtx,tensorrt,tensorrt-rtx,cuda on an NVIDIA GPU (default: those installed); "
+        "RD_ISA, for cuda RD_FUSION, RD_TUNE and RD_PDL in the environment set how ours run",
     )
     parser.add_argument(
         "--device", choices=DEFAULTS, help="whose engines are the default (default: cpu, or that of --engines)"

@@ -1,19 +1,22 @@
-"""``rd-export``: a checkpoint, or an architecture with random weights, to a checked ONNX or .rdp file and a sidecar."""
+"""``rd-export``: a checkpoint, or an architecture with random weights, to checked files for other runtimes.
+
+ONNX always, besides it a TensorRT engine and a model repository for NVIDIA's Triton Inference Server; or a .rdp file.
+"""
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
-from rd_deploy.common import UserError, nearest, require, run_command
+from rd_deploy.common import CheckFailed, UserError, nearest, require, run_command
 
-# Options that mean something only for --arch, and only without --no-parity.
+# Options that mean something only for --arch, without --no-parity, with --trt, and so on: see `_check`.
 ARCH_OPTIONS = ("size", "seed", "width", "classes", "shortcuts")
-PARITY_OPTIONS = ("tolerance", "images", "data_dir", "max_batch")
+PARITY_OPTIONS = ("tolerance", "max_batch")
+DATA_OPTIONS = ("images", "data_dir")
+TRT_OPTIONS = ("trt_flavour", "target")
+QUANTISING = ("int8", "fp8")
+QUANTISATION_OPTIONS = ("max_drop", "keep", "calibrator", "calibration_images")
+DEFAULT_BATCHES = "1:8:32"
 DEFAULT_MAX_BATCH = 64
-# How many images parity is judged on at least, if there are as many: real ones, or (for random weights) random ones.
-REAL_IMAGES, RANDOM_IMAGES = 256, 8
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,19 +28,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rd-export",
         allow_abbrev=False,
-        description="Fold BN and export to ONNX, or for the native engine (--native), with preprocessing and class "
-        "names inside and a JSON sidecar beside; checked against the trained network before anything is written (exit "
-        "code 1 when it differs).",
+        description="Fold BN and export to ONNX, to ONNX and a TensorRT engine (--trt), or for the native engine "
+        "(--native), with preprocessing and class names inside and a JSON sidecar beside; checked against the trained "
+        "network before anything is written (exit code 1 when it differs).",
     )
-    parser.add_argument("checkpoint", nargs="?", metavar="model.pt", help="made by rd-train")
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="model.pt", help="made by rd-train; for --trt also a model.onnx of rd-export"
+    )
     parser.add_argument("--native", action="store_true", help="write a .rdp file for the native engine, and no ONNX")
     parser.add_argument("--out", metavar="FILE", help="default: beside model.pt, or ./NAME.onnx (.rdp) for --arch")
     parser.add_argument(
         "--precision",
-        default="fp32",
-        help="of weights and feature maps; images and logits stay fp32: fp32 or fp16 for ONNX, fp32 or bf16 with "
-        "--native (default: fp32)",
+        help="of weights and feature maps; images and logits stay fp32: fp32, fp16, bf16, int8 or fp8 for ONNX and "
+        "TensorRT, fp32 or bf16 with --native (default: fp32)",
     )
+    _add_trt(parser.add_argument_group("a TensorRT engine, and a server"))
+    _add_quantisation(parser.add_argument_group("int8 and fp8"))
     parity = parser.add_argument_group("parity with the trained network")
     parity.add_argument("--tolerance", type=float, help="of the largest error, in standard deviations of the logits")
     parity.add_argument("--images", metavar="FOLDER", help="judge by these image files, not by the test split")
@@ -54,6 +60,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_trt(group) -> None:
+    group.add_argument("--trt", action="store_true", help="build an engine from the ONNX file, and write both")
+    group.add_argument(
+        "--trt-flavour",
+        metavar="NAME",
+        help="tensorrt builds on the GPU that will run the engine, rtx (TensorRT-RTX) anywhere; auto (default): "
+        "tensorrt where it and a GPU are, else rtx",
+    )
+    group.add_argument(
+        "--target", metavar="LIST", help="GPUs to build for, such as sm89,sm120 (default: the one here, else all)"
+    )
+    group.add_argument(
+        "--batch",
+        metavar="MIN:OPT:MAX",
+        help=f"batch sizes of the engine and the server, or one of a static engine (default: {DEFAULT_BATCHES})",
+    )
+    group.add_argument(
+        "--triton-server", metavar="DIR", help="also add the model to a repository for NVIDIA's Triton Inference Server"
+    )
+
+
+def _add_quantisation(group) -> None:
+    group.add_argument("--max-drop", type=float, help="of the accuracy, in points (default: 0.5)")
+    group.add_argument("--keep", metavar="LAYERS", help="leave these layers unquantised, such as conv1,fc")
+    group.add_argument(
+        "--calibrator", metavar="NAME", help="minmax, percentile, entropy, distribution (default: auto, the best)"
+    )
+    group.add_argument("--calibration-images", type=int, metavar="N", help="training images that set the ranges")
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
@@ -63,6 +99,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         hint = nearest(name, known) if name.startswith("-") else ": one model.pt at a time"
         raise UserError(f"unknown argument {name}{hint}")
     _check(options)
+    options.precision = options.precision or "fp32"
     return options
 
 
@@ -70,149 +107,76 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what contradicts itself or would be ignored."""
     if (options.checkpoint is None) == (options.arch is None):
         raise UserError("give either a model.pt or --arch NAME (see rd-export --help)")
+    if options.native and (options.trt or options.triton_server):
+        raise UserError(f"--native writes no ONNX file, which {'--trt' if options.trt else '--triton-server'} needs")
+    _check_numbers(options)
+    quantises = options.precision in QUANTISING
     for names, active, needs in (
         (ARCH_OPTIONS, options.arch is not None, "needs --arch"),
         (PARITY_OPTIONS, not options.no_parity, "contradicts --no-parity"),
+        (DATA_OPTIONS, not options.no_parity or quantises, "contradicts --no-parity"),
         (("data_dir",), options.arch is None and options.images is None, "is for the test images of a model.pt"),
+        (TRT_OPTIONS, options.trt, "needs --trt"),
+        (("batch",), options.trt or options.triton_server is not None, "needs --trt or --triton-server"),
+        (QUANTISATION_OPTIONS, quantises, "needs --precision int8 or fp8"),
+        (("max_drop",), options.arch is None or options.images is not None, "needs a model.pt: no labels, no accuracy"),
     ):
         given = [name for name in names if getattr(options, name) is not None]
         if given and not active:
             raise UserError(f"--{given[0].replace('_', '-')} {needs}")
+    if _is_onnx(options):
+        _check_onnx(options)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
     if options.tolerance is not None and not 0 < options.tolerance < float("inf"):
         raise UserError(f"--tolerance must be positive, not {options.tolerance}")
-    if options.max_batch is not None and not 1 <= options.max_batch <= 4096:
-        raise UserError(f"--max-batch must be from 1 to 4096, not {options.max_batch}")
+    if options.max_drop is not None and not 0 <= options.max_drop <= 100:
+        raise UserError(f"--max-drop must be from 0 to 100 points, not {options.max_drop}")
+    for name, low, high in (("max_batch", 1, 4096), ("calibration_images", 2, 65536)):
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, not {options.seed}")
 
 
-def _source(options: argparse.Namespace):
-    from rd_deploy.export.source import source_from_checkpoint, source_from_name
-
-    if options.checkpoint is not None:
-        return source_from_checkpoint(options.checkpoint)
-    given = {name: getattr(options, name) for name in ARCH_OPTIONS if getattr(options, name) is not None}
-    return source_from_name(options.arch, **given)
+def _is_onnx(options: argparse.Namespace) -> bool:
+    return options.checkpoint is not None and options.checkpoint.endswith(".onnx")
 
 
-def _images(options: argparse.Namespace, source, max_batch: int):
-    from rd_deploy.export.images import folder_images, random_source, split_images
-
-    count = max(REAL_IMAGES, max_batch)
-    if options.images is not None:
-        return folder_images(options.images, source.chain.preprocessing, count)
-    if source.checkpoint is None:
-        count = max(RANDOM_IMAGES, max_batch)
-        return random_source(count, source.chain.preprocessing, seed=(options.seed or 0) + 1)
-    return split_images(source.checkpoint, options.data_dir, count)
-
-
-def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callable[[bytes], dict] | None:
-    """The parity check that the exporter runs before it writes; its table goes to ``report``."""
-    from rd_deploy.parity import TOLERANCES, check_parity, native_ways, onnx_ways
-
-    if options.no_parity:
-        report.append("parity: not checked (--no-parity)")
-        return None
-    max_batch = options.max_batch or DEFAULT_MAX_BATCH
-    tolerance = options.tolerance or TOLERANCES[options.precision]
-    images = _images(options, source, max_batch)
-    ways = native_ways if options.native else onnx_ways
-
-    def verify(model: bytes) -> dict:
-        runs = check_parity(source.network, model, images.values, tolerance, max_batch, options.precision, ways)
-        report.extend(_table(runs, images.origin, tolerance))
-        return {
-            "reference": "torch, unfolded, fp32",
-            "images": images.origin,
-            "tolerance": tolerance,
-            "runs": [run.to_dict() for run in runs],
-        }
-
-    return verify
-
-
-def _table(runs: list, origin: str, tolerance: float) -> list[str]:
-    lines = [
-        f"parity with the unfolded torch network on {origin};",
-        f"errors in standard deviations of the logits, tolerance {tolerance:g}:",
-        "  batch  images       max     p99.9      mean   top-1  run by",
-    ]
-    for run in runs:
-        p = run.parity
-        errors = f"{p.max_error:8.1e}  {p.p999_error:8.1e}  {p.mean_error:8.1e}"
-        lines.append(f"  {run.batch:5d}  {p.images:6d}  {errors}  {p.top1_agreement:6.1%}  {run.engine}")
-    return lines
-
-
-def _format(options: argparse.Namespace) -> tuple[ModuleType, Callable[..., dict]]:
-    """The module of the file's format, and its function that writes one; refuses what they do not offer."""
-    from rd_deploy.export import native, onnx
-
-    module, other = (native, onnx) if options.native else (onnx, native)
-    if options.precision in module.PRECISIONS:
-        return module, native.export_native if options.native else onnx.export_onnx
-    if options.precision in other.PRECISIONS:
-        kind = "a .rdp file" if options.native else "an ONNX file"
-        advice = "leave --native away" if options.native else "add --native"
-        raise UserError(f"{kind} is {' or '.join(module.PRECISIONS)}, not {options.precision}: choose one, or {advice}")
-    raise UserError(f"unknown precision '{options.precision}'{nearest(options.precision, module.PRECISIONS)}")
-
-
-def _check_engine() -> None:
-    """Find out that parity cannot be checked before the network is folded, not after."""
-    from rd_deploy import native
-
-    try:
-        native.version()
-    except UserError as error:
-        raise UserError(f"parity cannot be checked: {error}; or pass --no-parity") from error
-
-
-def _default_path(options: argparse.Namespace, name: str, suffix: str) -> Path:
-    precision = "" if options.precision == "fp32" else f"-{options.precision}"
-    if options.checkpoint is None:
-        return Path(f"{name}{precision}{suffix}")
-    path = Path(options.checkpoint)
-    return path.with_name(f"{path.stem}{precision}{suffix}")
-
-
-def _summary(chain, precision: str) -> list[str]:
-    channels, height, width = chain.input_shape
-    errors = chain.provenance["fold_errors"]
-    worst = max(errors, key=errors.get)
-    return [
-        f"{chain.name}: {channels}x{height}x{width} to {len(chain.classes)} classes, {precision}, "
-        f"{chain.parameters() / 1e6:.2f} M parameters, {chain.macs() / 1e6:.1f} M MACs per image",
-        f"BN folded in float64: largest relative error of a layer {errors[worst]:.1e} ({worst})",
-    ]
+def _check_onnx(options: argparse.Namespace) -> None:
+    """From an ONNX file, engines and repositories are made; it is what it is."""
+    if not options.trt and options.triton_server is None:
+        raise UserError(f"{options.checkpoint} is exported already: add --trt or --triton-server, or give a model.pt")
+    given = [name for name in ("precision", "data_dir", "max_batch") if getattr(options, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} is for a model.pt: an ONNX file is what it is")
 
 
 def command(arguments: list[str]) -> int:
-    """Export, and say what was made. Exit code 1 when the parity check fails."""
+    """Export, and say what was made. Exit code 1 when a check of the result fails; then nothing is written."""
     options = _parse(arguments)
-    require("torch", "train")
-    from rd_deploy.parity import ParityError
+    if not _is_onnx(options):
+        require("torch", "train")
+    from rd_deploy.export.files import write_artefacts
+    from rd_deploy.export.report import written
+    from rd_deploy.export.run import from_network, from_onnx, serve
 
-    module, export = _format(options)
-    if options.out is not None:
-        module.check_target(options.out)
-    if options.native and not options.no_parity:
-        _check_engine()
-    source, report = _source(options), []
-    path = Path(options.out) if options.out is not None else _default_path(options, source.chain.name, module.SUFFIX)
-    if options.checkpoint is not None and path.resolve() == Path(options.checkpoint).resolve():
-        raise UserError(f"--out {path} is the checkpoint itself; choose another output path")
-    module.check_target(path)
-    print("\n".join(_summary(source.chain, options.precision)), flush=True)
     try:
-        sidecar = export(path, source.chain, options.precision, _verifier(options, source, report))
-    except ParityError as error:
+        result = from_onnx(options) if _is_onnx(options) else from_network(options, say=_say)
+    except CheckFailed as error:
         print(f"rd-export: {error}; nothing was written", file=sys.stderr)
         return 1
-    print("\n".join(report))
-    print(f"wrote {path} ({sidecar['bytes'] / 1e6:.1f} MB) and {module.sidecar_path(path)}")
+    write_artefacts(result.new)
+    print("\n".join([*result.report, *map(written, result.new)]))
+    if options.triton_server is not None:
+        print(serve(options, result.served))
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def main() -> int:

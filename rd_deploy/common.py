@@ -26,6 +26,10 @@ class UserError(Exception):
     """A mistake in the input: its message is one line saying what is wrong and what to do."""
 
 
+class CheckFailed(Exception):
+    """What was made is not what it should be, so that it is not written: exit code 1; the message is one line."""
+
+
 class Stopped(Exception):
     """Work that ended early (a signal, a NaN loss) with everything worth keeping saved; ``code`` is the exit status."""
 

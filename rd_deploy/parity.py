@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 
 from rd_deploy import native
-from rd_deploy.common import UserError, require
-from rd_deploy.export.fp16 import with_fp16_storage
+from rd_deploy.common import CheckFailed, UserError, require
+from rd_deploy.export.half import with_half_storage
 
 # Of the largest error, in standard deviations of the logits.
 # fp32 rounds at 6e-8. Over 20 to 110 layers that becomes 1e-5 to 1e-4 in networks that are not chaotic; a wrong graph
@@ -24,18 +24,22 @@ from rd_deploy.export.fp16 import with_fp16_storage
 # fp16 rounds at 5e-4, 8,000 times as coarse: 0.02 to 0.05 over 20 to 110 layers, far below what decides a class.
 # bf16 rounds at 4e-3, eight times as coarse again: 0.05 in a plain-20 trained on digits, 0.14 to 0.38 over 20 to 110
 # layers of random weights; a wrong graph gives 1 and more.
-TOLERANCES = {"fp32": 1e-3, "fp16": 1e-1, "bf16": 5e-1}
+# int8, fp8: of one way to run a file against another. A sum that is rounded differently moves an activation by a whole
+# step: 0.04 to 0.15 in ResNets and plain networks of 20 to 56 layers trained on Fashion-MNIST.
+TOLERANCES = {"fp32": 1e-3, "fp16": 1e-1, "bf16": 5e-1, "int8": 5e-1, "fp8": 5e-1}
 # An image is clearly of a class when its logit leads by more than this, in standard deviations of the logits: twice
 # the tolerance (fp32: fp16's), which no rounding overturns. Such an image must keep its class whatever the tolerance.
 CLEAR_MARGINS = {precision: 2 * max(tolerance, TOLERANCES["fp16"]) for precision, tolerance in TOLERANCES.items()}
 ENGINE = "onnxruntime"
+# Drops the ReLU before a float8 Q, as if a zero point of 0 were the least value of that type too (ONNX Runtime 1.32).
+WRONG_OPTIMIZERS = ["ReluQuantRewrite"]
 SMALL_BATCHES = (1, 3)
 SMALL_BATCH_IMAGES = 8
 # Below this share of the logits' deviation, what differs between images is rounding.
 SAME = 1e-5
 
 
-class ParityError(Exception):
+class ParityError(CheckFailed):
     """The exported model is not what was trained, or nothing can be said about it; the message is one line."""
 
 
@@ -44,7 +48,8 @@ class Parity:
     """Errors of a candidate's logits in standard deviations of the reference's (``deviation``, in logits).
 
     ``top1_agreement``: share of images whose largest logit is the same. ``clear_changes``: images that are clearly of
-    another class in the reference (by more than ``clear_margin``). NaN in the candidate makes errors infinite.
+    another class in the reference (by more than ``clear_margin``). NaN in the candidate makes errors infinite. Without
+    a ``tolerance`` nothing but NaN and infinity is judged.
     """
 
     images: int
@@ -54,18 +59,18 @@ class Parity:
     top1_agreement: float
     clear_changes: int
     deviation: float
-    tolerance: float
+    tolerance: float | None
     clear_margin: float
 
     @property
     def passes(self) -> bool:
         """Whether the largest error is within the tolerance (an infinite one never is)."""
-        return math.isfinite(self.max_error) and self.max_error <= self.tolerance
+        return math.isfinite(self.max_error) and (self.tolerance is None or self.max_error <= self.tolerance)
 
     @property
     def keeps_classes(self) -> bool:
         """Whether every image that is clearly of a class stays in it."""
-        return self.clear_changes == 0
+        return self.clear_changes == 0 or (self.tolerance is None and math.isfinite(self.max_error))
 
     @property
     def minimum_tolerance(self) -> float:
@@ -110,7 +115,7 @@ def round_up(value: float) -> float:
 
 
 def compare(
-    reference: np.ndarray, candidate: np.ndarray, tolerance: float, clear_margin: float = CLEAR_MARGINS["fp32"]
+    reference: np.ndarray, candidate: np.ndarray, tolerance: float | None, clear_margin: float = CLEAR_MARGINS["fp32"]
 ) -> Parity:
     """Compare logits (N, classes). Raises `ParityError` when the reference itself is degenerate.
 
@@ -160,12 +165,21 @@ def _deviation(reference: np.ndarray) -> float:
 
 
 def onnx_ways(model: bytes, precision: str, max_batch: int) -> list[Way]:
-    """An ONNX file in ONNX Runtime at batch 1, 3 and ``max_batch``; for ``fp16`` once more with rounded activations."""
-    ways = [Way(ENGINE, batch, lambda: onnx_runner(model)) for batch in sorted({*SMALL_BATCHES, max_batch})]
-    if precision == "fp16":
-        stored = with_fp16_storage(onnx.load_from_string(model)).SerializeToString()
-        ways.append(Way(f"{ENGINE}, activations rounded to fp16", max_batch, lambda: onnx_runner(stored)))
-    return ways
+    """An ONNX file in ONNX Runtime at batch 1, 3 and ``max_batch``.
+
+    ``fp16``: once more with activations rounded, which the runtime does not do by itself on a CPU. ``bf16``: only so,
+    since there it has no bf16 convolution.
+    """
+    batches = sorted({*SMALL_BATCHES, max_batch})
+    if precision not in ("fp16", "bf16"):
+        return _ways(ENGINE, batches, model)
+    rounded = with_half_storage(onnx.load_from_string(model)).SerializeToString()
+    plain, batches = (_ways(ENGINE, batches, model), [max_batch]) if precision == "fp16" else ([], batches)
+    return plain + _ways(f"{ENGINE}, activations rounded to {precision}", batches, rounded)
+
+
+def _ways(engine: str, batches: list[int], model: bytes) -> list[Way]:
+    return [Way(engine, batch, functools.partial(onnx_runner, model)) for batch in batches]
 
 
 def native_ways(model: bytes, precision: str, max_batch: int) -> list[Way]:
@@ -192,16 +206,52 @@ def check_parity(
     over the tolerance, naming the smallest tolerance that would pass, or when an image that is clearly of one class
     gets another, whatever the tolerance.
     """
+
+    def reference(images: np.ndarray) -> np.ndarray:
+        return torch_logits(network, images, max_batch)
+
+    return compare_ways(
+        reference, ways(model, precision, max_batch), images, max_batch, tolerance, CLEAR_MARGINS[precision]
+    )
+
+
+def check_quantized(
+    model: bytes, images: np.ndarray, tolerance: float | None, max_batch: int, precision: str = "int8"
+) -> list[Run]:
+    """Compare ways to run a model with Q/DQ with its literal execution, as `check_parity` does with the torch network.
+
+    How far Q/DQ is from the network that was trained is no question of a tolerance: a gate of `rd_deploy.quantize`
+    judges it by the accuracy. Here it is seen that the file means the same to integer kernels, at any batch.
+    ``tolerance``: None for random weights, where the order of a sum decides on which side of a rounding step an
+    activation falls and each layer multiplies that: errors are reported, and only NaN and infinity fail.
+    """
+
+    def reference(images: np.ndarray) -> np.ndarray:
+        return _in_batches(onnx_runner(model, literal=True), images, max_batch)
+
+    ways = onnx_ways(model, precision, max_batch)
+    return compare_ways(reference, ways, images, max_batch, tolerance, CLEAR_MARGINS[precision])
+
+
+def compare_ways(
+    reference: Callable[[np.ndarray], np.ndarray],
+    ways: list[Way],
+    images: np.ndarray,
+    max_batch: int,
+    tolerance: float | None,
+    clear_margin: float,
+) -> list[Run]:
+    """The runs of all ways: those of the largest batch see all images, the others the first few. Or `ParityError`."""
     images = distinct(images)
     if len(images) < 2:
         raise UserError("parity needs at least 2 different images; add images or pass --no-parity")
     count, whole = len(images), max_batch * math.ceil(max(len(images), SMALL_BATCH_IMAGES) / max_batch)
     images = images[np.arange(whole) % count]
-    reference, runs = torch_logits(network, images, max_batch), []
-    for way in ways(model, precision, max_batch):
+    expected, runs = reference(images), []
+    for way in ways:
         seen = images if way.batch == max_batch else images[:SMALL_BATCH_IMAGES]
         logits = _in_batches(way.load(), seen, way.batch)
-        parity = compare(reference[: len(logits)], logits, tolerance, CLEAR_MARGINS[precision])
+        parity = compare(expected[: len(logits)], logits, tolerance, clear_margin)
         runs.append(Run(way.engine, way.batch, replace(parity, images=min(len(logits), count))))
     if not all(run.parity.passes and run.parity.keeps_classes for run in runs):
         raise ParityError(_failure(max(runs, key=lambda run: (run.parity.clear_changes, run.parity.max_error))))
@@ -244,13 +294,19 @@ def torch_logits(network, images: np.ndarray, batch: int) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def onnx_runner(model: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from images (N, C, H, W), any N, to logits, by ONNX Runtime on the CPU (``threads`` 0: all cores)."""
+def onnx_runner(model: bytes, threads: int = 0, literal: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from images (N, C, H, W), any N, to logits, by ONNX Runtime on the CPU (``threads`` 0: all cores).
+
+    ``literal``: Q/DQ is computed as it stands in the graph, in float32 between Q and DQ; otherwise integer kernels take
+    its place where there are any, which also round the biases.
+    """
     ort = require("onnxruntime", "")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1" if literal else "0")
+    providers = ["CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers, disabled_optimizers=WRONG_OPTIMIZERS)
     except Exception as error:  # its exception classes share no public base
         raise ParityError(f"ONNX Runtime refuses the exported model: {str(error).splitlines()[0][:160]}") from error
     name = session.get_inputs()[0].name
@@ -259,10 +315,14 @@ def onnx_runner(model: bytes, threads: int = 0) -> Callable[[np.ndarray], np.nda
 
 def native_runner(network: native.Network, batch: int) -> Callable[[np.ndarray], np.ndarray]:
     """The same by the native engine, for up to ``batch`` images at a time; it runs whole batches."""
-    context = network.plan(batch).context()
+    return whole_batches(network.plan(batch).context().run, batch)
 
-    def run(images: np.ndarray) -> np.ndarray:
+
+def whole_batches(run: Callable[[np.ndarray], np.ndarray], batch: int) -> Callable[[np.ndarray], np.ndarray]:
+    """``run`` for up to ``batch`` images, filled up with zeros to as many."""
+
+    def filled(images: np.ndarray) -> np.ndarray:
         missing = np.zeros((batch - len(images), *images.shape[1:]), np.float32)
-        return context.run(np.concatenate([images, missing]))[: len(images)]
+        return run(np.concatenate([images, missing]))[: len(images)]
 
-    return run
+    return filled

@@ -10,11 +10,11 @@ ReLU, it is 5 and 2.
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rd_deploy.common import UserError
+from rd_deploy.export.images import random_images
 from rd_train.networks import Arch, Network
 
 # Pixels per channel that the statistics of the last stage rest on, and the least number of images.
@@ -22,21 +22,6 @@ CALIBRATION_PIXELS = 128
 CALIBRATION_IMAGES = 4
 BN_BIAS = 1.0
 DIRAC_NOISE = 0.25  # of plain blocks, see `rd_train.networks.initialise`
-
-
-def random_images(count: int, channels: int, size: int, seed: int = 0) -> np.ndarray:
-    """Normalised images (count, channels, size, size), float32: noise at several scales, so that images differ.
-
-    White noise alone would make all images equal after the global pool.
-    """
-    rng = np.random.default_rng(seed)
-    images = np.zeros((count, channels, size, size), np.float32)
-    for cells in (1, 4, 16, size):
-        cells = min(cells, size)
-        coarse = rng.standard_normal((count, channels, cells, cells), dtype=np.float32)
-        at = np.arange(size) * cells // size
-        images += 0.5 * coarse[:, :, at[:, None], at]
-    return images
 
 
 def random_network(arch: Arch, size: int, seed: int = 0) -> Network:

@@ -80,10 +80,18 @@ def main() -> None:
     parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="names of runs, such as resnet20,plain20-ce-dirac"
+    )
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
     options = parser.parse_args()
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    runs = {f"resnet{depth}" for depth in (20, 56)} | {
+        f"plain{depth}-{method}-{init}" for depth, method, init in itertools.product((20, 56), METHODS, INITS)
+    }
+    if unknown := set(options.only or ()) - runs:
+        parser.error(f"--only: no runs {', '.join(sorted(unknown))}; there are {', '.join(sorted(runs))}")
     jobs = [(f"resnet{depth}", [f"fashion-resnet{depth}", *shared_flags(depth, options)]) for depth in (56, 20)]
     results = run_all(jobs, options)
     jobs = []
@@ -97,7 +105,8 @@ def main() -> None:
         "what": "Fashion-MNIST, 55,000 training, 5,000 validation, 10,000 test images of 28x28; one seed; jointrd "
         "without its feature term (feature_weight 0), as the authors' scripts for 32x32 images",
         "command": f"python benchmarks/accuracy/fashion.py --epochs20 {options.epochs20} --epochs56 {options.epochs56} "
-        f"--workers {options.workers} --seed {options.seed}",
+        f"--workers {options.workers} --seed {options.seed}"
+        + (f" --only {','.join(options.only)}" if options.only else ""),
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "note": options.note,
@@ -110,6 +119,8 @@ def main() -> None:
 
 def run_all(jobs: list[tuple[str, list[str]]], options: argparse.Namespace) -> list[dict]:
     """The runs, ``workers`` at a time; the first that fails cancels those that have not begun."""
+    if options.only is not None:
+        jobs = [(name, flags) for name, flags in jobs if name in options.only]
     with ThreadPoolExecutor(options.workers) as pool:
         futures = [pool.submit(train, name, options, flags) for name, flags in jobs]
         try:

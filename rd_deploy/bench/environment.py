@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 PACKAGES = (
-    *("residual-distillation", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),
+    *("residual-distillation", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
+    *("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
     *("torch", "torchvision", "timm", "triton"),
 )
 # CPU features that decide which kernels an engine picks; x86 names, then Arm's.

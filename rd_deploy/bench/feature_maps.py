@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rd_deploy.bench.claims import MEMORY, SHARE, Claim, at_least, claim_name, not_measured, share_claim
 from rd_deploy.bench.models import Subject
 from rd_deploy.common import UserError
-from rd_deploy.engines import Session
+from rd_deploy.engines import Figure, Session
 from rd_deploy.engines.base import ELEMENT_BYTES, weight_elements
 from rd_deploy.memory import Ledger, ledger
 
@@ -67,23 +67,28 @@ def _row(subject: Subject, precision: str, batch: int, policy: str, how: str) ->
 
 def engine_rows(name: str, session: Session) -> list[dict]:
     """A row for each account that the session's engine gives of its feature maps."""
-    return [
-        {
-            "model": name,
-            "precision": session.precision,
-            "batch": session.batch,
-            "engine": session.engine.name,
-            "policy": None,
-            "source": figure.source,
-            "peak_bytes": figure.peak_bytes,
-            "shortcut_peak_bytes": None,
-            "shortcut_share": None,
-            "traffic_bytes": None,
-            "weight_bytes": session.weight_bytes,
-            "how": f"{figure.source}: {figure.how}",
-        }
-        for figure in session.feature_maps()
-    ]
+    setting = (name, session.precision, session.batch, session.engine.name, session.weight_bytes)
+    return [figure_row(*setting, figure) for figure in session.feature_maps()]
+
+
+def figure_row(
+    model: str, precision: str, batch: int, engine: str | None, weight_bytes: int, figure: Figure
+) -> dict[str, object]:
+    """A row of somebody else's account; ``engine``: whose session it is of, None where nothing was run."""
+    return {
+        "model": model,
+        "precision": precision,
+        "batch": batch,
+        "engine": engine,
+        "policy": None,
+        "source": figure.source,
+        "peak_bytes": figure.peak_bytes,
+        "shortcut_peak_bytes": None,
+        "shortcut_share": None,
+        "traffic_bytes": None,
+        "weight_bytes": weight_bytes,
+        "how": f"{figure.source}: {figure.how}",
+    }
 
 
 def judge_memory(model: str, against: str, rows: Sequence[dict]) -> list[Claim]:

@@ -7,6 +7,8 @@ import numpy as np
 
 from rd_deploy.bench import claims as judge
 from rd_deploy.bench.agreement import Reference, compare, random_images, reference
+from rd_deploy.bench.builder_memory import SOURCE as BUILDER
+from rd_deploy.bench.builder_memory import builder_rows
 from rd_deploy.bench.claims import claim_name
 from rd_deploy.bench.feature_maps import count_memory, engine_rows, judge_memory
 from rd_deploy.bench.models import Subject
@@ -81,6 +83,10 @@ def measure(model: Subject, against: Subject, plan: Plan, skipped: list[dict], s
     """
     report = Report(skipped=list(skipped))
     report.memory, report.ledgers = count_memory((model, against), plan.precisions, plan.batches)
+    try:
+        report.memory += builder_rows((model, against), plan.precisions, plan.batches)
+    except UserError as reason:
+        report.skipped.append(_skip(BUILDER, None, None, str(reason)))
     truths = tuple(_reference(subject, plan) for subject in (model, against))
     for precision in plan.precisions:
         for batch in plan.batches:

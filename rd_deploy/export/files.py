@@ -1,18 +1,35 @@
-"""What every exporter shares: the model's file and its JSON sidecar, of which both are written or neither."""
+"""What every exporter shares: a model's file and its JSON sidecar, of which both are written or neither."""
 
+import contextlib
 import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rd_deploy.chain import INPUT, Chain
-from rd_deploy.common import UserError, atomic_path
+from rd_deploy.common import UserError, atomic_path, check_file
 
 SIDECAR_FORMAT = "residual-distillation-sidecar/1"
 MAX_SIDECAR_BYTES = 256 << 20  # a million class names and more
 OUTPUT = "logits"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model's file that is ready to be written, and what its sidecar will say."""
+
+    path: Path
+    content: bytes
+    sidecar_path: Path
+    sidecar: dict
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes, in hexadecimal."""
+        return hashlib.sha256(self.content).hexdigest()
 
 
 def check_target(path: Path, suffix: str, sidecar: Path) -> None:
@@ -48,12 +65,27 @@ def _check_sidecar(path: Path) -> None:
         raise UserError(f"{path} exists and is not a sidecar of rd-export; move it, or choose another output path")
 
 
-def write_both(path: Path, content: bytes, sidecar: Path, values: dict) -> None:
-    """Write the model and its sidecar; each replaces an older one atomically."""
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    with atomic_path(path) as model_file, atomic_path(sidecar) as json_file:
-        model_file.write_bytes(content)
-        json_file.write_text(text, encoding="utf-8")
+def read_sidecar(path: Path, kinds: dict[str, type]) -> dict:
+    """A sidecar's values, with these entries of these types. Raises `UserError` for anything else."""
+    path = check_file(path, "sidecar", MAX_SIDECAR_BYTES)
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON; export the model again") from error
+    if not isinstance(values, dict) or values.get("format") != SIDECAR_FORMAT:
+        raise UserError(f"{path} is not a sidecar of rd-export; export the model again")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
+        raise UserError(f"{path} lacks {', '.join(wrong)}; export the model again")
+    return values
+
+
+def write_artefacts(artefacts: Sequence[Artefact]) -> None:
+    """Write models and sidecars; each replaces an older one atomically, and none does when one cannot be written."""
+    with contextlib.ExitStack() as stack:
+        for artefact in artefacts:
+            text = json.dumps(artefact.sidecar, indent=2, allow_nan=False) + "\n"
+            stack.enter_context(atomic_path(artefact.path)).write_bytes(artefact.content)
+            stack.enter_context(atomic_path(artefact.sidecar_path)).write_text(text, encoding="utf-8")
 
 
 def describe(

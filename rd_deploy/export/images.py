@@ -7,7 +7,6 @@ import numpy as np
 
 from rd_deploy.common import UserError, require
 from rd_deploy.preprocessing import Preprocessing
-from rd_deploy.random_weights import random_images
 
 ESCAPE = "pass --images FOLDER (any images of the kind), or --no-parity"
 
@@ -23,6 +22,21 @@ class Images:
 def spread(count: int, available: int) -> np.ndarray:
     """Up to ``count`` indices evenly spread over ``available``, since files and test sets are often sorted by class."""
     return np.linspace(0, available - 1, min(count, available)).round().astype(np.int64)
+
+
+def random_images(count: int, channels: int, size: int, seed: int = 0) -> np.ndarray:
+    """Normalised images (count, channels, size, size), float32: noise at several scales, so that images differ.
+
+    White noise alone would make all images equal after the global pool.
+    """
+    rng = np.random.default_rng(seed)
+    images = np.zeros((count, channels, size, size), np.float32)
+    for cells in (1, 4, 16, size):
+        cells = min(cells, size)
+        coarse = rng.standard_normal((count, channels, cells, cells), dtype=np.float32)
+        at = np.arange(size) * cells // size
+        images += 0.5 * coarse[:, :, at[:, None], at]
+    return images
 
 
 def random_source(count: int, preprocessing: Preprocessing, seed: int) -> Images:

@@ -13,7 +13,7 @@ import numpy as np
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, sources
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import files
-from rd_deploy.export.files import describe, write_both
+from rd_deploy.export.files import Artefact, describe, write_artefacts
 
 FORMAT = "residual-distillation-rdp/1"
 MAGIC, VERSION = b"\x89RDP\r\n\x1a\n", 1
@@ -240,13 +240,12 @@ def _check(fits: bool, limit: str, step: Step | None = None) -> None:
 # --- on disk
 
 
-def export_native(
+def make_native(
     path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
-) -> dict:
-    """Write ``path`` (.rdp) and beside it the sidecar (.rdp.json); both replace older files atomically.
+) -> Artefact:
+    """The .rdp file of a chain, and its sidecar, ready to be written to ``path`` and beside it.
 
-    ``verify`` gets the file's bytes before anything is written; what it returns becomes the sidecar's ``parity``, and
-    when it raises, nothing is written. Returns the sidecar.
+    ``verify`` gets the file's bytes; what it returns becomes the sidecar's ``parity``, and it may raise.
     """
     path = check_target(path)
     content = to_rdp(chain, precision)
@@ -254,8 +253,16 @@ def export_native(
     *_, weight_bytes, _, _ = HEADER.unpack_from(content)
     particular = {"rdp_version": VERSION, "weight_bytes": weight_bytes}
     values = describe(path.name, content, chain, precision, parity, particular, PACKAGES)
-    write_both(path, content, sidecar_path(path), values)
-    return values
+    return Artefact(path, content, sidecar_path(path), values)
+
+
+def export_native(
+    path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
+) -> dict:
+    """Write what `make_native` makes; both files replace older ones atomically. Returns the sidecar."""
+    artefact = make_native(path, chain, precision, verify)
+    write_artefacts([artefact])
+    return artefact.sidecar
 
 
 def sidecar_path(path: Path) -> Path:

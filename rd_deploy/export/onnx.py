@@ -10,24 +10,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool, Step, weights
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import files
-from rd_deploy.export.files import OUTPUT, describe, write_both
+from rd_deploy.export.files import OUTPUT, Artefact, describe, write_artefacts
 from rd_deploy.preprocessing import Preprocessing
 
 FORMAT = "residual-distillation-onnx/1"
 SUFFIX = ".onnx"
 PACKAGES = ("residual-distillation", "numpy", "onnx", "onnxruntime", "torch")
-# Opset 17 with IR 8 (2022): read by ONNX Runtime >= 1.12, TensorRT >= 8.6 and every OpenVINO 2023+.
-OPSET, IR_VERSION = 17, 8
+# Opset 17 with IR 8 (2022): read by ONNX Runtime >= 1.12, TensorRT >= 8.6 and every OpenVINO 2023+. Convolutions and
+# pools of bf16 are in ONNX since opset 22 (2024) only; Q/DQ of float8 since 19, its IR 9 (2023).
+OPSETS = {"fp32": (17, 8), "fp16": (17, 8), "bf16": (22, 10), "int8": (19, 9), "fp8": (19, 9)}
 # A protobuf message ends at 2 GiB; a little is left for names and metadata.
 MAX_WEIGHT_BYTES = (2 << 30) - (16 << 20)
-DTYPES = {"fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16)}
+DTYPES = {
+    "fp32": (np.float32, TensorProto.FLOAT),
+    "fp16": (np.float16, TensorProto.FLOAT16),
+    "bf16": (ml_dtypes.bfloat16, TensorProto.BFLOAT16),
+}
 PRECISIONS = tuple(DTYPES)
 KEY = "residual_distillation."
 
@@ -50,29 +56,40 @@ class Metadata:
 def to_onnx(chain: Chain, precision: str = "fp32") -> onnx.ModelProto:
     """The checked ONNX model of a chain.
 
-    ``fp16``: weights, activations and arithmetic are float16 between a cast of the images and a cast of the logits,
-    so that callers feed and read float32 either way. Raises `UserError` when a weight is out of float16's range, or
-    the weights exceed what one ONNX file holds.
+    ``fp16``, ``bf16``: weights, activations and arithmetic are of that type between a cast of the images and a cast of
+    the logits, so that callers feed and read float32 either way. Raises `UserError` when a weight is out of the type's
+    range, or the weights exceed what one ONNX file holds. int8 and fp8 need data: `rd_deploy.quantize`.
     """
     if precision not in DTYPES:
         raise UserError(f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}")
     dtype, element = DTYPES[precision]
-    size = weight_bytes(chain, precision)
-    if size > MAX_WEIGHT_BYTES:
-        raise UserError(f"{size / 2**30:.1f} GiB of weights exceed the 2 GiB of one ONNX file; use a smaller width")
+    check_size(weight_bytes(chain, precision))
     chain.check()
+    initializers = [_initializer(step, part, values, dtype) for step in chain.steps for part, values in weights(step)]
+    return make_model(chain, precision, _nodes(chain, precision), initializers, _value_infos(chain, element))
+
+
+def make_model(
+    chain: Chain,
+    precision: str,
+    nodes: list[onnx.NodeProto],
+    initializers: list[TensorProto],
+    value_infos: list[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """The checked model of these nodes, from float32 images to float32 logits, with a chain's metadata."""
     graph = helper.make_graph(
-        _nodes(chain, precision),
+        nodes,
         chain.name,
         [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", *chain.input_shape])],
         [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", len(chain.classes)])],
-        [_initializer(step, part, values, dtype) for step in chain.steps for part, values in weights(step)],
-        value_info=_value_infos(chain, element),
+        initializers,
+        value_info=value_infos,
     )
+    opset, ir_version = OPSETS[precision]
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
         producer_name="residual-distillation",
     )
     helper.set_model_props(model, _metadata_props(chain, precision))
@@ -80,9 +97,20 @@ def to_onnx(chain: Chain, precision: str = "fp32") -> onnx.ModelProto:
     return model
 
 
+def check_size(size: int) -> None:
+    """Raise `UserError` for more bytes of weights than one ONNX file holds."""
+    if size > MAX_WEIGHT_BYTES:
+        raise UserError(f"{size / 2**30:.1f} GiB of weights exceed the 2 GiB of one ONNX file; use a smaller width")
+
+
 def weight_bytes(chain: Chain, precision: str) -> int:
     """Bytes of all weights and biases in a precision."""
     return chain.parameters() * np.dtype(DTYPES[precision][0]).itemsize
+
+
+def make_tensor(name: str, values: np.ndarray, element: int) -> TensorProto:
+    """An initializer of these values' bits (`numpy_helper` knows the types of ml_dtypes since onnx 1.19 only)."""
+    return helper.make_tensor(name, element, values.shape, np.ascontiguousarray(values).tobytes(), raw=True)
 
 
 def _initializer(step: Step, part: str, values: np.ndarray, dtype: type) -> TensorProto:
@@ -92,25 +120,27 @@ def _initializer(step: Step, part: str, values: np.ndarray, dtype: type) -> Tens
         advice = "export with --precision fp32" if dtype is np.float16 else "train again"
         raise UserError(
             f"{step.name}.{part} reaches {np.abs(values).max():.3g}, more than {np.dtype(dtype).name} holds "
-            f"({np.finfo(dtype).max:.3g}); {advice}"
+            f"({float(ml_dtypes.finfo(dtype).max):.3g}); {advice}"
         )
-    return numpy_helper.from_array(rounded, f"{step.name}.{part}")
+    return make_tensor(f"{step.name}.{part}", rounded, dict(DTYPES.values())[dtype])
 
 
 def _nodes(chain: Chain, precision: str) -> list[onnx.NodeProto]:
-    """The nodes of all steps; in fp16 the steps run between two casts."""
+    """The nodes of all steps; in fp16 and bf16 the steps run between two casts."""
     if precision == "fp32":
         names = {chain.steps[-1].name: OUTPUT}
-        return [node for step in chain.steps for node in _step_nodes(step, names)]
-    half, last = f"{INPUT}_fp16", chain.steps[-1].name
+        return [node for step in chain.steps for node in step_nodes(step, names)]
+    half, last = f"{INPUT}_{precision}", chain.steps[-1].name
+    last_half = f"{last}_{precision}" if last == OUTPUT else last  # a chain from a file of others may end so
+    names = {INPUT: half, last: last_half}
     return [
-        helper.make_node("Cast", [INPUT], [half], half, to=TensorProto.FLOAT16),
-        *(node for step in chain.steps for node in _step_nodes(step, {INPUT: half})),
-        helper.make_node("Cast", [last], [OUTPUT], OUTPUT, to=TensorProto.FLOAT),
+        helper.make_node("Cast", [INPUT], [half], half, to=DTYPES[precision][1]),
+        *(node for step in chain.steps for node in step_nodes(step, names)),
+        helper.make_node("Cast", [last_half], [OUTPUT], OUTPUT, to=TensorProto.FLOAT),
     ]
 
 
-def _step_nodes(step: Step, names: dict[str, str]) -> list[onnx.NodeProto]:
+def step_nodes(step: Step, names: dict[str, str]) -> list[onnx.NodeProto]:
     """One step as ONNX nodes; ``names`` renames tensors. The step's last node writes the tensor of its name."""
     source, output = names.get(step.source, step.source), names.get(step.name, step.name)
     if isinstance(step, Conv):
@@ -165,21 +195,41 @@ def _metadata_props(chain: Chain, precision: str) -> dict[str, str]:
     return {KEY + name: value for name, value in values.items()}
 
 
+def make_onnx(
+    path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
+) -> Artefact:
+    """The ONNX file of a chain, and its sidecar, ready to be written to ``path`` (.onnx) and beside it (.json).
+
+    ``verify`` gets the file's bytes; what it returns becomes the sidecar's ``parity``, and it may raise.
+    """
+    return make_artefact(path, chain, precision, to_onnx(chain, precision), weight_bytes(chain, precision), verify)
+
+
+def make_artefact(
+    path: str | Path,
+    chain: Chain,
+    precision: str,
+    model: onnx.ModelProto,
+    weight_size: int,
+    verify: Callable[[bytes], dict] | None,
+    particular: dict | None = None,
+) -> Artefact:
+    """Any ONNX model of a chain as `make_onnx` makes it; ``particular``: further entries of its sidecar."""
+    path = check_target(path)
+    content = model.SerializeToString(deterministic=True)
+    parity = None if verify is None else verify(content)
+    entries = {"opset": OPSETS[precision][0], "weight_bytes": weight_size} | (particular or {})
+    values = describe(path.name, content, chain, precision, parity, entries, PACKAGES)
+    return Artefact(path, content, sidecar_path(path), values)
+
+
 def export_onnx(
     path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
 ) -> dict:
-    """Write ``path`` (.onnx) and beside it the sidecar (.json); both replace older files atomically.
-
-    ``verify`` gets the file's bytes before anything is written; what it returns becomes the sidecar's ``parity``, and
-    when it raises, nothing is written. Returns the sidecar.
-    """
-    path = check_target(path)
-    content = to_onnx(chain, precision).SerializeToString(deterministic=True)
-    parity = None if verify is None else verify(content)
-    particular = {"opset": OPSET, "weight_bytes": weight_bytes(chain, precision)}
-    values = describe(path.name, content, chain, precision, parity, particular, PACKAGES)
-    write_both(path, content, sidecar_path(path), values)
-    return values
+    """Write what `make_onnx` makes; both files replace older ones atomically. Returns the sidecar."""
+    artefact = make_onnx(path, chain, precision, verify)
+    write_artefacts([artefact])
+    return artefact.sidecar
 
 
 def sidecar_path(path: Path) -> Path:
@@ -209,7 +259,7 @@ def read_metadata(model: onnx.ModelProto) -> Metadata:
     arch, classes = _json(values, "arch", dict), _json(values, "classes", list)
     if not (classes and all(isinstance(name, str) for name in classes)):
         raise UserError("the ONNX model's class names must be strings; export it again")
-    if values["precision"] not in PRECISIONS or not re.fullmatch("[0-9a-f]{64}", values["weights_sha256"]):
+    if values["precision"] not in OPSETS or not re.fullmatch("[0-9a-f]{64}", values["weights_sha256"]):
         raise UserError("the ONNX model's precision or hash of the weights is damaged; export it again")
     preprocessing = Preprocessing.from_dict(_json(values, "preprocessing", dict))
     return Metadata(values["name"], arch, preprocessing, tuple(classes), values["precision"], values["weights_sha256"])

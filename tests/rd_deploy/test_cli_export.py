@@ -161,7 +161,7 @@ def test_help_and_errors_need_no_torch(tmp_path):
     shown = run("--help")
     assert shown.returncode == 0
     assert "--precision" in shown.stdout
-    assert "--trt" not in shown.stdout
+    assert "--trt" in shown.stdout
     assert "--native" in shown.stdout
     missing = run("--arch", "plain20")
     assert missing.returncode == 2
@@ -420,7 +420,8 @@ def test_one_image_per_batch_is_enough_for_random_weights(rd_export):
 def test_a_checkpoint_called_onnx_is_not_overwritten(rd_export, model):
     odd = model.rename(model.with_suffix(".onnx"))
     before = odd.read_bytes()
-    assert_refused(rd_export(odd), "the checkpoint itself")
+    assert_refused(rd_export(odd), "is exported already")
+    assert_refused(rd_export(odd, "--trt"), "not an ONNX file")
     assert odd.read_bytes() == before
 
 
@@ -444,8 +445,22 @@ def test_a_full_disk_leaves_nothing(rd_export, model, monkeypatch):
         (["--arch", "plain20", "--precison", "fp16"], "did you mean '--precision'"),
         (["--arch", "plain20", "--prec", "fp16"], "unknown argument --prec"),
         (["--arch", "plain20", "--precision", "fp61"], "did you mean 'fp16'"),
-        (["--arch", "plain20", "--trt"], "unknown argument --trt"),
-        (["--arch", "plain20", "--precision", "bf16"], "an ONNX file is fp32 or fp16, not bf16: .* add --native"),
+        (["--arch", "plain20", "--native", "--trt"], "--native writes no ONNX file, which --trt needs"),
+        (["--arch", "plain20", "--native", "--triton-server", "a"], "which --triton-server needs"),
+        (["--arch", "plain20", "--trt", "--out", "a.onnx"], r"must end in \.engine"),
+        (["--arch", "plain20", "--trt", "--trt-flavour", "nvinfer"], "unknown TensorRT flavour 'nvinfer'"),
+        (["--arch", "plain20", "--trt", "--trt-flavour", "rtx", "--target", "sm90"], "has no target sm90"),
+        (["--arch", "plain20", "--trt", "--batch", "8:1:2"], "must be minimum:optimum:maximum"),
+        (["--arch", "plain20", "--trt-flavour", "rtx"], "--trt-flavour needs --trt"),
+        (["--arch", "plain20", "--target", "sm89"], "--target needs --trt"),
+        (["--arch", "plain20", "--batch", "8"], "--batch needs --trt or --triton-server"),
+        (["--arch", "plain20", "--max-drop", "1"], "--max-drop needs --precision int8 or fp8"),
+        (["--arch", "plain20", "--precision", "int8", "--max-drop", "-1"], "--max-drop must be from 0 to 100"),
+        (["--arch", "plain20", "--precision", "int8", "--calibration-images", "1"], "--calibration-images must be"),
+        (["--arch", "plain20", "--precision", "fp8", "--calibrator", "mini"], "mini"),
+        (["model.onnx"], "is exported already"),
+        (["model.onnx", "--trt", "--precision", "fp16"], "--precision is for a model.pt"),
+        (["model.onnx", "--trt"], "model.onnx does not exist"),
         (["--arch", "plain20", "--native", "--precision", "fp16"], "is fp32 or bf16, not fp16: .* leave --native away"),
         (["--arch", "plain20", "--native", "--precision", "bf61"], "did you mean 'bf16'"),
         (["--arch", "plain20", "--native", "--out", "a.onnx"], r"must end in \.rdp"),

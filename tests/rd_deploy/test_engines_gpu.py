@@ -1,15 +1,17 @@
 """The engines for GPUs where there is none: what they say, and the parts of them that need no GPU."""
 
+import ml_dtypes
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 torch = pytest.importorskip("torch")
 
 from chains import bottlenecks, images_for, reference
 
 from rd_deploy.common import UserError
-from rd_deploy.engines import ENGINES, get_engine
-from rd_deploy.engines.device import no_gpu
+from rd_deploy.engines import ENGINES, Unsupported, get_engine
+from rd_deploy.engines.device import DeviceSession, no_gpu
 from rd_deploy.engines.half_onnx import half_onnx
 from rd_deploy.engines.torch import run_calls, translate
 from rd_deploy.export.onnx import to_onnx
@@ -36,7 +38,7 @@ def test_the_reason_names_what_is_missing():
 
 def test_precisions_are_those_of_gpus():
     assert {ENGINES[name].precisions for name in ON_GPU} <= {("fp16", "bf16"), ("fp16",)}
-    assert len(ON_GPU) == 5
+    assert len(ON_GPU) == 8
 
 
 def test_inductor_makes_constants_of_the_weights(monkeypatch):
@@ -77,3 +79,45 @@ def test_the_fp16_file_takes_channels_last_images_and_gives_the_logits(shortcuts
     (logits,) = session.run(["logits"], {"images": images.transpose(0, 2, 3, 1).astype(np.float16)})
     assert logits.dtype == np.float16
     assert np.abs(logits - expected).max() / expected.std() < 0.02
+
+
+def test_the_bf16_file_computes_the_same_network():
+    """In ONNX's own reference, which knows bf16 and rounds every result to it."""
+    chain = bottlenecks()
+    images = images_for(chain, 2)
+    expected = reference(chain, images)
+    model = half_onnx(to_onnx(chain), batch=2, precision="bf16")
+    given = images.transpose(0, 2, 3, 1).astype(ml_dtypes.bfloat16)
+    (logits,) = ReferenceEvaluator(model).run(["logits"], {"images": given})
+    assert logits.dtype == ml_dtypes.bfloat16
+    assert np.abs(logits.astype(np.float32) - expected).max() / expected.std() < 0.2
+
+
+# TensorRT-RTX, which builds without a GPU --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_a_gpu(monkeypatch):
+    """A function that loads a network on TensorRT-RTX as if there were a GPU of that compute capability."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
+    monkeypatch.setattr(DeviceSession, "_find_device", lambda session: torch.device("cpu"))
+    engine = get_engine("tensorrt-rtx")
+
+    def load(capability: tuple[int, int], precision: str):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return engine._load(to_onnx(bottlenecks()), precision, 1, 2)
+
+    return load
+
+
+@without_gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_tensorrt_builds_the_file_and_says_why_it_cannot_run(of_a_gpu, precision):
+    """A real build; what it needs a GPU for comes after, and gives no engine."""
+    with pytest.raises(Unsupported, match=r"^TensorRT cannot (start its runtime|load its own engine): [^\n]+$"):
+        of_a_gpu((8, 9), precision)
+
+
+def test_tensorrt_rtx_refuses_data_centre_gpus(of_a_gpu):
+    with pytest.raises(Unsupported, match="has no target sm90, the GPU here"):
+        of_a_gpu((9, 0), "fp16")

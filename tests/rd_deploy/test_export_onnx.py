@@ -15,7 +15,8 @@ import torch
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool
 from rd_deploy.common import UserError
-from rd_deploy.export.onnx import export_onnx, read_metadata, to_onnx
+from rd_deploy.export.half import with_half_storage
+from rd_deploy.export.onnx import PRECISIONS, export_onnx, read_metadata, to_onnx
 from rd_deploy.export.source import Source, chain_from_name, source_from_name
 from rd_deploy.parity import onnx_runner
 from rd_deploy.preprocessing import Preprocessing
@@ -50,34 +51,48 @@ def test_onnx_runtime_gives_the_float64_networks_logits_at_any_batch(name, stem,
         np.testing.assert_allclose(logits, float64_logits(source, images), rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("precision", "least", "most", "element"),
+    [("fp16", 1e-5, 0.1, onnx.TensorProto.FLOAT16), ("bf16", 1e-4, 0.5, onnx.TensorProto.BFLOAT16)],
+)
 @pytest.mark.parametrize("name", ["plain20", "resnet20", "resnet50"])
-def test_fp16_takes_and_gives_float32_and_stays_close(name):
+def test_halves_take_and_give_float32_and_stay_close(name, precision, least, most, element):
     source = small(name)
-    model = to_onnx(source.chain, "fp16")
+    model = to_onnx(source.chain, precision)
     images = random_images(7, 3, 16, seed=1)
-    logits, expected = onnx_runner(model.SerializeToString(), threads=1)(images), float64_logits(source, images)
+    runnable = with_half_storage(model) if precision == "bf16" else model
+    logits, expected = onnx_runner(runnable.SerializeToString(), threads=1)(images), float64_logits(source, images)
     assert logits.dtype == np.float32
     error = np.abs(logits - expected).max() / expected.std()
-    assert 1e-5 < error < 0.1  # not fp32 in disguise, not broken
-    assert {tensor.data_type for tensor in model.graph.initializer} == {onnx.TensorProto.FLOAT16}
+    assert least < error < most  # not fp32 in disguise, not broken
+    assert {tensor.data_type for tensor in model.graph.initializer} == {element}
 
 
-def test_the_graph_is_batch_dynamic_without_bn_and_half_the_size_in_fp16(chain):
-    fp32, fp16 = to_onnx(chain), to_onnx(chain, "fp16")
-    for model in (fp32, fp16):
+def test_the_graph_is_batch_dynamic_without_bn_and_half_the_size_in_halves(chain):
+    models = [to_onnx(chain, precision) for precision in PRECISIONS]
+    for model in models:
         operators = {node.op_type for node in model.graph.node}
         assert operators <= {"Conv", "Relu", "Add", "MaxPool", "GlobalAveragePool", "Flatten", "Gemm", "Cast"}
         (value,), (result,) = model.graph.input, model.graph.output
         assert (value.name, result.name) == ("images", "logits")
         dims = [[dim.dim_param or dim.dim_value for dim in v.type.tensor_type.shape.dim] for v in (value, result)]
         assert dims == [["batch", 3, 16, 16], ["batch", 5]]
-    sizes = [sum(len(tensor.raw_data) for tensor in model.graph.initializer) for model in (fp32, fp16)]
-    assert sizes == [4 * chain.parameters(), 2 * chain.parameters()]
+    sizes = [sum(len(tensor.raw_data) for tensor in model.graph.initializer) for model in models]
+    assert sizes == [4 * chain.parameters(), 2 * chain.parameters(), 2 * chain.parameters()]
 
 
-def test_same_input_gives_the_same_bytes():
+def test_bf16_is_written_in_an_opset_that_has_its_convolutions(chain):
+    assert to_onnx(chain, "bf16").opset_import[0].version == 22
+    assert to_onnx(chain, "fp16").opset_import[0].version == 17
+    schemas = [onnx.defs.get_schema("Conv", opset) for opset in (22, 17)]
+    allowed = ["tensor(bfloat16)" in schema.type_constraints[0].allowed_type_strs for schema in schemas]
+    assert allowed == [True, False]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_same_input_gives_the_same_bytes(precision):
     first, second = (
-        to_onnx(chain_from_name("plain20", 16, seed=3, classes=5), "fp16").SerializeToString(deterministic=True)
+        to_onnx(chain_from_name("plain20", 16, seed=3, classes=5), precision).SerializeToString(deterministic=True)
         for _ in range(2)
     )
     assert first == second
@@ -158,6 +173,9 @@ def test_values_out_of_range_are_refused(chain):
         to_onnx(with_first_weight(chain, -70_000.0), "fp16")
     to_onnx(with_first_weight(chain, 65_504.0), "fp16")
     to_onnx(with_first_weight(chain, -70_000.0), "fp32")
+    to_onnx(with_first_weight(chain, 3.38e38), "bf16")
+    with pytest.raises(UserError, match=r"more than bfloat16 holds \(3\.39e\+38\); train again"):
+        to_onnx(with_first_weight(chain, 3.4e38), "bf16")
     with pytest.raises(UserError, match="train again"):
         to_onnx(with_first_weight(chain, 1e39), "fp32")
 

@@ -1,6 +1,7 @@
 """Parity: the figures are right, and what is wrong does not pass."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rd_deploy import parity
 from rd_deploy.common import UserError
 from rd_deploy.export.native import to_rdp
 from rd_deploy.export.onnx import to_onnx
@@ -17,6 +19,7 @@ from rd_deploy.parity import (
     TOLERANCES,
     ParityError,
     check_parity,
+    check_quantized,
     compare,
     distinct,
     native_ways,
@@ -24,6 +27,7 @@ from rd_deploy.parity import (
     round_up,
     torch_logits,
 )
+from rd_deploy.quantize import KINDS, calibrate, to_qdq
 from rd_deploy.random_weights import random_images
 
 TOLERANCE = TOLERANCES["fp32"]
@@ -190,6 +194,58 @@ def test_fp16_is_also_judged_with_rounded_activations(source, images):
     runs = check_parity(source.network, model, images, TOLERANCES["fp16"], 8, "fp16")
     assert [run.engine for run in runs[-2:]] == ["onnxruntime", "onnxruntime, activations rounded to fp16"]
     assert runs[-1].parity.max_error != runs[-2].parity.max_error
+
+
+def test_bf16_is_judged_with_rounded_activations_at_every_batch(source, images):
+    model = to_onnx(source.chain, "bf16").SerializeToString()
+    runs = check_parity(source.network, model, images, TOLERANCES["bf16"], 8, "bf16")
+    assert [(run.engine, run.batch) for run in runs] == [
+        ("onnxruntime, activations rounded to bf16", batch) for batch in (1, 3, 8)
+    ]
+    wrong = to_onnx(damage(source.chain, "conv1", relu=False), "bf16").SerializeToString()
+    with pytest.raises(ParityError, match="parity failed"):
+        check_parity(source.network, wrong, images, TOLERANCES["bf16"], 8, "bf16")
+
+
+@pytest.fixture(scope="module")
+def quantised(source, images):
+    return {kind: to_qdq(source.chain, calibrate(source.chain, kind, "minmax", [images]), kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_file_means_the_same_to_every_kernel_and_batch(quantised, images, kind):
+    runs = check_quantized(quantised[kind].SerializeToString(), images, TOLERANCES[kind], 8, kind)
+    assert [(run.engine, run.batch, run.parity.images) for run in runs] == [
+        ("onnxruntime", 1, 8),
+        ("onnxruntime", 3, 8),
+        ("onnxruntime", 8, 10),
+    ]
+    assert all(run.parity.max_error < TOLERANCES[kind] for run in runs)
+
+
+def test_kernels_that_compute_another_network_fail(quantised, images, monkeypatch):
+    """ONNX Runtime 1.32 with the pass that drops ReLUs before a float8 Q."""
+    model = quantised["fp8"].SerializeToString()
+    real = parity.onnx_runner
+
+    def runner(model, threads=0, literal=False):
+        monkeypatch.setattr(parity, "WRONG_OPTIMIZERS", ["ReluQuantRewrite"] if literal else [])
+        return real(model, threads, literal)
+
+    monkeypatch.setattr(parity, "onnx_runner", runner)
+    with pytest.raises(ParityError, match="parity failed"):
+        check_quantized(model, images, TOLERANCES["fp8"], 8, "fp8")
+
+
+def test_without_a_tolerance_errors_are_reported_and_only_nan_fails():
+    reference = np.random.default_rng(0).normal(size=(10, 4))
+    found = compare(reference, -reference, None)
+    assert found.max_error > 1
+    assert found.clear_changes > 0
+    assert (found.passes, found.keeps_classes) == (True, True)
+    json.dumps(found.to_dict(), allow_nan=False)
+    broken = compare(reference, reference * np.nan, None)
+    assert (broken.passes, broken.keeps_classes) == (False, False)
 
 
 def test_activations_that_overflow_fp16_fail_although_the_cpu_computes_them(source, images):

@@ -1,0 +1,133 @@
+"""TensorRT engines from our ONNX files: built, checked layer by layer, compared with the file where there is a GPU."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from rd_deploy.common import CheckFailed, UserError
+from rd_deploy.export import files
+from rd_deploy.export.files import Artefact, read_sidecar
+from rd_deploy.export.onnx import read_metadata
+from rd_deploy.export.onnx import sidecar_path as onnx_sidecar_path
+from rd_deploy.onnx_files import load_model
+from rd_deploy.parity import CLEAR_MARGINS, Run, Way, compare_ways, onnx_ways, whole_batches
+from rd_deploy.trt import SUFFIX
+from rd_deploy.trt.build import Built, Profile, build, choose_targets
+from rd_deploy.trt.device import Gpu, no_gpu
+from rd_deploy.trt.engine_file import describe_engine, engine_file, sidecar_path
+from rd_deploy.trt.flavours import Flavour, choose_flavour
+from rd_deploy.trt.layers import Layer
+
+DEFAULT_PROFILE = Profile(1, 8, 32)
+# How a layer list names the types that convolutions are quantised to.
+QUANTISED = {"int8": "Int8", "fp8": "FP8"}
+# What an engine's sidecar takes over from that of its ONNX file.
+ONNX_KINDS = {"model": str, "sha256": str, "precision": str, "versions": dict}
+
+
+class PrecisionError(CheckFailed):
+    """An engine that runs convolutions in another precision than was asked for; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to build, and ``unseen``: why the engine cannot be run here, None where it can."""
+
+    flavour: Flavour
+    profile: Profile
+    targets: tuple[str, ...]
+    unseen: str | None
+
+
+def choose_settings(flavour: str, targets: tuple[str, ...] | None, profile: Profile, precision: str) -> Settings:
+    """Everything that can be refused before a network is loaded; asks for a GPU before TensorRT is touched."""
+    reason = no_gpu()
+    gpu = None if reason else _target()
+    chosen = choose_flavour(flavour, gpu is not None)
+    if chosen.name == "tensorrt" and reason:
+        raise UserError(
+            f"{chosen.title} builds on the GPU that will run the engine, and there is none ({reason}); run this there, "
+            "or pass --trt-flavour rtx, which builds without a GPU"
+        )
+    built_for = choose_targets(chosen, targets, precision, gpu)
+    if not reason and gpu not in built_for:
+        reason = f"it is for {', '.join(built_for)}, and the GPU here is {gpu}"
+    return Settings(chosen, profile, built_for, reason)
+
+
+def _target() -> str:
+    """The compute capability of the first GPU, such as ``sm89``."""
+    with contextlib.closing(Gpu()) as gpu:
+        return gpu.target
+
+
+def check_target(path: str | Path) -> Path:
+    """The output path, if it ends in .engine, can be written and nothing of others is in the way: before the work."""
+    path = Path(path)
+    files.check_target(path, SUFFIX, sidecar_path(path))
+    return path
+
+
+def read_onnx(path: Path) -> Artefact:
+    """An ONNX file of `rd-export` and its sidecar, to build an engine from it where there is no checkpoint."""
+    metadata = read_metadata(load_model(path))
+    sidecar, content = read_sidecar(onnx_sidecar_path(path), ONNX_KINDS), path.read_bytes()
+    artefact = Artefact(path, content, onnx_sidecar_path(path), sidecar)
+    if sidecar["sha256"] != artefact.sha256 or sidecar["precision"] != metadata.precision:
+        raise UserError(f"{artefact.sidecar_path} does not describe {path}; copy both again, or export again")
+    return artefact
+
+
+def build_engine(onnx_file: Artefact, settings: Settings) -> Built:
+    """Build, and check that what the file quantises runs quantised.
+
+    Raises `UserError` for what TensorRT refuses, `PrecisionError` for an engine of another precision.
+    """
+    built = build(onnx_file.content, settings.flavour, settings.profile, settings.targets)
+    precision = onnx_file.sidecar["precision"]
+    if precision in QUANTISED and built.layers:
+        other = unquantised(onnx.load_from_string(onnx_file.content), built.layers, QUANTISED[precision])
+        if other:
+            some = ", ".join(other[:4]) + (", ..." if other[4:] else "")
+            raise PrecisionError(
+                f"{len(other)} layers do not run in {precision} ({some}), although the ONNX file quantises them: "
+                f"{settings.flavour.title} has no such kernel for them; choose another --target or --precision"
+            )
+    return built
+
+
+def unquantised(model: onnx.ModelProto, layers: tuple[Layer, ...], dtype: str) -> list[str]:
+    """The convolutions and products with quantised operands in the file that no layer of the engine runs as such."""
+    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    wanted = [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[0] in dequantised
+    ]
+    seen = {name for layer in layers if layer.inputs and layer.inputs[0].dtype == dtype for name in layer.onnx}
+    return [name for name in wanted if name not in seen]
+
+
+def describe(onnx_file: Artefact, path: Path, built: Built, settings: Settings) -> Artefact:
+    """The engine as it will be written; its sidecar's ``parity`` is None until it has run."""
+    how = (settings.flavour, settings.profile, settings.targets)
+    return Artefact(path, built.content, sidecar_path(path), describe_engine(onnx_file.sidecar, path, built, *how))
+
+
+def engine_parity(
+    engine: Artefact, onnx_file: Artefact, settings: Settings, images: np.ndarray, tolerance: float
+) -> list[Run]:
+    """Compare the engine on the GPU with its ONNX file in ONNX Runtime, at the profile's batches; `ParityError`."""
+    from rd_deploy.trt.session import Session
+
+    precision, profile = onnx_file.sidecar["precision"], settings.profile
+    expected = onnx_ways(onnx_file.content, precision, profile.maximum)[-1].load()
+    with Session(engine_file(engine.path, engine.content, engine.sidecar)) as session:
+        ways = [
+            Way(settings.flavour.title, batch, lambda batch=batch: whole_batches(session.run, batch))
+            for batch in sorted({profile.minimum, profile.optimum, profile.maximum})
+        ]
+        return compare_ways(expected, ways, images, tolerance, CLEAR_MARGINS[precision])
