@@ -15,12 +15,12 @@ from gpu.record import Record
 from rd_deploy.bench.agreement import random_images
 from rd_deploy.chain import Chain
 from rd_deploy.common import Stopped, UserError
+from rd_deploy.engines import ON_ONNXRUNTIME
 from rd_deploy.engines.base import Engine, Unsupported, first_line
 from rd_deploy.engines.cuda import SETTINGS, Cuda
 from rd_deploy.engines.device import DeviceSession
 from rd_deploy.engines.inductor_cuda import InductorCuda
-from rd_deploy.engines.onnxruntime_cuda import OnnxRuntimeCuda
-from rd_deploy.engines.tensorrt import TensorRt
+from rd_deploy.engines.tensorrt import TensorRt, TensorRtRtx
 from rd_deploy.engines.torch_cuda import TorchCuda
 from rd_deploy.export.onnx import to_onnx
 from rd_deploy.export.source import chain_from_name
@@ -28,7 +28,7 @@ from rd_deploy.export.source import chain_from_name
 OURS = "cuda"
 # The slowest to load last: when the time runs out, the others are there.
 ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (TorchCuda, Cuda, OnnxRuntimeCuda, TensorRt, InductorCuda)
+    engine.name: engine for engine in (TorchCuda, Cuda, *ON_ONNXRUNTIME, TensorRt, TensorRtRtx, InductorCuda)
 }
 BATCHES = (32, 128, 1, 8, 256)  # in the order of what the targets are about
 PRECISIONS = ("fp16", "bf16")

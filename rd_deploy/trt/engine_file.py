@@ -15,6 +15,7 @@ from rd_deploy.export.files import read_sidecar
 from rd_deploy.preprocessing import Preprocessing
 from rd_deploy.trt.build import Built, Profile
 from rd_deploy.trt.flavours import MODULES, Flavour, load_flavour
+from rd_deploy.trt.layers import widened
 
 MAX_ENGINE_BYTES = 8 << 30
 
@@ -72,6 +73,7 @@ def describe_engine(
         "onnx_sha256": onnx["sha256"],
         "activation_bytes": built.activation_bytes,
         "weight_bytes": built.weight_bytes,
+        "widened": widened(built.layers),
         "reformats": sum(layer.is_reformat for layer in built.layers),
         "layers": [layer.to_dict() for layer in built.layers],
     }

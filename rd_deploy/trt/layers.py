@@ -57,6 +57,20 @@ class Layer:
 
 # Operations that compute nothing, as TensorRT-RTX abbreviates them. Quantisation is one: others fuse it.
 MOVES = {"Move", "Tran", "Cast", "Conc", "Resh", "Repl", "Slic", "Pad", "Quan", "Dequ", "Cvt", "Copy"}
+EIGHT_BITS = {"Int8", "FP8"}
+
+
+def widened(layers: tuple[Layer, ...]) -> int:
+    """How many layers multiply 8-bit maps and write wider ones, which another kernel has to read and quantise again.
+
+    Where that is so, 8 bits save neither traffic nor memory. TensorRT-RTX 1.7 does it to every convolution.
+    """
+    return sum(
+        not layer.is_reformat
+        and any(tensor.dtype in EIGHT_BITS for tensor in layer.inputs)
+        and any(tensor.dtype not in EIGHT_BITS for tensor in layer.outputs)
+        for layer in layers
+    )
 
 
 def parse_layers(messages: list[str]) -> tuple[Layer, ...]:

@@ -135,6 +135,17 @@ def test_graphs_are_bounded_and_recorded_again(world):
         assert count(world, "network") == MAX_GRAPHS + 3  # 1 was forgotten, the last was not
 
 
+def test_the_graph_that_was_not_used_for_longest_goes_first(world):
+    with session(world, profile=(1, 8, MAX_GRAPHS + 1)) as run:
+        for size in range(1, MAX_GRAPHS + 1):
+            run.run(images(size))
+        oldest, second = (run._network._recorded[size].graph for size in (1, 2))
+        run.run(images(1))
+        run.run(images(MAX_GRAPHS + 1))
+        assert (oldest.closed, second.closed) == (False, True)
+    assert oldest.closed
+
+
 def test_images_of_any_strides_are_copied(world):
     with session(world) as run:
         batch = images(4)
@@ -256,6 +267,15 @@ def test_a_stream_that_the_images_name_is_waited_for(world):
         given.fill(batch + 1, producer)  # and the producer comes after what reads
         logits = run.run_device(given)
         check(array_of(world, logits).read(producer), batch + 1)
+
+
+def test_a_stream_that_the_logits_name_is_waited_for(world):
+    with session(world) as run:
+        reader, mine, batch = world.stream(), world.stream(), images(2)
+        target = world.array(np.zeros((2, CLASSES), np.float32), stream=reader.handle)
+        target.fill(np.ones((2, CLASSES), np.float32), reader)
+        run.run_device(world.array(batch), target, stream=mine.handle)
+        check(target.read(reader), batch)
 
 
 def test_without_a_stream_it_keeps_the_order_of_the_default_one(world):
@@ -668,7 +688,6 @@ def test_control_one_context_for_all_graphs(world, monkeypatch):
 def test_the_page_runs(world, monkeypatch):
     """Every Python block of the page, with the stand-in's arrays and streams as torch's, cupy's and pycuda's."""
     monkeypatch.setattr(module, "read_engine", lambda path: engine(world))
-    monkeypatch.setattr("rd_deploy.trt.Session", Session, raising=False)
     photos = RNG.integers(0, 256, (4, 8, 8, 3), np.uint8)
     for name, fake in libraries(world).items():
         monkeypatch.setitem(sys.modules, name, fake)

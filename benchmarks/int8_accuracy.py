@@ -1,0 +1,72 @@
+"""What int8 and fp8 cost in accuracy: trained networks on their data's whole test split, by ONNX Runtime.
+
+    python benchmarks/int8_accuracy.py MODEL.pt [MODEL.pt ...] --results FILE.json [--data-dir FOLDER]
+
+Ranges come from 512 training images, the calibrator is chosen on validation images, accuracies are of the test split.
+Q/DQ is computed literally, in float32 between Q and DQ. A row is written as soon as it is done; rows that are in FILE
+already are not done again. Exit code 1 when a network loses more than rd-export allows by default.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+from rd_deploy.bench.environment import capture
+from rd_deploy.common import write_json
+from rd_deploy.export.source import source_from_checkpoint
+from rd_deploy.quantize import KINDS, MAX_DROP, quantization_data, quantize_network, stored_bytes
+
+THREADS = 2
+
+
+def row(path: str, kind: str, data_dir: str | None) -> dict:
+    """One network in one precision; nothing is gated, the loss is in ``gate``."""
+    started, source = time.perf_counter(), source_from_checkpoint(path)
+    chain = source.chain
+    result = quantize_network(chain, kind, quantization_data(chain, source.checkpoint, data_dir), max_drop=100)
+    report = {name: value for name, value in result.report.items() if name != "ranges"}
+    return {
+        "model": f"{chain.name}, {source.checkpoint.recipe['data']}",
+        "precision": kind,
+        "checkpoint_sha256": chain.provenance["checkpoint_sha256"],
+        "recipe": chain.provenance["recipe"],
+        **report,
+        "weight_bytes": stored_bytes(result.model),
+        "weight_bytes_fp32": 4 * chain.parameters(),
+        "seconds": time.perf_counter() - started,
+        "environment": capture(THREADS),
+    }
+
+
+def line(entry: dict) -> str:
+    """What a row says in short."""
+    gate = entry["gate"]
+    return (
+        f"{entry['model']} {entry['precision']}: {gate['original_accuracy']:.2%} to {gate['accuracy']:.2%}, "
+        f"{gate['drop_points']:+.2f} points lost, {entry['calibrator']}, {entry['seconds']:.0f} s"
+    )
+
+
+def main() -> int:
+    """Every network in every precision."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+", metavar="MODEL.pt")
+    parser.add_argument("--results", required=True, type=Path, metavar="FILE.json")
+    parser.add_argument("--data-dir", help="of the data set (default: where the training found it)")
+    options = parser.parse_args()
+    rows = json.loads(options.results.read_text())["results"] if options.results.exists() else []
+    for path in options.checkpoints:
+        digest = source_from_checkpoint(path).chain.provenance["checkpoint_sha256"]
+        done = {entry["precision"] for entry in rows if entry["checkpoint_sha256"] == digest}
+        for kind in (kind for kind in KINDS if kind not in done):
+            rows.append(row(path, kind, options.data_dir))
+            print(line(rows[-1]), flush=True)
+            write_json(options.results, {"date": f"{datetime.date.today()}", "results": rows})
+    return int(any(entry["gate"]["drop_points"] > MAX_DROP for entry in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
