@@ -7,6 +7,8 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+# Processes that run tests; each takes up to 2 GB, and many tests use several cores by themselves.
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ DEMO := runs/demo
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) TORCH_INDEX=$(TORCH_INDEX) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS)"
+	@echo "Variables: PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) TORCH_INDEX=$(TORCH_INDEX) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS) TEST_WORKERS=$(TEST_WORKERS)"
 
 setup:  ## .venv with everything installed (quick when nothing changed)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS="$(EXTRAS)" CONSTRAINTS="$(CONSTRAINTS)" TORCH_INDEX="$(TORCH_INDEX)" \
@@ -34,7 +36,7 @@ demo: setup  ## train a small plain network, export it, bench it (under 4 minute
 		"  $(DEMO)/bench/bench.png, bench.json, memory.png   speed and memory against the ResNet it came from"
 
 test: lint  ## everything that CI runs: lint, then the tests, those of the C++ engine among them
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: setup  ## ruff, clang-format, hadolint on the Dockerfiles, and the C++ engine without a warning
 	$(BIN)/ruff check .

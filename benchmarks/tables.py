@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/engine.md and docs/gpu.md, made from the committed results: none is typed by hand.
+"""The tables of README.md and the pages under docs/, made from the committed results: none is typed by hand.
 
 python benchmarks/tables.py            rewrite the tables between the markers
 python benchmarks/tables.py --check    exit 1 where a page differs (a test runs this)
@@ -392,6 +392,59 @@ def resources() -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
+def trt_memory() -> str:
+    """Activation memory of both networks by TensorRT-RTX's builder, one batch size each and a range."""
+    result = newest("*-trt-memory.json")
+    rows = {(row["network"], row["precision"], tuple(row["profile"])): row for row in result["rows"]}
+    lines = []
+    for network, precision, profile in rows:
+        if network != "plain50":
+            continue
+        plain, residual = (rows[name, precision, profile] for name in ("plain50", "resnet50"))
+        maps = [row["activation_bytes"] for row in (residual, plain)]
+        lines.append(
+            [
+                f"{precision}, batch {profile[0] if profile[0] == profile[2] else ':'.join(map(str, profile))}",
+                *(f"{size / 1e6:.1f}" for size in maps),
+                f"{maps[0] / maps[1]:.2f}x",
+                f"{residual['ledger_bytes'] / plain['ledger_bytes']:.2f}x",
+                f"{residual['layers']} / {plain['layers']}",
+                f"{residual['reformats']} / {plain['reformats']}",
+                f"{residual['widened']} / {plain['widened']}",
+            ]
+        )
+    header = ["224x224", "resnet50, MB", "plain50, MB", "smaller by", "by the ledger, in-place"]
+    header += ["layers", "copies and conversions", "8-bit layers that write wider maps"]
+    source = (
+        f"Activation memory as the builder of {result['builder']} plans it for {result['target']}, workspaces included "
+        f"(8.2 MB at least); nothing was run. {result['date']}, from `{result['path']}`, made by "
+        "`benchmarks/trt_memory.py`."
+    )
+    return f"{markdown(header, lines)}\n\n{source}"
+
+
+def quantised() -> str:
+    """Accuracy of trained networks in fp32, int8 and fp8 on the test images."""
+    result = newest("*-int8-accuracy.json")
+    rows = {(row["model"].split(",")[0], row["precision"]): row for row in result["results"]}
+    lines = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        cells = [f"{rows[name, 'int8']['gate']['original_accuracy']:.2%}"]
+        for kind in ("int8", "fp8"):
+            gate = rows[name, kind]["gate"]
+            cells += [f"{gate['accuracy']:.2%}", f"{gate['drop_points']:.2f}", rows[name, kind]["calibrator"]]
+        lines.append([name, *cells])
+    header = ["network", "fp32", *(text for kind in ("int8", "fp8") for text in (kind, "points lost", "calibrator"))]
+    first = result["results"][0]
+    packages, images = first["environment"]["packages"], first["gate"]["images"]
+    source = (
+        f"{images:,} test images of Fashion-MNIST, ONE training each (seed 0), ONNX Runtime {packages['onnxruntime']}, "
+        "Q/DQ computed literally; losses this small are noise in either direction. "
+        f"{result['date'][:10]}, from `{result['path']}`, made by `benchmarks/int8_accuracy.py`."
+    )
+    return f"{markdown(header, lines)}\n\n{source}"
+
+
 PAGES = {
     "README.md": {
         "speed": speed,
@@ -409,6 +462,8 @@ PAGES = {
         "profile": profile,
     },
     "docs/gpu.md": {"predictions": predictions, "maps": gpu_maps, "resources": resources},
+    "docs/tensorrt.md": {"trt-memory": trt_memory},
+    "docs/quantization.md": {"quantised": quantised},
 }
 
 

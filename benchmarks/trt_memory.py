@@ -20,6 +20,7 @@ from rd_deploy.memory import ledger
 from rd_deploy.quantize import KINDS, calibrate, qdq_counts, quantization_data, to_qdq
 from rd_deploy.trt.build import Built, Profile, build
 from rd_deploy.trt.flavours import Flavour, load_flavour
+from rd_deploy.trt.layers import widened
 
 NETWORKS = ("plain50", "resnet50")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -50,6 +51,7 @@ def _row(network: str, precision: str, profile: Profile, built: Built, maps: int
         "engine_bytes": len(built.content),
         "layers": len(built.layers),
         "reformats": sum(layer.is_reformat for layer in built.layers),
+        "widened": widened(built.layers),
         "seconds": round(built.seconds, 2),
     }
 

@@ -130,4 +130,4 @@ def engine_parity(
             Way(settings.flavour.title, batch, lambda batch=batch: whole_batches(session.run, batch))
             for batch in sorted({profile.minimum, profile.optimum, profile.maximum})
         ]
-        return compare_ways(expected, ways, images, tolerance, CLEAR_MARGINS[precision])
+        return compare_ways(expected, ways, images, profile.maximum, tolerance, CLEAR_MARGINS[precision])

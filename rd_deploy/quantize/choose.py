@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 
 from rd_deploy.chain import Chain
-from rd_deploy.common import UserError
+from rd_deploy.common import CheckFailed, UserError
 from rd_deploy.export.onnx import to_onnx
 from rd_deploy.parity import onnx_runner, round_up
 from rd_deploy.quantize.calibrate import CALIBRATORS, CalibrationError, batch_size, calibrate, check_calibrator
@@ -22,7 +22,7 @@ SENSITIVITY_IMAGES = (16, 512)
 NAMED_LAYERS = 3
 
 
-class AccuracyError(Exception):
+class AccuracyError(CheckFailed):
     """The quantised network loses more accuracy than was allowed; the message is one line."""
 
 

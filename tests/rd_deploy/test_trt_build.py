@@ -1,7 +1,9 @@
 """Real builds by TensorRT-RTX, without a GPU: what is built, how large it plans to be, and what is refused."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,6 +71,20 @@ def test_an_engine_holds_the_weights_and_plans_for_the_maps(built, chains, name,
 @pytest.mark.parametrize("precision", BYTES)
 def test_a_plain_network_needs_less_activation_memory(built, precision):
     assert built("resnet50", precision).activation_bytes > 1.25 * built("plain50", precision).activation_bytes
+
+
+@pytest.mark.parametrize("precision", BYTES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_committed_table_says_what_the_builder_says(rtx, built, name, precision):
+    (path, *_) = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("*/*-trt-memory.json"), reverse=True)
+    table = json.loads(path.read_text())
+    if table["builder"] != rtx.title:
+        pytest.skip(f"the table is of {table['builder']}, here is {rtx.title}")
+    key = {"network": name, "precision": precision, "profile": [8, 8, 8]}
+    (row,) = [row for row in table["rows"] if key.items() <= row.items()]
+    engine = built(name, precision)
+    assert (row["activation_bytes"], row["weight_bytes"]) == (engine.activation_bytes, engine.weight_bytes)
+    assert row["layers"] == len(engine.layers)
 
 
 @pytest.mark.parametrize("precision", BYTES)
