@@ -62,7 +62,7 @@ def test_no_file_crashes_the_engine(tmp_path):
     corpus, crashes = tmp_path / "corpus", OBJECTS / "crashes"
     shutil.copytree(FOLDER / "corpus", corpus)
     crashes.mkdir(exist_ok=True)
-    # AddressSanitizer keeps what was freed and each thread's fake stack: 0.4 GB as a rule, over 2 once, beside other work.
+    # AddressSanitizer keeps freed memory and fake stacks: 0.4 GB as a rule, over 2 once, beside other work.
     limits = ["-max_len=65536", "-rss_limit_mb=4096", f"-max_total_time={FUZZ_SECONDS}"]
     command = [built, *limits, f"-artifact_prefix={crashes}/", corpus]
     ran = subprocess.run(command, capture_output=True, text=True, errors="replace")
