@@ -152,6 +152,9 @@ def _check_onnx(options: argparse.Namespace) -> None:
     given = [name for name in ("precision", "data_dir", "max_batch") if getattr(options, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} is for a model.pt: an ONNX file is what it is")
+    given = [name for name in ("out", "images", "tolerance") if getattr(options, name) is not None]
+    if given and not options.trt:
+        raise UserError(f"--{given[0]} needs --trt: the ONNX file is neither written nor checked again")
 
 
 def command(arguments: list[str]) -> int:
@@ -169,7 +172,8 @@ def command(arguments: list[str]) -> int:
         print(f"rd-export: {error}; nothing was written", file=sys.stderr)
         return 1
     write_artefacts(result.new)
-    print("\n".join([*result.report, *map(written, result.new)]))
+    for line in (*result.report, *map(written, result.new)):
+        print(line)
     if options.triton_server is not None:
         print(serve(options, result.served))
     return 0

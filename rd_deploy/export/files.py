@@ -108,8 +108,7 @@ def describe(
         "bytes": len(content),
         "name": chain.name,
         "precision": precision,
-        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", *chain.input_shape]},
-        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(chain.classes)]},
+        **tensors(chain.input_shape, len(chain.classes)),
         **particular,
         "preprocessing": chain.preprocessing.to_dict(),
         "classes": list(chain.classes),
@@ -120,6 +119,14 @@ def describe(
         "parity": parity,
         "provenance": chain.provenance,
         "versions": _versions(packages),
+    }
+
+
+def tensors(image_shape: Sequence[int], classes: int) -> dict[str, dict]:
+    """What every exported model takes and gives. ``image_shape``: (C, H, W)."""
+    return {
+        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", *image_shape]},
+        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", classes]},
     }
 
 

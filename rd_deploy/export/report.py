@@ -18,7 +18,7 @@ def summary(chain: Chain, precision: str) -> list[str]:
     ]
 
 
-def parity_entry(reference: str, runs: list[Run], origin: str, tolerance: float) -> dict:
+def parity_entry(reference: str, runs: list[Run], origin: str, tolerance: float | None) -> dict:
     """A sidecar's account of a parity check. ``origin``: where the images come from, in words."""
     return {
         "reference": reference,
@@ -32,7 +32,7 @@ def parity_table(entry: dict) -> list[str]:
     """The same as lines to print."""
     lines = [
         f"parity with {entry['reference']} on {entry['images']};",
-        f"errors in standard deviations of the logits, tolerance {entry['tolerance']:g}:",
+        f"errors in standard deviations of the logits, {_limit(entry['tolerance'])}:",
         "  batch  images       max     p99.9      mean   top-1  run by",
     ]
     for run in entry["runs"]:
@@ -60,9 +60,14 @@ def quantisation_lines(report: dict) -> list[str]:
 def engine_lines(engine: dict, title: str, seconds: float, unseen: str | None) -> list[str]:
     """What the builder said of an engine; ``unseen``: why it was not run here."""
     batches = Profile.from_list(engine["profile"])
+    layers = engine["layers"]
     lines = [
         f"engine: {title} for {', '.join(engine['targets'])}, batch {batches}, built in {seconds:.1f} s; "
-        f"{len(engine['layers'])} layers, {engine['reformats']} of them copies or conversions",
+        + (
+            "its builder lists no layers: nothing is known of fusion, nor whether 8 bits are used"
+            if layers is None
+            else f"{len(layers)} layers, {engine['reformats']} of them copies or conversions"
+        ),
         f"by its builder's account: activation memory {_megabytes(engine['activation_bytes'])} at the largest batch, "
         f"weights {_megabytes(engine['weight_bytes'])}",
     ]
@@ -77,6 +82,10 @@ def engine_lines(engine: dict, title: str, seconds: float, unseen: str | None) -
 def written(artefact: Artefact) -> str:
     """That a file and its sidecar are there."""
     return f"wrote {artefact.path} ({len(artefact.content) / 1e6:.1f} MB) and {artefact.sidecar_path}"
+
+
+def _limit(tolerance: float | None) -> str:
+    return "no tolerance (random weights)" if tolerance is None else f"tolerance {tolerance:g}"
 
 
 def _megabytes(size: int | None) -> str:

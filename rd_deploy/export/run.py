@@ -57,6 +57,8 @@ def from_onnx(options: argparse.Namespace) -> Result:
     model = read_onnx(Path(options.checkpoint))
     settings = _settings(options, model.sidecar["precision"])
     path = None if settings is None else Path(options.out or model.path.with_suffix(tensorrt.SUFFIX))
+    if settings is not None and settings.unseen and (options.images is not None or options.tolerance is not None):
+        raise UserError(f"--images and --tolerance are for running the engine, which cannot be: {settings.unseen}")
     _check_targets(options, onnx, None, path)
     result, preprocessing = Result([], model), Preprocessing.from_dict(model.sidecar["preprocessing"])
 
@@ -121,8 +123,15 @@ def _profile(options: argparse.Namespace) -> Profile:
 
 
 def _batches(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Of the server: an ONNX file takes any batch, so that one number is the largest, and the smallest is 1."""
     profile = _profile(options)
-    return profile.minimum, profile.optimum, profile.maximum
+    if options.trt:
+        return profile.minimum, profile.optimum, profile.maximum
+    if profile.minimum not in (1, profile.maximum):
+        raise UserError(
+            f"--batch {profile}: the server's smallest batch is 1; give 1:{profile.optimum}:{profile.maximum}"
+        )
+    return 1, profile.optimum, profile.maximum
 
 
 def _paths(options: argparse.Namespace, name: str, module: ModuleType) -> tuple[Path, Path | None]:
@@ -146,10 +155,18 @@ def _check_targets(options: argparse.Namespace, module: ModuleType, path: Path |
     """That everything can be written where it shall be."""
     if path is not None:
         module.check_target(path)
+        _check_derived(path, module, engine)
     if engine is not None:
         tensorrt.check_target(engine)
     if options.triton_server is not None:
+        _batches(options)
         check_repository(Path(options.triton_server), (engine or path or Path(options.checkpoint)).stem)
+
+
+def _check_derived(path: Path, module: ModuleType, engine: Path | None) -> None:
+    """An ONNX file whose name follows from an engine's was named by nobody: it replaces only one of ours."""
+    if engine is not None and path.exists() and not module.sidecar_path(path).exists():
+        raise UserError(f"{path}, which {engine} is built from, exists and is not of rd-export; choose another --out")
 
 
 # --- the work
@@ -196,12 +213,14 @@ def _quantised(options: argparse.Namespace, source, path: Path, report: list[str
         options.calibration_images or CALIBRATION_IMAGES,
         options.seed or 0,
     )
+    if options.max_drop is not None and (data.gate is None or data.gate.labels is None):
+        raise UserError("--max-drop needs labelled images: put them in folders named as the classes, or leave it away")
     quantized = quantize_network(
         source.chain,
         options.precision,
         data,
         calibrator=options.calibrator or "auto",
-        keep=options.keep.split(",") if options.keep else (),
+        keep=() if options.keep is None else options.keep.split(","),
         max_drop=MAX_DROP if options.max_drop is None else options.max_drop,
     )
     report += quantisation_lines(quantized.report)
@@ -211,13 +230,20 @@ def _quantised(options: argparse.Namespace, source, path: Path, report: list[str
     return Result([model], model, report)
 
 
+def _tolerance(options: argparse.Namespace, precision: str, random: bool) -> float | None:
+    """None, which judges nothing but NaN, for 8 bits in a network of random weights, which multiplies each rounding."""
+    if options.tolerance is None and random and precision in QUANTISING:
+        return None
+    return options.tolerance or TOLERANCES[precision]
+
+
 def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callable[[bytes], dict] | None:
     """The parity check that the exporter runs before it writes; its table goes to ``report``."""
     if options.no_parity:
         report.append("parity: not checked (--no-parity)")
         return None
     max_batch = options.max_batch or (RANDOM_IMAGES if source.checkpoint is None else DEFAULT_MAX_BATCH)
-    tolerance = options.tolerance or TOLERANCES[options.precision]
+    tolerance = _tolerance(options, options.precision, random=source.checkpoint is None)
     images = _images(options, source, max_batch)
     ways = native_ways if options.native else onnx_ways
     setting = (images.values, tolerance, max_batch, options.precision)
@@ -247,7 +273,8 @@ def _add_engine(
     unseen = settings.unseen or ("--no-parity" if options.no_parity else None)
     result.report += engine_lines(engine.sidecar["engine"], settings.flavour.title, built.seconds, unseen)
     if not unseen:
-        tolerance = options.tolerance or TOLERANCES[model.sidecar["precision"]]
+        random = model.sidecar["provenance"].get("weights", "").startswith("random")
+        tolerance = _tolerance(options, model.sidecar["precision"], random)
         shown = images(settings.profile.maximum)
         runs = tensorrt.engine_parity(engine, model, settings, shown.values, tolerance)
         engine.sidecar["parity"] = parity_entry(f"ONNX Runtime on {model.path.name}", runs, shown.origin, tolerance)

@@ -12,7 +12,7 @@ from rd_deploy.export import files
 from rd_deploy.export.files import Artefact, read_sidecar
 from rd_deploy.export.onnx import read_metadata
 from rd_deploy.export.onnx import sidecar_path as onnx_sidecar_path
-from rd_deploy.onnx_files import load_model
+from rd_deploy.onnx_files import load_model, runtime_inputs
 from rd_deploy.parity import CLEAR_MARGINS, Run, Way, compare_ways, onnx_ways, whole_batches
 from rd_deploy.trt import SUFFIX
 from rd_deploy.trt.build import Built, Profile, build, choose_targets
@@ -25,7 +25,7 @@ DEFAULT_PROFILE = Profile(1, 8, 32)
 # How a layer list names the types that convolutions are quantised to.
 QUANTISED = {"int8": "Int8", "fp8": "FP8"}
 # What an engine's sidecar takes over from that of its ONNX file.
-ONNX_KINDS = {"model": str, "sha256": str, "precision": str, "versions": dict}
+ONNX_KINDS = {"model": str, "versions": dict, "provenance": dict, "parity": dict | None}
 
 
 class PrecisionError(CheckFailed):
@@ -73,11 +73,22 @@ def check_target(path: str | Path) -> Path:
 
 def read_onnx(path: Path) -> Artefact:
     """An ONNX file of `rd-export` and its sidecar, to build an engine from it where there is no checkpoint."""
-    metadata = read_metadata(load_model(path))
+    model = load_model(path)
+    metadata, images = read_metadata(model), runtime_inputs(model)[0].type.tensor_type
     sidecar, content = read_sidecar(onnx_sidecar_path(path), ONNX_KINDS), path.read_bytes()
     artefact = Artefact(path, content, onnx_sidecar_path(path), sidecar)
-    if sidecar["sha256"] != artefact.sha256 or sidecar["precision"] != metadata.precision:
-        raise UserError(f"{artefact.sidecar_path} does not describe {path}; copy both again, or export again")
+    inside = {
+        "precision": metadata.precision,
+        "name": metadata.name,
+        "classes": list(metadata.classes),
+        "preprocessing": metadata.preprocessing.to_dict(),
+        "sha256": artefact.sha256,
+        **files.tensors([dim.dim_value for dim in images.shape.dim[1:]], len(metadata.classes)),
+    }
+    if wrong := [key for key, value in inside.items() if sidecar.get(key) != value]:
+        raise UserError(
+            f"{artefact.sidecar_path} does not describe {path} ({', '.join(wrong)}); copy both again, or export again"
+        )
     return artefact
 
 
@@ -88,7 +99,7 @@ def build_engine(onnx_file: Artefact, settings: Settings) -> Built:
     """
     built = build(onnx_file.content, settings.flavour, settings.profile, settings.targets)
     precision = onnx_file.sidecar["precision"]
-    if precision in QUANTISED and built.layers:
+    if precision in QUANTISED and built.layers:  # where none are listed, the report says that nothing is known
         other = unquantised(onnx.load_from_string(onnx_file.content), built.layers, QUANTISED[precision])
         if other:
             some = ", ".join(other[:4]) + (", ..." if other[4:] else "")

@@ -6,8 +6,8 @@ and out (a max-pool in between commutes with Q). An addition can be part of that
 too: there, and only there, a network with shortcuts needs Q/DQ that a plain one does not.
 
 What is not quantised is float32, and so are the scales. With float16 scales TensorRT-RTX 1.7 builds the same layers and
-plans the same memory (SM86, 89 and 120; only for SM80 it wants float16 to multiply int8 at all), while ONNX Runtime
-1.32 computes nonsense at its default settings: its pass WeightBiasQuantization takes float16 biases for something else.
+plans the same memory, while ONNX Runtime 1.32 computes nonsense at its default settings: its pass
+WeightBiasQuantization takes float16 biases for something else.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -164,7 +164,7 @@ def _config(flavour: Flavour, builder, targets: tuple[str, ...]):
 
 
 def _set_profile(network, builder, config, profile: Profile, messages: Messages) -> None:
-    """A static batch is fixed in the network too: planned for one size, it takes less memory than any range."""
+    """A static batch is fixed in the network too: planned for one size, it takes no more memory than a range."""
     images = network.get_input(0)
     shape = tuple(images.shape)[1:]
     if profile.minimum == profile.maximum:

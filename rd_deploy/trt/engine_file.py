@@ -42,11 +42,14 @@ class EngineFile:
 
     def check_target(self, target: str) -> None:
         """Raise `UserError` unless the engine was built for this compute capability."""
-        if target not in self.targets:
-            command = rebuild_command(self.sidecar["engine"] | {"targets": [target]}, self.path.name)
-            raise UserError(
-                f"{self.path} is for {', '.join(self.targets)}, and the GPU is {target}; {_advice(command)}"
-            )
+        if target in self.targets:
+            return
+        offered = getattr(getattr(self.flavour.module, "ComputeCapability", None), "__members__", {})
+        if offered and target.upper() not in offered:
+            advice = f"{self.flavour.title} builds none for it, enterprise TensorRT does: --trt-flavour tensorrt, there"
+        else:
+            advice = _advice(rebuild_command(self.sidecar["engine"] | {"targets": [target]}, self.path.name))
+        raise UserError(f"{self.path} is for {', '.join(self.targets)}, and the GPU is {target}; {advice}")
 
 
 def sidecar_path(path: Path) -> Path:
@@ -73,9 +76,10 @@ def describe_engine(
         "onnx_sha256": onnx["sha256"],
         "activation_bytes": built.activation_bytes,
         "weight_bytes": built.weight_bytes,
-        "widened": widened(built.layers),
-        "reformats": sum(layer.is_reformat for layer in built.layers),
-        "layers": [layer.to_dict() for layer in built.layers],
+        # None where the builder lists no layers: nothing is known of them then.
+        "widened": widened(built.layers) if built.layers else None,
+        "reformats": sum(layer.is_reformat for layer in built.layers) if built.layers else None,
+        "layers": [layer.to_dict() for layer in built.layers] or None,
     }
     return values | {
         "model": path.name,
@@ -136,7 +140,7 @@ def engine_file(path: Path, content: bytes, sidecar: dict) -> EngineFile:
         profile=Profile.from_list(engine["profile"]),
         targets=tuple(engine["targets"]),
         input_shape=_image_shape(sidecar, path),
-        classes=tuple(sidecar["classes"]),
+        classes=_classes(sidecar, path),
         preprocessing=Preprocessing.from_dict(sidecar["preprocessing"]),
         activation_bytes=engine["activation_bytes"],
         rebuild=rebuild,
@@ -160,9 +164,22 @@ def _engine(values: dict, path: Path) -> dict:
     wrong = [name for name, kind in ENGINE_KINDS.items() if not isinstance(values.get(name), kind)]
     if not wrong and not all(isinstance(name, str) and re.fullmatch(r"sm\d+", name) for name in values["targets"]):
         wrong = ["targets"]
+    if not wrong and not _is_file_name(values["onnx"]):
+        wrong = ["onnx"]
     if wrong:
         raise UserError(f"{sidecar_path(path)} says nothing usable of {', '.join(wrong)}; export the engine again")
     return values
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name can be printed in a command that somebody may type: no path, no option, nothing for a terminal."""
+    return bool(name) and name.isprintable() and "/" not in name and not name.startswith("-")
+
+
+def _classes(values: dict, path: Path) -> tuple[str, ...]:
+    if not all(isinstance(name, str) for name in values["classes"]):
+        raise UserError(f"{sidecar_path(path)} gives class names that are no texts; export the engine again")
+    return tuple(values["classes"])
 
 
 def _image_shape(values: dict, path: Path) -> tuple[int, int, int]:

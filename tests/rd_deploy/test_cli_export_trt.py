@@ -142,6 +142,63 @@ def test_layers_that_do_not_run_as_they_should_write_nothing(rd_export, model, m
     assert files(model.parent) == ["model.pt"]
 
 
+def test_random_weights_in_fp8_are_exported_without_a_tolerance(rd_export):
+    """Each layer multiplies a rounding step there, so that no tolerance would mean anything; the report says so."""
+    options = ["--precision", "fp8", "--calibrator", "minmax", "--calibration-images", 8]
+    code, out, err = rd_export("--arch", "resnet20", "--classes", 10, "--seed", 1, *options)
+    assert (code, err) == (0, "")
+    assert "no tolerance (random weights)" in out
+    assert json.loads(Path("resnet20-fp8.json").read_text())["parity"]["tolerance"] is None
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("classes", 5),
+        ("classes", ["x"] * 5),
+        ("input", {}),
+        ("preprocessing", None),
+        ("precision", "fp16"),
+        ("parity", 3),
+    ],
+)
+@pytest.mark.parametrize("arguments", [TRT, ["--triton-server", "models"]], ids=["engine", "server"])
+def test_a_sidecar_that_contradicts_its_onnx_file(rd_export, tmp_path, key, value, arguments):
+    assert rd_export(*UNCHECKED, "--no-parity")[0] == 0
+    path = tmp_path / "plain20.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    code, _, err = rd_export("plain20.onnx", *arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert key in err
+    assert files(tmp_path) == ["plain20.json", "plain20.onnx"]
+
+
+@rtx
+def test_what_would_be_ignored_is_refused(rd_export, tmp_path):
+    assert rd_export(*UNCHECKED, "--no-parity")[0] == 0
+    for arguments, reason in (
+        (["--triton-server", "m", "--out", "a.onnx"], "--out needs --trt"),
+        (["--triton-server", "m", "--tolerance", "1"], "--tolerance needs --trt"),
+        (["--triton-server", "m", "--batch", "4:8:16"], "smallest batch is 1"),
+        ([*TRT, "--images", "nowhere"], "for running the engine, which cannot be"),
+    ):
+        code, _, err = rd_export("plain20.onnx", *arguments)
+        assert code == 2
+        assert reason in err
+    assert files(tmp_path) == ["plain20.json", "plain20.onnx"]
+
+
+@rtx
+def test_an_onnx_file_of_others_is_not_replaced(rd_export, tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"mine")
+    code, _, err = rd_export(*SMALL, *TRT, "--out", "net.engine")
+    assert code == 2
+    assert "is not of rd-export" in err
+    assert files(tmp_path) == ["net.onnx"]
+
+
 # --- where there is a GPU: a stand-in, since there is none
 
 

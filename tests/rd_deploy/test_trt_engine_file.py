@@ -89,6 +89,11 @@ def test_targets(engine):
         read.check_target("sm120")
 
 
+def test_a_gpu_that_the_flavour_has_no_target_for(engine):
+    with pytest.raises(UserError, match=r"is sm90; TensorRT-RTX .* builds none for it, enterprise TensorRT does"):
+        read_engine(engine).check_target("sm90")
+
+
 def test_an_engine_without_its_sidecar(engine):
     sidecar_path(engine).unlink()
     with pytest.raises(UserError, match=r"has no net.engine.json beside it"):
@@ -118,6 +123,10 @@ def test_a_sidecar_with_wrong_entries(engine, name, value):
         {"profile": [1, 2, 10**9]},
         {"targets": ["sm89; rm -rf ."]},
         {"flavour": "../../evil"},
+        {"onnx": "a\x1b[31m.onnx"},
+        {"onnx": "--native"},
+        {"onnx": "../a.onnx"},
+        {"classes": [1, [2]]},
         {"input": {"shape": ["batch", 3, 20]}},
         {"input": {"shape": ["batch", 3, -20, 20]}},
         {"preprocessing": {}},
