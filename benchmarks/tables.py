@@ -445,6 +445,35 @@ def quantised() -> str:
     return f"{markdown(header, lines)}\n\n{source}"
 
 
+def calibrators() -> str:
+    """Accuracy by calibrator on the images that chose it."""
+    result = newest("*-int8-accuracy.json")
+    found = [
+        (row["model"].split(",")[0], row["precision"], entry["calibrator"], entry["accuracy"])
+        for row in result["results"]
+        for entry in row["calibrators"]
+    ]
+    columns = list(dict.fromkeys((kind, name) for _, kind, name, _ in found))
+    accuracy = {(network, kind, name): value for network, kind, name, value in found}
+    lines = [
+        [network, *(f"{accuracy[network, kind, name]:.2%}" for kind, name in columns)]
+        for network in dict.fromkeys(network for network, *_ in found)
+    ]
+    return markdown(["accuracy", *(f"{kind}, {name}" for kind, name in columns)], lines)
+
+
+def qdq() -> str:
+    """Q and DQ nodes of plain networks and their ResNets."""
+    counts = newest("*-trt-memory.json")["qdq"]
+    keys = ("quantize_nodes", "dequantize_nodes", "added_operands", "feature_maps_only_added")
+    lines = [
+        [f"{plain} / {residual}", *(f"{counts[plain][key]} / {counts[residual][key]}" for key in keys)]
+        for plain, residual in zip(*[iter(counts)] * 2, strict=True)
+    ]
+    header = ["int8", "Q, of feature maps", "DQ, with those of weights", "operands of Add through DQ"]
+    return markdown([*header, "pairs that only an Add needs"], lines)
+
+
 PAGES = {
     "README.md": {
         "speed": speed,
@@ -463,7 +492,7 @@ PAGES = {
     },
     "docs/gpu.md": {"predictions": predictions, "maps": gpu_maps, "resources": resources},
     "docs/tensorrt.md": {"trt-memory": trt_memory},
-    "docs/quantization.md": {"quantised": quantised},
+    "docs/quantization.md": {"quantised": quantised, "calibrators": calibrators, "qdq": qdq},
 }
 
 

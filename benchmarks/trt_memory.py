@@ -23,6 +23,7 @@ from rd_deploy.trt.flavours import Flavour, load_flavour
 from rd_deploy.trt.layers import widened
 
 NETWORKS = ("plain50", "resnet50")
+COUNTED = tuple(f"{kind}{depth}" for depth in (20, 56, 18, 34, 50) for kind in ("plain", "resnet"))
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BATCHES = ("1", "8", "64", "1:8:64")
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -56,27 +57,24 @@ def _row(network: str, precision: str, profile: Profile, built: Built, maps: int
     }
 
 
-def _rows(flavour: Flavour, network: str) -> tuple[list[dict], dict]:
-    """All builds of a network, and its Q/DQ pairs."""
-    chain, rows, counts = chain_from_name(network), [], {}
+def _rows(flavour: Flavour, network: str) -> list[dict]:
+    """All builds of a network."""
+    chain, rows = chain_from_name(network), []
     for precision in PRECISIONS:
-        model = _model(chain, precision)
-        if precision in KINDS:
-            counts[precision] = qdq_counts(model)
-        content = model.SerializeToString(deterministic=True)
+        content = _model(chain, precision).SerializeToString(deterministic=True)
         for profile in map(Profile.parse, BATCHES):
             built = build(content, flavour, profile, (TARGET,))
             maps = ledger(to_onnx(chain), profile.maximum, BYTES[precision], "in-place").peak_bytes
             rows.append(_row(network, precision, profile, built, maps))
             print(f"{network} {precision} batch {profile}: {rows[-1]['activation_bytes']:,} bytes", flush=True)
-    return rows, counts
+    return rows
 
 
 def command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(arguments)
     flavour = load_flavour("rtx")
-    found = {network: _rows(flavour, network) for network in NETWORKS}
+    rows = [row for network in NETWORKS for row in _rows(flavour, network)]
     path = FOLDER / f"{datetime.now(UTC):%Y-%m-%d}-trt-memory.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -84,8 +82,8 @@ def command(arguments: list[str]) -> int:
         "target": TARGET,
         "commit": git_commit(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "rows": [row for rows, _ in found.values() for row in rows],
-        "qdq": {network: counts for network, (_, counts) in found.items()},
+        "rows": rows,
+        "qdq": {network: qdq_counts(_model(chain_from_name(network), "int8")) for network in COUNTED},
     }
     write_json(path, document)
     print(f"wrote {path}")

@@ -119,7 +119,7 @@ def _check(options: argparse.Namespace) -> None:
         (TRT_OPTIONS, options.trt, "needs --trt"),
         (("batch",), options.trt or options.triton_server is not None, "needs --trt or --triton-server"),
         (QUANTISATION_OPTIONS, quantises, "needs --precision int8 or fp8"),
-        (("max_drop",), options.arch is None or options.images is not None, "needs a model.pt: no labels, no accuracy"),
+        (("max_drop",), options.arch is None, "needs a model.pt: random weights have no accuracy"),
     ):
         given = [name for name in names if getattr(options, name) is not None]
         if given and not active:
@@ -131,8 +131,6 @@ def _check(options: argparse.Namespace) -> None:
 def _check_numbers(options: argparse.Namespace) -> None:
     if options.tolerance is not None and not 0 < options.tolerance < float("inf"):
         raise UserError(f"--tolerance must be positive, not {options.tolerance}")
-    if options.max_drop is not None and not 0 <= options.max_drop <= 100:
-        raise UserError(f"--max-drop must be from 0 to 100 points, not {options.max_drop}")
     for name, low, high in (("max_batch", 1, 4096), ("calibration_images", 2, 65536)):
         value = getattr(options, name)
         if value is not None and not low <= value <= high:

@@ -57,14 +57,14 @@ def split_images(checkpoint, data_dir: str | None, count: int) -> Images:
         dataset = load_dataset(name, folder, size=size)
     except UserError as error:
         raise UserError(f"no test images for the parity check ({error}); pass --data-dir, or {ESCAPE}") from error
-    if not _same(dataset.preprocessing, checkpoint.preprocessing):
+    if not same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
         raise UserError(f"{name} here is not the data that the checkpoint was trained on; pass --data-dir, or {ESCAPE}")
     torch = require("torch", "train")
     chosen = dataset.test.images(torch.from_numpy(spread(count, len(dataset.test))))
     return Images(chosen.numpy(), f"test images of {name}")
 
 
-def _same(one: Preprocessing, other: Preprocessing) -> bool:
+def same_preprocessing(one: Preprocessing, other: Preprocessing) -> bool:
     """Equal up to the rounding of means and deviations, which depends on the machine."""
     plain = replace(one, mean=other.mean, std=other.std) if one.channels == other.channels else one
     return plain == other and np.allclose((one.mean, one.std), (other.mean, other.std), rtol=1e-6)
@@ -80,11 +80,11 @@ def folder_images(folder: str | Path, preprocessing: Preprocessing, count: int) 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(files) < 2:
         raise UserError(f"--images {folder} holds {len(files)} image files; parity needs at least 2")
-    pixels = [_decode(files[index], preprocessing.channels) for index in spread(count, len(files))]
+    pixels = [decode_image(files[index], preprocessing.channels) for index in spread(count, len(files))]
     return Images(np.concatenate([preprocessing.apply(image) for image in pixels]), f"images in {folder}")
 
 
-def _decode(path: Path, channels: int) -> np.ndarray:
+def decode_image(path: Path, channels: int) -> np.ndarray:
     """uint8 (H, W, channels) of an image file; one channel is luminance."""
     from rd_train.image_folder import read_image
 

@@ -224,6 +224,10 @@ def _quantised(options: argparse.Namespace, source, path: Path, report: list[str
         max_drop=MAX_DROP if options.max_drop is None else options.max_drop,
     )
     report += quantisation_lines(quantized.report)
+    if data.calibration.count < (options.calibration_images or 0):
+        report.append(
+            f"only {data.calibration.count} of the {options.calibration_images} calibration images were to be had"
+        )
     size, verify = stored_bytes(quantized.model), _verifier(options, source, report)
     particular = {"quantization": quantized.report}
     model = onnx.make_artefact(path, source.chain, options.precision, quantized.model, size, verify, particular)
@@ -276,8 +280,8 @@ def _add_engine(
         random = model.sidecar["provenance"].get("weights", "").startswith("random")
         tolerance = _tolerance(options, model.sidecar["precision"], random)
         shown = images(settings.profile.maximum)
-        runs = tensorrt.engine_parity(engine, model, settings, shown.values, tolerance)
-        engine.sidecar["parity"] = parity_entry(f"ONNX Runtime on {model.path.name}", runs, shown.origin, tolerance)
+        runs, by = tensorrt.engine_parity(engine, model, settings, shown.values, tolerance)
+        engine.sidecar["parity"] = parity_entry(f"{model.path.name} in {by}", runs, shown.origin, tolerance)
         result.report += parity_table(engine.sidecar["parity"])
     result.new.append(engine)
     result.served = engine

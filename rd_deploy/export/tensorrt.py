@@ -13,7 +13,7 @@ from rd_deploy.export.files import Artefact, read_sidecar
 from rd_deploy.export.onnx import read_metadata
 from rd_deploy.export.onnx import sidecar_path as onnx_sidecar_path
 from rd_deploy.onnx_files import load_model, runtime_inputs
-from rd_deploy.parity import CLEAR_MARGINS, Run, Way, compare_ways, onnx_ways, whole_batches
+from rd_deploy.parity import CLEAR_MARGINS, Run, Way, compare_ways, onnx_runner, onnx_ways, whole_batches
 from rd_deploy.trt import SUFFIX
 from rd_deploy.trt.build import Built, Profile, build, choose_targets
 from rd_deploy.trt.device import Gpu, no_gpu
@@ -129,16 +129,28 @@ def describe(onnx_file: Artefact, path: Path, built: Built, settings: Settings) 
 
 
 def engine_parity(
-    engine: Artefact, onnx_file: Artefact, settings: Settings, images: np.ndarray, tolerance: float
-) -> list[Run]:
-    """Compare the engine on the GPU with its ONNX file in ONNX Runtime, at the profile's batches; `ParityError`."""
+    engine: Artefact, onnx_file: Artefact, settings: Settings, images: np.ndarray, tolerance: float | None
+) -> tuple[list[Run], str]:
+    """Compare the engine on the GPU with its ONNX file in ONNX Runtime, at the profile's batches; `ParityError`.
+
+    Returns the runs, and by what the file was run.
+    """
     from rd_deploy.trt.session import Session
 
     precision, profile = onnx_file.sidecar["precision"], settings.profile
-    expected = onnx_ways(onnx_file.content, precision, profile.maximum)[-1].load()
+    reference = _reference(onnx_file.content, precision, profile.maximum)
     with Session(engine_file(engine.path, engine.content, engine.sidecar)) as session:
         ways = [
             Way(settings.flavour.title, batch, lambda batch=batch: whole_batches(session.run, batch))
             for batch in sorted({profile.minimum, profile.optimum, profile.maximum})
         ]
-        return compare_ways(expected, ways, images, profile.maximum, tolerance, CLEAR_MARGINS[precision])
+        margin = CLEAR_MARGINS[precision]
+        runs = compare_ways(reference.load(), ways, images, profile.maximum, tolerance, margin)
+    return runs, reference.engine
+
+
+def _reference(content: bytes, precision: str, batch: int) -> Way:
+    """How an ONNX file is run to be compared with: as literally as ONNX Runtime can on a CPU."""
+    if precision in QUANTISED:
+        return Way("onnxruntime, Q/DQ computed literally", batch, lambda: onnx_runner(content, literal=True))
+    return onnx_ways(content, precision, batch)[-1]  # in half precision the one whose activations are rounded

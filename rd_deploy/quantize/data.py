@@ -11,7 +11,7 @@ import numpy as np
 
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError, require
-from rd_deploy.export.images import _decode, _same, random_images, spread
+from rd_deploy.export.images import decode_image, same_preprocessing, random_images, spread
 from rd_deploy.preprocessing import Preprocessing
 
 CALIBRATION_IMAGES = 512
@@ -114,7 +114,7 @@ def _dataset(checkpoint, data_dir: str | None):
         dataset = load_dataset(name, folder, size=size)
     except UserError as error:
         raise UserError(f"no images to quantise with ({error}); {ESCAPE}") from error
-    if not _same(dataset.preprocessing, checkpoint.preprocessing):
+    if not same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
         raise UserError(f"{name} here is not the data that the checkpoint was trained on; {ESCAPE}")
     return dataset
 
@@ -136,7 +136,7 @@ def _from_folder(folder: Path, chain: Chain, calibration_images: int) -> Quantiz
 
 def _files(files: list[Path], labels: np.ndarray | None, preprocessing: Preprocessing, origin: str) -> Samples:
     def load(indices: np.ndarray) -> np.ndarray:
-        pixels = (_decode(files[index], preprocessing.channels) for index in indices)
+        pixels = (decode_image(files[index], preprocessing.channels) for index in indices)
         return np.concatenate([preprocessing.apply(image) for image in pixels])
 
     return Samples(load, len(files), labels, origin)

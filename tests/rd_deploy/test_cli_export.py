@@ -455,7 +455,7 @@ def test_a_full_disk_leaves_nothing(rd_export, model, monkeypatch):
         (["--arch", "plain20", "--target", "sm89"], "--target needs --trt"),
         (["--arch", "plain20", "--batch", "8"], "--batch needs --trt or --triton-server"),
         (["--arch", "plain20", "--max-drop", "1"], "--max-drop needs --precision int8 or fp8"),
-        (["--arch", "plain20", "--precision", "int8", "--max-drop", "-1"], "--max-drop must be from 0 to 100"),
+        (["--arch", "plain20", "--precision", "int8", "--max-drop", "-1"], "--max-drop needs a model.pt"),
         (["--arch", "plain20", "--precision", "int8", "--calibration-images", "1"], "--calibration-images must be"),
         (["--arch", "plain20", "--precision", "fp8", "--calibrator", "mini"], "mini"),
         (["model.onnx"], "is exported already"),

@@ -244,7 +244,7 @@ def test_where_the_engine_can_run_it_is_compared(rd_export, tmp_path, monkeypatc
         assert "nothing was written" in err
         return
     assert (code, err) == (0, "")
-    assert "parity with ONNX Runtime on plain20.onnx" in out
+    assert "parity with plain20.onnx in onnxruntime" in out
     engine = read_engine("plain20.engine")
     assert engine.targets == ("sm89",)
     assert [run["batch"] for run in engine.sidecar["parity"]["runs"]] == [1, 2, 4]
