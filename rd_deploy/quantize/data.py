@@ -11,7 +11,7 @@ import numpy as np
 
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError, require
-from rd_deploy.export.images import decode_image, same_preprocessing, random_images, spread
+from rd_deploy.export.images import decode_image, random_images, same_preprocessing, spread
 from rd_deploy.preprocessing import Preprocessing
 
 CALIBRATION_IMAGES = 512
