@@ -361,8 +361,8 @@ def start_as_identity(network: Network, images: Tensor) -> None:
 def _pass_statistics(block: Block, x: Tensor) -> None:
     for number, (conv, bn) in enumerate(block.convs):
         x, stride, passed = F.relu(x), conv.stride[0], block.passed
-        var, mean = torch.var_mean(x[:, :passed, ::stride, ::stride].float(), dim=(0, 2, 3), correction=0)
-        bn.weight[:passed], bn.bias[:passed] = torch.sqrt(var + bn.eps).to(bn.weight), mean.to(bn.bias)
+        var, mean = torch.var_mean(x[:, :passed, ::stride, ::stride], dim=(0, 2, 3), correction=0)
+        bn.weight[:passed], bn.bias[:passed] = torch.sqrt(var + bn.eps), mean
         x = block.layer(number, x)
 
 
