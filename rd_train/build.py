@@ -106,15 +106,16 @@ def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.
     if recipe.method == "kd":
         return LogitDistillation(student, teacher, weight=recipe.kd_weight, temperature=recipe.kd_temperature, **common)
     if recipe.method == "jointrd":
-        own = {"splice_weight_end": recipe.splice_weight_end, "train_teacher": recipe.teacher_mode == "joint"}
+        own = {"train_teacher": recipe.teacher_mode == "joint"}
         own |= {"feature_weight": recipe.feature_weight, "feature_reduction": recipe.feature_reduction}
     else:
-        own = {"splice_weight_end": 0.0, "splice_probability": recipe.splice_probability, "feature_weight": 0.0}
+        own = {"splice_probability": recipe.splice_probability, "feature_weight": 0.0}
         own |= {"kd_weight": recipe.kd_weight, "kd_temperature": recipe.kd_temperature}
     return ResidualDistillation(
         student,
         teacher,
         splice_weight=recipe.splice_weight,
+        splice_weight_end=recipe.splice_weight_end,
         splice_window=recipe.splice_window,
         teacher_bn=recipe.teacher_bn,
         **own,

@@ -97,7 +97,7 @@ class ResidualDistillation(_Distillation):
     With ``splice_probability`` p (ours), a step has ONE splice, drawn uniformly from the K = S-1, with probability
     p · m(t) / m(0), and otherwise none. Its weight is K · m(0) / p, so that the expectation is the joint sum, and
     weights are divided by their expected sum 1 + K m(t) instead of n: equal to n at m = 1, and the loss of the
-    student alone when m has fallen to 0.
+    student alone where m has fallen to 0.
 
     ``kd_weight`` α > 0 replaces CE(student) by (1 - α) CE + α T² KL(teacher || student), on the same images.
 

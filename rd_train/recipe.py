@@ -40,16 +40,16 @@ class Recipe:
         teacher_weights: A model.pt or a torchvision-style state_dict; without it the run trains the teacher first.
         teacher_mode: frozen (pretrained), or joint (trained from scratch beside the student, by its own loss).
         teacher_epochs: Epochs of the teacher that the run trains first; as many as the student's when not given.
-        teacher_bn: BN of the spliced teacher stages: eval (running statistics) or batch.
+        teacher_bn: BN of the spliced teacher stages: eval (running statistics) or batch; batch in rd, else eval.
         warm_start: Start as the teacher; its shortcuts fade block by block and are gone after warm_start_window.
         warm_start_window: Fraction of training in which the shortcuts fade.
         splice_weight: Weight m of the spliced branches at the start; 0 leaves them out.
-        splice_weight_end: Weight m after the window; rd ends at 0.
-        splice_probability: Share of rd's first steps that have a splice; it falls with m.
+        splice_weight_end: Weight m after the window.
+        splice_probability: Share of rd's first steps that have a splice; it falls with m, to 0 where m does.
         splice_window: Fraction of training over which m falls along a cosine.
         feature_weight: Weight w of the margin-ReLU feature distance; 0 leaves it out.
         feature_reduction: mean over C, H, W (one weight for all sizes) or sum (the paper's: 1e-4 at 224, 1e-3 at 32).
-        kd_weight: Weight of the logit distillation against the cross-entropy (kd, rd).
+        kd_weight: Weight of the logit distillation against the cross-entropy (kd: 0.5, rd: 0 when not given).
         kd_temperature: Temperature of the logit distillation.
         mixup: Beta parameter of mixup; 0 is none. The teacher sees the same mixed images.
         cutmix: Beta parameter of CutMix; 0 is none. With both, each batch has one of them.
@@ -66,7 +66,7 @@ class Recipe:
         schedule: cosine, or step (times 0.1 at 50% and 75%).
         warmup_epochs: Epochs of linear warm-up; may be fractional.
         label_smoothing: Label smoothing of every cross-entropy.
-        clip_norm: Clip the norm of the gradient to this; 0 does not clip.
+        clip_norm: Clip the norm of the gradient to this; 0 does not clip. 1 in rd, else 0.
         ema: Decay of an exponential moving average of the weights, which is then what is evaluated; 0 is none.
         precision: fp32, bf16 (autocast), or auto (bf16 where the hardware multiplies it).
         channels_last: NHWC memory format.
@@ -89,21 +89,21 @@ class Recipe:
     init: Literal["kaiming", "dirac", "identity"] = "dirac"
     init_noise: float = 0.5
     reparam: Literal["none", "dirac", "identity", "branches"] = "none"
-    method: Literal["ce", "kd", "jointrd", "rd"] = "jointrd"
+    method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
     teacher_weights: str | None = None
     teacher_mode: Literal["frozen", "joint"] = "frozen"
     teacher_epochs: int | None = None
-    teacher_bn: Literal["eval", "batch"] = "eval"
+    teacher_bn: Literal["eval", "batch"] | None = None
     warm_start: bool = False
     warm_start_window: float = 0.5
     splice_weight: float = 1.0
     splice_weight_end: float = 0.5
     splice_window: float = 0.5
-    splice_probability: float = 0.5
+    splice_probability: float = 1.0
     feature_weight: float = 1.0
     feature_reduction: Literal["mean", "sum"] = "mean"
-    kd_weight: float = 0.5
+    kd_weight: float | None = None
     kd_temperature: float = 4.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -120,7 +120,7 @@ class Recipe:
     schedule: Literal["cosine", "step"] = "cosine"
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.0
-    clip_norm: float = 0.0
+    clip_norm: float | None = None
     ema: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
@@ -132,7 +132,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if annotation is float and type(value) is int:  # YAML's 1 for 1.0
+            if value is None and name in BY_METHOD:
+                object.__setattr__(self, name, BY_METHOD[name][self.method == "rd"])
+            elif float in (annotation, *get_args(annotation)) and type(value) is int:  # YAML's 1 for 1.0
                 object.__setattr__(self, name, float(value))
             elif not _is_a(value, annotation):
                 raise UserError(f"{name}={value} is not {what_it_takes(annotation)}")
@@ -153,7 +155,7 @@ class Recipe:
         joint = self.teacher_mode == "joint"
         return [
             (
-                self.method == "jointrd" and 0 < start < end,
+                0 < start < end,
                 f"splice_weight_end={end:g} must not exceed splice_weight={start:g}",
             ),
             (
@@ -187,7 +189,7 @@ class Recipe:
             "warm_start": ce,
             "warm_start_window": not warm,
             "splice_weight": not (jointrd or rd),
-            "splice_weight_end": no_splices or rd,
+            "splice_weight_end": no_splices,
             "splice_window": no_splices,
             "splice_probability": no_splices or jointrd,
             "feature_weight": not jointrd,
@@ -200,13 +202,17 @@ class Recipe:
             "init_noise": self.init == "kaiming" or warm,
             "data_dir": self.data == "digits",
         }
-        return [name for name, unused in without.items() if unused and getattr(self, name) != getattr(Recipe, name)]
+        defaults = {name: getattr(Recipe, name) for name in without}
+        defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
+        return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 
     def to_dict(self) -> dict:
         """Plain containers for YAML and the checkpoint."""
         return asdict(self)
 
 
+# What entries that are not given become: (in every other method, in rd).
+BY_METHOD = {"teacher_bn": ("eval", "batch"), "kd_weight": (0.5, 0.0), "clip_norm": (0.0, 1.0)}
 # Inclusive; the smallest positive values stand for "more than 0".
 BOUNDS = {
     "size": (1, 4096),

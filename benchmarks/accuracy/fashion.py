@@ -49,6 +49,8 @@ def students(options: argparse.Namespace) -> list[Job]:
     jobs = []
     for depth, method, init in itertools.product((20, 56), reversed(METHODS), INITS):
         flags = [f"--method={method}", f"--init={init}"]
+        if method == "jointrd":
+            flags.append("--feature-weight=0")
         if method != "ce":
             flags.append(f"--teacher-weights={folder(f'resnet{depth}', depth, options) / 'model.pt'}")
         jobs.append(job(f"plain{depth}-{method}-{init}", f"fashion-plain{depth}", depth, options, *flags))

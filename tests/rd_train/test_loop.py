@@ -22,8 +22,8 @@ from rd_train.run import run
 from rd_train.schedules import learning_rate
 
 RECIPE = Recipe(
-    arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5, ema=0.9,
-    clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
+    method="jointrd", arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5,
+    ema=0.9, clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
 )  # fmt: skip
 FLAGS = [f"--{name}={value}" for name, value in RECIPE.to_dict().items()
          if value is not None and value != "" and value != getattr(Recipe(), name)]  # fmt: skip
