@@ -109,7 +109,8 @@ def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.
         own = {"train_teacher": recipe.teacher_mode == "joint"}
         own |= {"feature_weight": recipe.feature_weight, "feature_reduction": recipe.feature_reduction}
     else:
-        own = {"splice_probability": recipe.splice_probability, "feature_weight": 0.0}
+        probability = recipe.splice_probability if recipe.splices == "one" else None
+        own = {"splice_probability": probability, "feature_weight": 0.0}
         own |= {"kd_weight": recipe.kd_weight, "kd_temperature": recipe.kd_temperature}
     return ResidualDistillation(
         student,

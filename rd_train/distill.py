@@ -94,7 +94,7 @@ class ResidualDistillation(_Distillation):
     final pre-activation of the same images; per image it is summed over C, H, W, or with ``feature_reduction="mean"``
     averaged, so that one weight w serves all input sizes. ``splice_weight=0`` leaves the splices out (n = 1).
 
-    With ``splice_probability`` p (ours), a step has ONE splice, drawn uniformly from the K = S-1, with probability
+    With ``splice_probability`` p a step has ONE splice, drawn uniformly from the K = S-1, with probability
     p · m(t) / m(0), and otherwise none. Its weight is K · m(0) / p, so that the expectation is the joint sum, and
     weights are divided by their expected sum 1 + K m(t) instead of n: equal to n at m = 1, and the loss of the
     student alone where m has fallen to 0.

@@ -45,7 +45,8 @@ class Recipe:
         warm_start_window: Fraction of training in which the shortcuts fade.
         splice_weight: Weight m of the spliced branches at the start; 0 leaves them out.
         splice_weight_end: Weight m after the window.
-        splice_probability: Share of rd's first steps that have a splice; it falls with m, to 0 where m does.
+        splices: Splices in a step of rd: all of them, or one drawn at random (the cheaper step).
+        splice_probability: Share of the first steps with a splice where one is drawn; falls with m, to 0 where m does.
         splice_window: Fraction of training over which m falls along a cosine.
         feature_weight: Weight w of the margin-ReLU feature distance; 0 leaves it out.
         feature_reduction: mean over C, H, W (one weight for all sizes) or sum (the paper's: 1e-4 at 224, 1e-3 at 32).
@@ -100,6 +101,7 @@ class Recipe:
     splice_weight: float = 1.0
     splice_weight_end: float = 0.5
     splice_window: float = 0.5
+    splices: Literal["all", "one"] = "all"
     splice_probability: float = 1.0
     feature_weight: float = 1.0
     feature_reduction: Literal["mean", "sum"] = "mean"
@@ -191,7 +193,8 @@ class Recipe:
             "splice_weight": not (jointrd or rd),
             "splice_weight_end": no_splices,
             "splice_window": no_splices,
-            "splice_probability": no_splices or jointrd,
+            "splices": no_splices or jointrd,
+            "splice_probability": no_splices or jointrd or self.splices == "all",
             "feature_weight": not jointrd,
             "feature_reduction": not jointrd or self.feature_weight == 0,
             "kd_weight": no_kd,

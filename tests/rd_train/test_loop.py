@@ -26,7 +26,7 @@ RECIPE = Recipe(
     ema=0.9, clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
 )  # fmt: skip
 FLAGS = [f"--{name}={value}" for name, value in RECIPE.to_dict().items()
-         if value is not None and value != "" and value != getattr(Recipe(), name)]  # fmt: skip
+         if value is not None and value != "" and value != getattr(Recipe, name)]  # fmt: skip
 COMMAND = [sys.executable, "-m", "rd_train.cli"]
 
 
@@ -143,7 +143,7 @@ def test_damaged_state_is_one_line(uninterrupted, tmp_path):
 
 # Everything that draws at random or changes with the step: a resume must repeat all of it.
 LEVERS = replace(
-    RECIPE, method="rd", reparam="branches", splice_probability=1.0, mixup=0.2, cutmix=1.0, resize_start=0.5,
+    RECIPE, method="rd", reparam="branches", splices="one", mixup=0.2, cutmix=1.0, resize_start=0.5,
     recalibrate=100, audit=True, teacher_bn="batch", epochs=2,
 )  # fmt: skip
 

@@ -128,6 +128,9 @@ def test_options_without_effect_are_named():
     assert Recipe(method="ce", warm_start=True, warm_start_window=0.3).unused() == ["warm_start", "warm_start_window"]
     assert Recipe(method="rd", splice_weight_end=0.1, feature_weight=0.5).unused() == ["feature_weight"]
     assert Recipe(warm_start=True, init="kaiming").unused() == ["init"]
+    assert Recipe(splice_probability=0.5).unused() == ["splice_probability"]
+    assert Recipe(splices="one", splice_probability=0.5).unused() == []
+    assert Recipe(method="jointrd", splices="one").unused() == ["splices"]
     assert Recipe(resize_window=0.2).unused() == ["resize_window"]
 
 
