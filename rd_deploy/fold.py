@@ -1,6 +1,8 @@
 """From the training network to the deploy chain: BN folded in float64, on a copy, checked layer by layer.
 
 ``y = γ (W x - μ) / √(σ² + ε) + β`` is one convolution with ``W' = W γ / √(σ² + ε)`` and bias ``β - μ γ / √(σ² + ε)``.
+Branches that training had beside a convolution are convolutions too, of which W is 1 at the centre of the kernel (a
+channel passed on) or a 1x1 kernel there: kernels and biases add up.
 The training network has its ReLU at the START of each block; every reader of such a tensor applies it, so the chain
 applies it once, in the step that makes the tensor.
 """
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, run_step, weights
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.networks import Block, Network
+from rd_train.networks import Block, DiracConv2d, Network, Sides, add_dirac
 
 # Float64 rounds at 1e-16; sums over thousands of products stay far below this, any real mistake lies far above it.
 FOLD_BOUND = 1e-9
@@ -44,7 +46,7 @@ def fold(
         input_shape=(arch.in_channels, size, size),
         preprocessing=preprocessing or default_preprocessing(size, arch.in_channels),
         classes=tuple(classes) if classes is not None else tuple(map(str, range(arch.classes))),
-        arch=arch.to_dict(),
+        arch=arch.deployed.to_dict(),
         name=arch.name,
     )
     chain.check()
@@ -75,43 +77,64 @@ def _steps(network: Network) -> list:
     if isinstance(network.maxpool, nn.MaxPool2d):
         pool = network.maxpool
         steps.append(MaxPool("maxpool", pool.kernel_size, pool.stride, pool.padding, source="conv1"))
-    for name, block in _blocks(network):
+    for name, block in network.blocks():
         steps += _block_steps(name, block, steps[-1].name)
     steps.append(GlobalAveragePool("avgpool", source=steps[-1].name))
     steps.append(Linear("fc", _array(network.fc.weight), _array(network.fc.bias), source="avgpool"))
     return steps
 
 
-def _blocks(network: Network) -> list[tuple[str, Block]]:
-    return [
-        (f"layer{index + 1}.{number}", block)
-        for index in range(network.stages)
-        for number, block in enumerate(network.stage_blocks(index))
-    ]
-
-
 def _block_steps(name: str, block: Block, source: str) -> list[Conv]:
     """The main path; a projection runs just before the last convolution, which adds it: the least is alive then."""
     shortcut = source if block.has_shortcut else None
-    *inner, last = block.convs
     steps, x = [], source
-    for number, (conv, bn) in enumerate(inner, start=1):
-        steps.append(_conv(f"{name}.conv{number}", conv, bn, source=x))
+    for number, (conv, bn) in enumerate(block.convs, start=1):
+        last, sides = number == len(block.convs), block.sides[number - 1] if block.sides is not None else None
+        if last and block.downsample is not None:
+            shortcut = f"{name}.downsample"
+            steps.append(_conv(shortcut, *block.downsample, source=source, relu=False))
+        add = shortcut if last else None
+        steps.append(_conv(f"{name}.conv{number}", conv, bn, source=x, add=add, sides=sides))
         x = steps[-1].name
-    if block.downsample is not None:
-        conv, bn = block.downsample
-        shortcut = f"{name}.downsample"
-        steps.append(_conv(shortcut, conv, bn, source=source, relu=False))
-    steps.append(_conv(f"{name}.conv{len(block.convs)}", *last, source=x, add=shortcut))
     return steps
 
 
-def _conv(name: str, conv: nn.Conv2d, bn: nn.BatchNorm2d, source: str, relu: bool = True, add: str | None = None):
+def _conv(
+    name: str,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    source: str,
+    relu: bool = True,
+    add: str | None = None,
+    sides: Sides | None = None,
+) -> Conv:
+    weight, bias = _fused(name, conv.kernel() if isinstance(conv, DiracConv2d) else conv.weight, bn)
+    for kernel, shift in _side_kernels(name, weight, sides):
+        channels, centre = len(shift), conv.kernel_size[0] // 2
+        weight[:channels, : kernel.shape[1], centre, centre] += kernel[:, :, 0, 0]
+        bias[:channels] += shift
+    return Conv(name, _array(weight), _array(bias), conv.stride[0], conv.padding[0], relu, source, add)
+
+
+def _fused(name: str, kernel: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of a convolution with its BN in it."""
     if (bn.running_var < 0).any():
         raise UserError(f"the BN after {name} has a negative variance: the weights are damaged")
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
-    return Conv(name, _array(weight), _array(bias), conv.stride[0], conv.padding[0], relu, source, add)
+    return kernel * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+
+
+def _side_kernels(name: str, weight: Tensor, sides: Sides | None) -> list[tuple[Tensor, Tensor]]:
+    """Kernels (C, C_in, 1, 1) and biases (C,) of the branches beside a convolution."""
+    if sides is None:
+        return []
+    identity = weight.new_zeros(sides.passed, sides.passed, 1, 1)
+    add_dirac(identity, sides.passed)
+    found = [_fused(f"{name}'s branch", identity, sides.identity)]
+    if sides.pointwise is not None:
+        conv, bn = sides.pointwise
+        found.append(_fused(f"{name}'s branch", conv.weight, bn))
+    return found
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -164,10 +187,10 @@ def _expected_outputs(network: Network, images: Tensor) -> dict[str, np.ndarray]
 
     network.bn1.register_forward_hook(keep("conv1", relu=True))
     network.maxpool.register_forward_hook(keep("maxpool", relu=True))
-    for name, block in _blocks(network):
-        *inner, _ = block.convs
-        for number, (_, bn) in enumerate(inner, start=1):
-            bn.register_forward_hook(keep(f"{name}.conv{number}", relu=True))
+    for name, block in network.blocks():
+        whole = [bn for _, bn in block.convs] if block.sides is None else block.sides
+        for number, module in enumerate(whole[:-1], start=1):
+            module.register_forward_hook(keep(f"{name}.conv{number}", relu=True))
         if block.downsample is not None:
             block.downsample.register_forward_hook(keep(f"{name}.downsample", relu=False))
         block.register_forward_hook(keep(f"{name}.conv{len(block.convs)}", relu=True))

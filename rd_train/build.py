@@ -1,6 +1,7 @@
 """From a recipe to architectures, networks, a task and an optimiser."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,20 +12,22 @@ from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain, load_strictly
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
-from rd_train.networks import Arch, Network, parse_arch
+from rd_train.networks import Arch, Network, fade_shortcuts, parse_arch
 from rd_train.recipe import Recipe
+from rd_train.vary import growing_size
 
 
 def student_arch(recipe: Recipe, in_channels: int, classes: int) -> Arch:
     """The architecture that the recipe trains, for images of a data set."""
     options = {name: getattr(recipe, name) for name in ("shortcuts", "stem") if getattr(recipe, name) is not None}
-    return parse_arch(recipe.arch, width=recipe.width, in_channels=in_channels, classes=classes, **options)
+    shape = {"width": recipe.width, "in_channels": in_channels, "classes": classes}
+    return parse_arch(recipe.arch, reparam=recipe.reparam, **shape, **options)
 
 
 def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
     """The teacher's architecture: the student's ResNet, or the named one with the student's stem and width."""
     if recipe.teacher == "auto":
-        return replace(student, shortcuts="all")
+        return replace(student.deployed, shortcuts="all")
     return replace(
         parse_arch(recipe.teacher),
         stem=student.stem,
@@ -32,6 +35,26 @@ def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
         in_channels=student.in_channels,
         classes=student.classes,
     )
+
+
+def build_student(recipe: Recipe, arch: Arch, teacher: Network | None) -> Network:
+    """The student as it starts: initialised, or with ``warm_start`` the teacher with shortcuts that will fade."""
+    if not recipe.warm_start or teacher is None:
+        return Network(arch, recipe.init, recipe.init_noise)
+    if teacher.arch != replace(arch, shortcuts="all") or arch.shortcuts == "all":
+        raise UserError(
+            f"warm_start copies the teacher, which must be the ResNet of the plain {arch.name}, "
+            f"with its width and stem, not {teacher.arch.name}"
+        )
+    student = Network(teacher.arch)
+    student.load_state_dict(teacher.state_dict())
+    fade_shortcuts(student, arch)
+    return student
+
+
+def sizes_of(recipe: Recipe, size: int) -> Callable[[float], int]:
+    """The size of training images in pixels, as a function of progress in [0, 1]."""
+    return lambda progress: growing_size(progress, size, recipe.resize_start, recipe.resize_window)
 
 
 def needs_teacher(recipe: Recipe) -> bool:
@@ -82,16 +105,21 @@ def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.
         return CrossEntropy(student, **common)
     if recipe.method == "kd":
         return LogitDistillation(student, teacher, weight=recipe.kd_weight, temperature=recipe.kd_temperature, **common)
+    if recipe.method == "jointrd":
+        own = {"train_teacher": recipe.teacher_mode == "joint"}
+        own |= {"feature_weight": recipe.feature_weight, "feature_reduction": recipe.feature_reduction}
+    else:
+        probability = recipe.splice_probability if recipe.splices == "one" else None
+        own = {"splice_probability": probability, "feature_weight": 0.0}
+        own |= {"kd_weight": recipe.kd_weight, "kd_temperature": recipe.kd_temperature}
     return ResidualDistillation(
         student,
         teacher,
-        train_teacher=recipe.teacher_mode == "joint",
         splice_weight=recipe.splice_weight,
         splice_weight_end=recipe.splice_weight_end,
         splice_window=recipe.splice_window,
-        feature_weight=recipe.feature_weight,
-        feature_reduction=recipe.feature_reduction,
         teacher_bn=recipe.teacher_bn,
+        **own,
         **common,
     )
 
@@ -100,7 +128,7 @@ def meta_task(recipe: Recipe, student: Arch, teacher: Arch | None = None) -> nn.
     """The task without memory, for counting its cost; ``teacher`` where it is not the recipe's."""
     with torch.device("meta"):
         network = Network(teacher or teacher_arch(recipe, student)) if needs_teacher(recipe) else None
-        return build_task(recipe, Network(student), network)
+        return build_task(recipe, build_student(recipe, student, network), network)
 
 
 def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD:

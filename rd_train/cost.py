@@ -1,5 +1,7 @@
 """What a run will cost, counted rather than estimated: the real step on the meta device under torch's FLOP counter."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rd_train.distill import CrossEntropy
 from rd_train.networks import Arch, Network
+
+# Moments of training over which a step's cost is averaged, where kinds of step or image sizes change.
+MOMENTS = 100
 
 
 def macs_per_image(arch: Arch, size: int) -> int:
@@ -19,20 +24,34 @@ def macs_per_image(arch: Arch, size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def step_macs(task: nn.Module, size: int) -> int:
-    """Multiply-accumulates of forward and backward of one image through a task built on the meta device."""
+def step_macs(task: nn.Module, size: int, **outcome) -> int:
+    """Multiply-accumulates of forward and backward of one image through a task built on the meta device.
+
+    ``outcome``: the kind of step, as keywords of the task's ``forward``.
+    """
     arch = task.student.arch
     with torch.device("meta"):
         # Two images: BN on batch statistics refuses a single value per channel.
         images, labels = torch.empty(2, arch.in_channels, size, size), torch.empty(2, dtype=torch.long)
         progress = torch.zeros(())
     with FlopCounterMode(display=False) as counter:
-        task.train()(images, labels, progress)["loss"].backward()
+        task.train()(images, labels, progress, **outcome)["loss"].backward()
     return counter.get_total_flops() // 4
 
 
-def relative_cost(task: nn.Module, size: int) -> float:
-    """Cost of a step of a task (on the meta device) in units of an ordinary step of the plain network of its depth."""
+def mean_step_macs(task: nn.Module, size: int, size_at: Callable[[float], int] | None = None) -> float:
+    """`step_macs` as expected over a whole training: over its kinds of step, and its image sizes (``size_at``)."""
+    shares: Counter = Counter()
+    for moment in range(MOMENTS):
+        progress = (moment + 0.5) / MOMENTS
+        for probability, outcome in task.outcomes(progress):
+            shares[size_at(progress) if size_at else size, tuple(outcome.items())] += probability
+    total = sum(share * step_macs(task, pixels, **dict(outcome)) for (pixels, outcome), share in shares.items())
+    return total / MOMENTS
+
+
+def relative_cost(task: nn.Module, size: int, size_at: Callable[[float], int] | None = None) -> float:
+    """`mean_step_macs` of a task (on the meta device) in units of a cross-entropy step of the plain network."""
     with torch.device("meta"):
-        plain = CrossEntropy(Network(replace(task.student.arch, shortcuts="none")))
-    return step_macs(task, size) / step_macs(plain, size)
+        plain = CrossEntropy(Network(replace(task.student.arch.deployed, shortcuts="none")))
+    return mean_step_macs(task, size, size_at) / step_macs(plain, size)

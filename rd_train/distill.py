@@ -1,7 +1,8 @@
 """Training tasks: one call is one forward pass including the loss, so that the loop knows nothing about distillation.
 
 ``task(images, labels, progress)`` returns ``{"loss", "output", "terms"}``: the scalar to minimise, the student's
-logits, and named detached scalars for the log.
+logits, and named detached scalars for the log. Labels are classes (N,), or probabilities (N, classes) of mixed images.
+A task may have steps of several kinds: ``outcomes(progress)`` says which, and a step is told its own by keywords.
 """
 
 import copy
@@ -29,6 +30,10 @@ class CrossEntropy(nn.Module):
 
     def ce(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=self.label_smoothing)
+
+    def outcomes(self, progress: float) -> list[tuple[float, dict]]:
+        """The kinds of step there can be at ``progress`` in [0, 1]: (probability, keywords of `forward`)."""
+        return [(1.0, {})]
 
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict:
         logits = self.student(images)
@@ -76,17 +81,25 @@ class LogitDistillation(_Distillation):
 
 
 class ResidualDistillation(_Distillation):
-    """Residual distillation (``jointrd``; Li et al., NeurIPS 2020).
+    """Residual distillation, the paper's (``jointrd``; Li et al., NeurIPS 2020) and ours (``rd``).
 
     The student's pre-activation at the end of stage k = 1 .. S-1 is also fed to the teacher's stages k+1 .. S and
-    classifier (splice k). With n branches (the student and the configured splices) the student's loss is
+    classifier. Together with the student itself these are n = S branches (4 in the ImageNet family), and the
+    student's loss is
 
-        1/n · { CE(student) + m Σ CE(splice_k) + w · [ D(student) + m Σ D(splice_k) ] }
+        1/n · { CE(student) + m(t) Σ_k CE(splice_k) + w · [ D(student) + m(t) Σ_k D(splice_k) ] }
 
     m falls from ``splice_weight`` to ``splice_weight_end`` along a cosine over ``splice_window`` of training. D is the
     margin-ReLU distance of a branch's final pre-activation, through a 1x1 convolution + BN of its own, to the teacher's
     final pre-activation of the same images; per image it is summed over C, H, W, or with ``feature_reduction="mean"``
     averaged, so that one weight w serves all input sizes. ``splice_weight=0`` leaves the splices out (n = 1).
+
+    With ``splice_probability`` p a step has ONE splice, drawn uniformly from the K = S-1, with probability
+    p · m(t) / m(0), and otherwise none. Its weight is K · m(0) / p, so that the expectation is the joint sum, and
+    weights are divided by their expected sum 1 + K m(t) instead of n: equal to n at m = 1, and the loss of the
+    student alone where m has fallen to 0.
+
+    ``kd_weight`` α > 0 replaces CE(student) by (1 - α) CE + α T² KL(teacher || student), on the same images.
 
     ``train_teacher``: the teacher also learns, by its own cross-entropy only. The splices run through `frozen_view`,
     so that no teacher weight ever receives a gradient from them and none is computed. ``teacher_bn``: BN of the
@@ -101,16 +114,21 @@ class ResidualDistillation(_Distillation):
         splice_weight: float = 1.0,
         splice_weight_end: float = 0.5,
         splice_window: float = 0.5,
+        splice_probability: float | None = None,
         feature_weight: float = 1.0,
         feature_reduction: Literal["mean", "sum"] = "mean",
+        kd_weight: float = 0.0,
+        kd_temperature: float = 4.0,
         teacher_bn: TeacherBN = "eval",
         **options,
     ):
         super().__init__(student, teacher, **options)
         _check_spliceable(student, teacher)
         self.splice_weight, self.splice_weight_end, self.splice_window = splice_weight, splice_weight_end, splice_window
+        self.splice_probability = splice_probability
         self.feature_weight, self.feature_reduction = feature_weight, feature_reduction
-        self.splices = range(1, student.stages) if splice_weight > 0 else range(0)
+        self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
+        self.splices = tuple(range(1, student.stages)) if splice_weight > 0 else ()
         branches = 1 + len(self.splices)
         channels = teacher.fc.in_features
         self.connectors = nn.ModuleList(_connector(channels) for _ in range(branches if feature_weight > 0 else 0))
@@ -118,45 +136,84 @@ class ResidualDistillation(_Distillation):
         # In a list: the view aliases the teacher's tensors and must not appear in the state_dict a second time.
         self._view = [frozen_view(teacher, teacher_bn)]
 
-    def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict:
+    def splice_decay(self, progress: Tensor) -> Tensor:
+        """m(t)."""
+        return cosine_decay(progress, self.splice_weight, self.splice_weight_end, self.splice_window)
+
+    def outcomes(self, progress: float) -> list[tuple[float, dict]]:
+        """All splices in every step, or one of them or none."""
+        if self.splice_probability is None or not self.splices:
+            return [(1.0, {"splices": self.splices})]
+        m = float(self.splice_decay(torch.tensor(progress, dtype=torch.float64)))
+        one = self.splice_probability * m / self.splice_weight
+        each = [(one / len(self.splices), {"splices": (k,)}) for k in self.splices]
+        return [(1 - one, {"splices": ()}), *each] if one > 0 else [(1.0, {"splices": ()})]
+
+    def forward(self, images: Tensor, labels: Tensor, progress: Tensor, splices: tuple[int, ...] | None = None) -> dict:
         features = self.student.features(images)
         logits = self.student.head(features[-1])
-        m = cosine_decay(progress, self.splice_weight, self.splice_weight_end, self.splice_window)
-        target, teacher_ce = self._teacher(images, labels)
+        clean = self._teacher(images, labels)
+        loss, terms = self._own_loss(logits, features[-1], labels, clean)
+        weight, whole = self._splice_weights(progress)
+        for k in self.splices if splices is None else splices:
+            spliced, more = self._splice_loss(k, features[k - 1], labels, clean)
+            loss, terms = loss + weight * spliced, terms | more
+        loss = loss / whole
+        if clean.get("ce") is not None:  # disjoint parameters: adding it changes no gradient of the student
+            loss = loss + clean["ce"]
+            terms["teacher_ce"] = clean["ce"].detach()
+        return {"loss": loss, "output": logits, "terms": terms}
 
-        ce = self.ce(logits, labels)
-        loss, terms = ce, {"ce": ce.detach()}
+    def _splice_weights(self, progress: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The weight of a splice in a step that has it, and the sum that all weights are divided by."""
+        m, count = self.splice_decay(progress), len(self.splices)
+        if self.splice_probability is None:
+            return m, 1 + count
+        return count * self.splice_weight / self.splice_probability, 1 + count * m
+
+    def _own_loss(self, logits: Tensor, final: Tensor, labels: Tensor, clean: dict) -> tuple[Tensor, dict]:
+        """The loss of the student alone, and its terms."""
+        loss = ce = self.ce(logits, labels)
+        terms = {"ce": ce.detach()}
+        if self.kd_weight > 0:
+            kd = logit_distillation(logits, clean["logits"], self.kd_temperature)
+            loss = (1 - self.kd_weight) * ce + self.kd_weight * kd
+            terms["kd"] = kd.detach()
         if self.feature_weight > 0:
-            distance = self._distance(0, features[-1], target)
+            distance = self._distance(0, final, clean["final"])
             loss = loss + self.feature_weight * distance
             terms["feature"] = distance.detach()
-        for k in self.splices:
-            final = self._through_teacher(k, features[k - 1])
-            splice_ce = self.ce(self._view[0].head(final), labels)
-            loss = loss + m * splice_ce
-            terms[f"splice{k}_ce"] = splice_ce.detach()
-            if self.feature_weight > 0:
-                distance = self._distance(k, final, target)
-                loss = loss + m * self.feature_weight * distance
-                terms[f"splice{k}_feature"] = distance.detach()
-        loss = loss / (1 + len(self.splices))
-        if teacher_ce is not None:  # disjoint parameters: adding it changes no gradient of the student
-            loss = loss + teacher_ce
-            terms["teacher_ce"] = teacher_ce.detach()
-        return {"loss": loss, "output": logits, "terms": terms}
+        return loss, terms
+
+    def _splice_loss(self, k: int, x: Tensor, labels: Tensor, clean: dict) -> tuple[Tensor, dict]:
+        """The loss of the student's first k stages, of output ``x``, followed by the rest of the teacher."""
+        final = self._through_teacher(k, x)
+        loss = self.ce(self._view[0].head(final), labels)
+        terms = {f"splice{k}_ce": loss.detach()}
+        if self.feature_weight > 0:
+            distance = self._distance(k, final, clean["final"])
+            loss = loss + self.feature_weight * distance
+            terms[f"splice{k}_feature"] = distance.detach()
+        return loss, terms
 
     # Not compiled: with a learning teacher in BN evaluation mode, Inductor mixes up the running statistics that this
     # forward updates with those the splices read, and the student's gradient is wrong (4% seen with torch 2.14).
     @torch.compiler.disable
-    def _teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The clean teacher's final pre-activation (detached) and, if it learns, its cross-entropy."""
-        if self.train_teacher:
+    def _teacher(self, images: Tensor, labels: Tensor) -> dict:
+        """What is needed of the clean teacher: final pre-activation and logits, detached; its loss if it learns."""
+        if self.feature_weight == 0 and self.kd_weight == 0 and not self.train_teacher:
+            return {}
+        with torch.set_grad_enabled(self.train_teacher):
             final = self.teacher.features(images)[-1]
-            return final.detach(), self.ce(self.teacher.head(final), labels)
-        if self.feature_weight == 0:
-            return None, None
-        with torch.no_grad():
-            return self.teacher.features(images)[-1], None
+            logits = self.teacher.head(final) if self.train_teacher or self.kd_weight > 0 else None
+        ce = self.ce(logits, labels) if self.train_teacher else None
+        return {"final": final.detach(), "logits": logits, "ce": ce}
+
+    def gradient_paths(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's own loss and Σ_k of the splices' losses, unweighted, of one forward pass: for an audit."""
+        features, clean = self.student.features(images), self._teacher(images, labels)
+        own, _ = self._own_loss(self.student.head(features[-1]), features[-1], labels, clean)
+        return own, sum(self._splice_loss(k, features[k - 1], labels, clean)[0] for k in self.splices)
 
     def _through_teacher(self, k: int, x: Tensor) -> Tensor:
         for index in range(k, self.teacher.stages):

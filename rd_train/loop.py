@@ -5,6 +5,7 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 """
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,14 +25,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from rd_deploy.common import Stopped, UserError, require, write_text
-from rd_train.build import build_optimizer
+from rd_train.audit import gradient_audit
+from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
-from rd_train.data import Dataset, Split, batches, steps_per_epoch
-from rd_train.networks import Network
+from rd_train.data import Dataset, Split, batches, derive_seed, steps_per_epoch
+from rd_train.networks import Network, deployed_state, set_fading
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
+from rd_train.vary import mixed, resized
 
 CHECK_EVERY = 20  # steps between looks at the loss, which make a GPU wait
+STEP_SEED = 0x57E9  # sets the draws of a step apart from those of its batch
 
 
 @dataclass
@@ -89,6 +94,40 @@ def evaluate(network: Network, split: Split, context: Context) -> tuple[float, f
     return correct / len(split), loss / len(split)
 
 
+@torch.no_grad()
+def recalibrated(network: Network, context: Context) -> Network:
+    """A copy whose BN statistics are the means over batches of ``recipe.recalibrate`` training images, unvaried.
+
+    Those that training leaves behind lag behind the weights, and are those of augmented or mixed images. The images are
+    always the same. Without ``recalibrate``, the network itself.
+    """
+    recipe, split = context.recipe, context.dataset.train
+    if not recipe.recalibrate:
+        return network
+    network = copy.deepcopy(network).eval()
+    for bn in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:
+        bn.reset_running_stats()
+        bn.momentum, bn.training = None, True  # None: the mean of all batches
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(2, recipe.recalibrate)]
+    chunks = [chunk for chunk in order.split(recipe.batch_size) if len(chunk) > 1]
+    for indices in chunks:
+        with context.cast():
+            network(context.place(split.images(indices)))
+    for bn in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:
+        bn.momentum = 0.1
+    return network.eval()
+
+
+def vary(images: Tensor, labels: Tensor, size: int, context: Context, generator: np.random.Generator) -> tuple:
+    """The images (at ``size`` pixels) and targets of a step, as the recipe mixes them."""
+    recipe = context.recipe
+    images = resized(images, size)
+    if not (recipe.mixup or recipe.cutmix):
+        return images, labels
+    classes = len(context.dataset.classes)
+    return mixed(images, labels, classes, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator)
+
+
 def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: bool) -> dict:
     """Train ``task`` for ``epochs`` and keep its best student (by validation): ``model.pt``, or ``teacher.pt``.
 
@@ -109,6 +148,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
         state.load(total)
     _drop_rows_after(context.folder, phase, state.step)
     run_step = torch.compile(task) if recipe.compile else task
+    size_at = sizes_of(recipe, context.dataset.preprocessing.size)
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
@@ -121,10 +161,15 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
             rate = learning_rate(state.step, total, peak=recipe.lr, kind=recipe.schedule, warmup=warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            labels = labels.to(context.device)
-            progress = torch.tensor(state.step / total, device=context.device)
+            done = state.step / total
+            generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, state.step))
+            images, labels = context.place(images), labels.to(context.device)
+            images, targets = vary(images, labels, size_at(done), context, generator)
+            outcome = _drawn(task.outcomes(done), generator)
+            set_fading(task.student, done / recipe.warm_start_window)
+            progress = torch.tensor(done, device=context.device)
             with context.cast(), _explained_compilation(recipe):
-                result = run_step(context.place(images), labels, progress)
+                result = run_step(images, targets, progress, **outcome)
             optimizer.zero_grad(set_to_none=True)
             with _explained_compilation(recipe):
                 result["loss"].backward()
@@ -151,13 +196,33 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     return {**state.best, "seconds": state.seconds}
 
 
+def _drawn(outcomes: list[tuple[float, dict]], generator: np.random.Generator) -> dict:
+    """One of the kinds of step, drawn by its probability."""
+    probabilities = np.array([probability for probability, _ in outcomes])
+    return outcomes[generator.choice(len(outcomes), p=probabilities / probabilities.sum())][1]
+
+
+def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[str, float]:
+    """The gradient audit at the end of an epoch (from 1) on the first batch of it; nothing where none is asked for."""
+    recipe = context.recipe
+    if phase != "student" or not recipe.audit or not getattr(task, "splices", ()):
+        return {}
+    loader = batches(context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, train=True)
+    images, labels = next(loader)
+    loader.close()
+    task.train()
+    with context.cast():
+        return gradient_audit(task, context.place(images), labels.to(context.device))
+
+
 def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Context, clock: "_Clock") -> None:
     """Validate, keep the student if it is the best so far, log, save."""
     task, validation = state.task, context.dataset.val
     speed = clock.rate()
     row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
     _check_finite(row, phase, state)
-    student = state.averaged.module if state.averaged is not None else task.student
+    row |= _audited(phase, task, epoch, context)
+    student = recalibrated(state.averaged.module if state.averaged is not None else task.student, context)
     row["val_accuracy"], row["val_loss"] = evaluate(student, validation, context)
     joint = getattr(task, "train_teacher", False)
     if joint:
@@ -172,6 +237,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     state.seconds = row["seconds"]
     _log(row, context)
     state.sums.clear()
+    state.counts.clear()
     state.save()
     if context.stop.is_set():
         _stop(context)
@@ -210,6 +276,7 @@ class _State:
         self.task, self.optimizer, self.averaged = task, optimizer, averaged
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self.counts: dict[str, int] = defaultdict(int)  # of steps; not every kind of step has every term
         self.best: dict = {"epoch": 0, "val_accuracy": -1.0, "val_loss": math.inf}
 
     def add(self, result: dict, labels: Tensor) -> None:
@@ -218,12 +285,11 @@ class _State:
         entries["train_accuracy"] = (result["output"].detach().argmax(1) == labels).float().mean()
         for name, value in entries.items():
             self.sums[name] = self.sums[name].to(value.device) + value.double()
-        self.sums["steps"] += 1
+            self.counts[name] += 1
 
     def means(self) -> dict[str, float]:
-        """Means of the epoch so far."""
-        steps = float(self.sums["steps"])
-        return {name: float(value) / steps for name, value in self.sums.items() if name != "steps"}
+        """Means of the epoch so far, of each term over the steps that had it."""
+        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
 
     def improves(self, accuracy: float, loss: float) -> bool:
         """Higher validation accuracy; among equals the lower loss."""
@@ -237,6 +303,7 @@ class _State:
             "step": self.step,
             "seconds": self.seconds,
             "sums": dict(self.sums),
+            "counts": dict(self.counts),
             "best": self.best,
         }
         save_plain(self.path, values)
@@ -254,6 +321,9 @@ class _State:
             self.step, self.seconds = int(values["step"]), float(values["seconds"])
             self.best = {name: type(self.best[name])(values["best"][name]) for name in self.best}
             self.sums.update({str(name): torch.as_tensor(value).double() for name, value in values["sums"].items()})
+            self.counts.update({str(name): int(value) for name, value in values["counts"].items()})
+            if set(self.counts) != set(self.sums) or min(self.counts.values(), default=1) < 1:
+                raise ValueError("counts")
             if not 0 <= self.step <= total or any(value.ndim for value in self.sums.values()):
                 raise ValueError("step or sums")
         except Exception as error:  # a hostile file can hold anything
@@ -278,7 +348,7 @@ def _stop(context: Context) -> None:
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
     dataset, recipe = context.dataset, context.recipe.to_dict()
     checkpoint = Checkpoint(
-        network.arch, network.state_dict(), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
+        network.arch, deployed_state(network), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
     )
     save_checkpoint(context.folder / ("model.pt" if phase == "student" else "teacher.pt"), checkpoint)
 

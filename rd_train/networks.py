@@ -5,7 +5,7 @@ those are the features that residual distillation splices and compares. It is th
 ResNet v1.5 (stride on the 3x3), and the parameter names are torchvision's too, so its weights load with strict=True.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,8 @@ from rd_deploy.common import UserError, nearest
 
 Shortcuts = Literal["all", "projection", "none"]
 Stem = Literal["imagenet", "small"]
-Init = Literal["kaiming", "dirac"]
+Init = Literal["kaiming", "dirac", "identity"]
+Reparam = Literal["none", "dirac", "identity", "branches"]
 
 # depth: (block, blocks per stage). He et al. 2016, tables 1 (ImageNet) and 6 (CIFAR: 3 stages of n = (depth - 2) / 6).
 IMAGENET_DEPTHS = {
@@ -37,6 +38,8 @@ class Arch:
 
     ``shortcuts``: ``all`` is the ResNet, ``none`` the plain network, ``projection`` keeps only the strided
     shortcuts at the start of stages 2-4, which is what the method's authors released as their plain network.
+    ``reparam``: what plain blocks have in training only, and export folds away: ``dirac`` (kernels α·δ + β·W),
+    ``identity`` (a BN of each convolution's input beside it), ``branches`` (a 1x1 convolution + BN besides).
     """
 
     depth: int
@@ -45,6 +48,7 @@ class Arch:
     width: float = 1.0
     in_channels: int = 3
     classes: int = 1000
+    reparam: Reparam = "none"
 
     def __post_init__(self) -> None:
         known = {**IMAGENET_DEPTHS, **CIFAR_DEPTHS}
@@ -55,6 +59,10 @@ class Arch:
             f"shortcuts '{self.shortcuts}' are unknown (known: all, projection, none)",
         )
         _check(self.stem in ("imagenet", "small"), f"stem '{self.stem}' is unknown (known: imagenet, small)")
+        _check(
+            self.reparam in ("none", "dirac", "identity", "branches"),
+            f"reparam '{self.reparam}' is unknown (known: none, dirac, identity, branches)",
+        )
         _check(isinstance(self.width, int | float) and 1 / 64 <= self.width <= 16, "width must be from 1/64 to 16")
         _check(isinstance(self.in_channels, int) and 1 <= self.in_channels <= 64, "in_channels must be from 1 to 64")
         _check(isinstance(self.classes, int) and 2 <= self.classes <= 1_000_000, "classes must be from 2 to 1,000,000")
@@ -82,14 +90,21 @@ class Arch:
             return f"resnet{self.depth}"
         return f"plain{self.depth}" + ("-projection" if self.shortcuts == "projection" else "")
 
+    @property
+    def deployed(self) -> "Arch":
+        """What export makes of it: the same network without what is there for training only."""
+        return replace(self, reparam="none")
+
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Plain containers; without ``reparam`` where there is none, as files have it that are older than this."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("reparam", "none")}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Arch":
         """Rebuild from a checkpoint's plain dict; unknown or missing entries are a `UserError`."""
         names = {field.name for field in fields(cls)}
-        _check(isinstance(values, dict) and set(values) == names, f"architecture must have exactly {sorted(names)}")
+        known = isinstance(values, dict) and {*values, "reparam"} == names
+        _check(known, f"architecture must have exactly {sorted(names - {'reparam'})} and may have reparam")
         return cls(**values)
 
 
@@ -112,24 +127,81 @@ def parse_arch(name: str, **changes) -> Arch:
     return Arch(depth=depth, **(defaults | changes))
 
 
+class DiracConv2d(nn.Conv2d):
+    """A convolution with the kernel α·δ + β·W, with α and β (C_out,) learnt (Zagoruyko and Komodakis 2017, DiracNets).
+
+    δ passes the first ``passed`` channels on. Weight decay pulls W to 0 and leaves α: towards the identity, where it
+    pulls an ordinary kernel that started as one away from it. Initialised by `initialise`.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, passed: int):
+        super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+        self.alpha, self.beta = nn.Parameter(torch.ones(c_out)), nn.Parameter(torch.ones(c_out))
+        delta = torch.zeros(c_out, c_in, kernel, kernel)
+        add_dirac(delta, passed)
+        self.register_buffer("delta", delta, persistent=False)
+
+    def kernel(self) -> Tensor:
+        """The kernel of the ordinary convolution that this one is, (C_out, C_in, k, k)."""
+        alpha, beta = (factor.view(-1, 1, 1, 1) for factor in (self.alpha, self.beta))
+        return alpha * self.delta + beta * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.kernel(), None)
+
+
+class Sides(nn.Module):
+    """Train-time branches beside a convolution + BN, which export folds into it (Ding et al. 2021, RepVGG).
+
+    BN of the convolution's input, for the first ``passed`` channels, and with ``pointwise`` a 1x1 convolution + BN,
+    unless the convolution is one itself.
+    """
+
+    def __init__(self, conv: nn.Conv2d, passed: int, pointwise: bool):
+        super().__init__()
+        self.stride, self.passed = conv.stride[0], passed
+        self.identity = nn.BatchNorm2d(passed)
+        self.pointwise = None
+        if pointwise and conv.kernel_size[0] > 1:
+            one = _conv(conv.in_channels, conv.out_channels, 1, self.stride)
+            self.pointwise = nn.Sequential(one, nn.BatchNorm2d(conv.out_channels))
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """The convolution's input (N, C_in, H, W) and its BN's output (N, C_out, H', W') to the sum of all branches."""
+        same = self.identity(x[:, : self.passed, :: self.stride, :: self.stride])
+        out = out + F.pad(same, (0, 0, 0, 0, 0, out.shape[1] - self.passed))
+        return out if self.pointwise is None else out + self.pointwise(x)
+
+
 class Block(nn.Module):
-    """ReLU, two 3x3 (basic) or 1x1-3x3-1x1 (bottleneck) convolutions with BN, then the shortcut if there is one."""
+    """ReLU, two 3x3 (basic) or 1x1-3x3-1x1 (bottleneck) convolutions with BN, then the shortcut if there is one.
+
+    ``fading``: None, or a 0-d tensor λ: the shortcut is then a temporary one, that training weighs by λ and evaluation
+    does without (`fade_shortcuts`).
+    """
 
     def __init__(self, arch: Arch, c_in: int, width: int, stride: int):
         super().__init__()
         c_out = width * EXPANSION[arch.block]
+        self.has_shortcut = arch.shortcuts == "all" or (arch.shortcuts == "projection" and stride != 1)
+        reparam = "none" if self.has_shortcut else arch.reparam
+        self.passed = min(c_in, width)  # channels that all convolutions have at the same place
+        conv = _conv if reparam != "dirac" else lambda *shape: DiracConv2d(*shape, passed=self.passed)
         if arch.block == "basic":
-            self.conv1, self.bn1 = _conv(c_in, width, 3, stride), nn.BatchNorm2d(width)
-            self.conv2, self.bn2 = _conv(width, width, 3, 1), nn.BatchNorm2d(width)
+            self.conv1, self.bn1 = conv(c_in, width, 3, stride), nn.BatchNorm2d(width)
+            self.conv2, self.bn2 = conv(width, width, 3, 1), nn.BatchNorm2d(width)
             self.conv3 = None
         else:
-            self.conv1, self.bn1 = _conv(c_in, width, 1, 1), nn.BatchNorm2d(width)
-            self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
-            self.conv3, self.bn3 = _conv(width, c_out, 1, 1), nn.BatchNorm2d(c_out)
-        self.has_shortcut = arch.shortcuts == "all" or (arch.shortcuts == "projection" and stride != 1)
+            self.conv1, self.bn1 = conv(c_in, width, 1, 1), nn.BatchNorm2d(width)
+            self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
+            self.conv3, self.bn3 = conv(width, c_out, 1, 1), nn.BatchNorm2d(c_out)
+        self.sides = None
+        if reparam in ("identity", "branches"):
+            self.sides = nn.ModuleList(Sides(conv, self.passed, reparam == "branches") for conv, _ in self.convs)
         self.downsample = None
         if self.has_shortcut and (stride != 1 or c_in != c_out):
             self.downsample = nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+        self.register_buffer("fading", None, persistent=False)
 
     @property
     def convs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -139,18 +211,29 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activation (N, C, H, W) to pre-activation (N, C', H/stride, W/stride)."""
-        x = F.relu(x)
-        out = self.bn1(self.conv1(x))
-        out = self.bn2(self.conv2(F.relu(out)))
-        if self.conv3 is not None:
-            out = self.bn3(self.conv3(F.relu(out)))
-        if self.has_shortcut:
-            out = out + (x if self.downsample is None else self.downsample(x))
+        x = out = F.relu(x)
+        for number in range(len(self.convs)):
+            out = self.layer(number, F.relu(out) if number else out)
+        if self.has_shortcut and (self.fading is None or self.training):
+            shortcut = x if self.downsample is None else self.downsample(x)
+            out = out + (shortcut if self.fading is None else self.fading * shortcut)
         return out
+
+    def layer(self, number: int, x: Tensor) -> Tensor:
+        """One convolution (from 0) with BN and the branches beside it."""
+        conv, bn = self.convs[number]
+        return bn(conv(x)) if self.sides is None else self.sides[number](x, bn(conv(x)))
 
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+@torch.no_grad()
+def add_dirac(kernel: Tensor, channels: int) -> None:
+    """Add 1 at the centre of (C_out, C_in, k, k) from channel i to channel i, for the first ``channels`` of them."""
+    index, centre = torch.arange(channels), kernel.shape[2] // 2
+    kernel[index, index, centre, centre] += 1.0
 
 
 class Network(nn.Module):
@@ -190,6 +273,14 @@ class Network(nn.Module):
         """The blocks of one stage."""
         return getattr(self, f"layer{index + 1}")
 
+    def blocks(self) -> list[tuple[str, Block]]:
+        """All blocks in order, with the names of their parameters' prefix."""
+        return [
+            (f"layer{index + 1}.{number}", block)
+            for index in range(self.stages)
+            for number, block in enumerate(self.stage_blocks(index))
+        ]
+
     def stem(self, x: Tensor) -> Tensor:
         """Images to the pre-activation input of stage 0. (max-pool commutes with the ReLU that follows it.)"""
         return self.maxpool(self.bn1(self.conv1(x)))
@@ -221,23 +312,92 @@ def initialise(network: Network, init: Init, noise: float = 0.5) -> None:
     ``dirac``: each convolution of a block without a shortcut becomes Dirac + noise · Kaiming. Where the number of
     channels changes, the Dirac covers the channels both sides have; in a bottleneck it covers the first w channels of
     all three convolutions, so that w channels pass unchanged (up to BN and ReLU). Blocks with a shortcut already
-    pass their input on and stay Kaiming.
+    pass their input on and stay Kaiming. ``identity``: the same, and `start_as_identity` then sets their BN.
     """
-    _check(init in ("kaiming", "dirac"), f"init '{init}' is unknown (known: kaiming, dirac)")
+    _check(init in ("kaiming", "dirac", "identity"), f"init '{init}' is unknown (known: kaiming, dirac, identity)")
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    if init == "kaiming":
-        return
-    for block in (module for module in network.modules() if isinstance(module, Block) and not module.has_shortcut):
-        passed = min(conv.weight.shape[dim] for conv, _ in block.convs for dim in (0, 1))
+    for block in plain_blocks(network):
         for conv, _ in block.convs:
-            conv.weight.mul_(noise)
-            channels, centre = torch.arange(passed), conv.kernel_size[0] // 2
-            conv.weight[channels, channels, centre, centre] += 1.0
+            if isinstance(conv, DiracConv2d):
+                nn.init.constant_(conv.alpha, 0.0 if init == "kaiming" else 1.0)
+                nn.init.constant_(conv.beta, 1.0 if init == "kaiming" else noise)
+            elif init != "kaiming":
+                conv.weight.mul_(noise)
+                add_dirac(conv.weight, block.passed)
+
+
+def plain_blocks(network: Network) -> list[Block]:
+    """The blocks without a shortcut, in order."""
+    return [module for module in network.modules() if isinstance(module, Block) and not module.has_shortcut]
+
+
+@torch.no_grad()
+def start_as_identity(network: Network, images: Tensor) -> None:
+    """Set γ and β in plain blocks so that each starts as the identity on its (rectified) input, but for the noise.
+
+    A BN of γ = 1 and β = 0 centres what its Dirac passes on, and the next ReLU cuts half of it off. Here a BN gives
+    each channel that is passed on the mean and deviation it had before the convolution: γ = √(σ² + ε), β = μ over
+    ``images`` (N, in_channels, H, W). Without noise, ``block(x) == relu(x)`` there for the batch, strides apart. For
+    networks without ``sides``; running statistics are those of a fresh network.
+    """
+    modes = {module: module.training for module in network.modules()}
+    x = network.train().stem(images)
+    for index in range(network.stages):
+        for block in network.stage_blocks(index):
+            if not block.has_shortcut:
+                _pass_statistics(block, F.relu(x))
+            x = block(x)
+    for module, mode in modes.items():
+        module.training = mode
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+
+
+def _pass_statistics(block: Block, x: Tensor) -> None:
+    for number, (conv, bn) in enumerate(block.convs):
+        x, stride, passed = F.relu(x), conv.stride[0], block.passed
+        var, mean = torch.var_mean(x[:, :passed, ::stride, ::stride], dim=(0, 2, 3), correction=0)
+        bn.weight[:passed], bn.bias[:passed] = torch.sqrt(var + bn.eps), mean
+        x = block.layer(number, x)
+
+
+def fade_shortcuts(network: Network, arch: Arch) -> None:
+    """Make the shortcuts that ``arch`` lacks temporary ones: weighed by `set_fading` in training, absent in evaluation.
+
+    The network is from then on an ``arch`` that still has the parameters of projections; `deployed_state` has not.
+    """
+    for _, block in network.blocks():
+        kept = arch.shortcuts == "projection" and any(conv.stride != (1, 1) for conv, _ in block.convs)
+        if not kept:
+            block.fading = torch.ones_like(network.fc.bias[0].detach())
+    network.arch = arch
+
+
+def fading_blocks(network: Network) -> list[tuple[str, Block]]:
+    """Name and block of each temporary shortcut, in order."""
+    return [(name, block) for name, block in network.blocks() if block.fading is not None]
+
+
+@torch.no_grad()
+def set_fading(network: Network, progress: float) -> None:
+    """Weights λ of temporary shortcuts when ``progress`` of the fading is done: one block after the other goes 1 to 0.
+
+    With B of them, block b (from 0, the first of the network goes first) has λ = b + 1 - B·progress, clipped to [0, 1].
+    """
+    blocks = fading_blocks(network)
+    for number, (_, block) in enumerate(blocks):
+        block.fading.fill_(min(1.0, max(0.0, number + 1 - len(blocks) * progress)))
+
+
+def deployed_state(network: Network) -> dict[str, Tensor]:
+    """The ``state_dict`` of ``network.arch``: without the projections of temporary shortcuts."""
+    gone = tuple(f"{name}.downsample." for name, _ in fading_blocks(network))
+    return {name: value for name, value in network.state_dict().items() if not name.startswith(gone)}
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -13,7 +13,7 @@ PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
 RUN_FILES = (
     *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
-    *("curves.png", "report.md", "result.json"),
+    *("curves.png", "audit.png", "report.md", "result.json"),
 )
 
 
@@ -32,21 +32,32 @@ class Recipe:
         shortcuts: Override the shortcuts of arch: all, projection (the released variant of the paper) or none.
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).
         width: Multiplier of all widths.
-        init: Initialisation of blocks without shortcut: kaiming, or dirac (identity plus noise).
+        init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
         init_noise: Weight of the Kaiming noise in a Dirac initialisation.
-        method: ce (ordinary), kd (logit distillation) or jointrd (residual distillation, the paper's).
+        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
+        method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth.
         teacher_weights: A model.pt or a torchvision-style state_dict; without it the run trains the teacher first.
         teacher_mode: frozen (pretrained), or joint (trained from scratch beside the student, by its own loss).
         teacher_epochs: Epochs of the teacher that the run trains first; as many as the student's when not given.
-        teacher_bn: BN of the spliced teacher stages: eval (running statistics) or batch.
+        teacher_bn: BN of the spliced teacher stages: eval (running statistics) or batch; batch in rd, else eval.
+        warm_start: Start as the teacher; its shortcuts fade block by block and are gone after warm_start_window.
+        warm_start_window: Fraction of training in which the shortcuts fade.
         splice_weight: Weight m of the spliced branches at the start; 0 leaves them out.
         splice_weight_end: Weight m after the window.
+        splices: Splices in a step of rd: all of them, or one drawn at random (the cheaper step).
+        splice_probability: Share of the first steps with a splice where one is drawn; falls with m, to 0 where m does.
         splice_window: Fraction of training over which m falls along a cosine.
         feature_weight: Weight w of the margin-ReLU feature distance; 0 leaves it out.
         feature_reduction: mean over C, H, W (one weight for all sizes) or sum (the paper's: 1e-4 at 224, 1e-3 at 32).
-        kd_weight: Weight of the logit distillation against the cross-entropy.
+        kd_weight: Weight of the logit distillation against the cross-entropy (kd: 0.5, rd: 0 when not given).
         kd_temperature: Temperature of the logit distillation.
+        mixup: Beta parameter of mixup; 0 is none. The teacher sees the same mixed images.
+        cutmix: Beta parameter of CutMix; 0 is none. With both, each batch has one of them.
+        resize_start: Size of the first training images as a share of the full size; 1 is full size all along.
+        resize_window: Fraction of training over which they grow to the full size.
+        recalibrate: Recompute BN statistics on so many training images before each evaluation; 0 does not.
+        audit: Log and draw, per stage, gradients of the plain and of the teacher path once an epoch.
         epochs: Passes over the training split.
         batch_size: Images per step.
         lr: Peak learning rate of SGD with Nesterov momentum.
@@ -56,7 +67,7 @@ class Recipe:
         schedule: cosine, or step (times 0.1 at 50% and 75%).
         warmup_epochs: Epochs of linear warm-up; may be fractional.
         label_smoothing: Label smoothing of every cross-entropy.
-        clip_norm: Clip the norm of the gradient to this; 0 does not clip.
+        clip_norm: Clip the norm of the gradient to this; 0 does not clip. 1 in rd, else 0.
         ema: Decay of an exponential moving average of the weights, which is then what is evaluated; 0 is none.
         precision: fp32, bf16 (autocast), or auto (bf16 where the hardware multiplies it).
         channels_last: NHWC memory format.
@@ -76,21 +87,32 @@ class Recipe:
     shortcuts: Literal["all", "projection", "none"] | None = None
     stem: Literal["imagenet", "small"] | None = None
     width: float = 1.0
-    init: Literal["kaiming", "dirac"] = "dirac"
+    init: Literal["kaiming", "dirac", "identity"] = "dirac"
     init_noise: float = 0.5
-    method: Literal["ce", "kd", "jointrd"] = "jointrd"
+    reparam: Literal["none", "dirac", "identity", "branches"] = "none"
+    method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
     teacher_weights: str | None = None
     teacher_mode: Literal["frozen", "joint"] = "frozen"
     teacher_epochs: int | None = None
-    teacher_bn: Literal["eval", "batch"] = "eval"
+    teacher_bn: Literal["eval", "batch"] | None = None
+    warm_start: bool = False
+    warm_start_window: float = 0.5
     splice_weight: float = 1.0
     splice_weight_end: float = 0.5
     splice_window: float = 0.5
+    splices: Literal["all", "one"] = "all"
+    splice_probability: float = 1.0
     feature_weight: float = 1.0
     feature_reduction: Literal["mean", "sum"] = "mean"
-    kd_weight: float = 0.5
+    kd_weight: float | None = None
     kd_temperature: float = 4.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    resize_start: float = 1.0
+    resize_window: float = 0.5
+    recalibrate: int = 0
+    audit: bool = False
     epochs: int = 10
     batch_size: int = 128
     lr: float = 0.1
@@ -100,7 +122,7 @@ class Recipe:
     schedule: Literal["cosine", "step"] = "cosine"
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.0
-    clip_norm: float = 0.0
+    clip_norm: float | None = None
     ema: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
@@ -112,7 +134,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if annotation is float and type(value) is int:  # YAML's 1 for 1.0
+            if value is None and name in BY_METHOD:
+                object.__setattr__(self, name, BY_METHOD[name][self.method == "rd"])
+            elif float in (annotation, *get_args(annotation)) and type(value) is int:  # YAML's 1 for 1.0
                 object.__setattr__(self, name, float(value))
             elif not _is_a(value, annotation):
                 raise UserError(f"{name}={value} is not {what_it_takes(annotation)}")
@@ -123,41 +147,75 @@ class Recipe:
         shortest = self.epochs if self.teacher_epochs is None else min(self.epochs, self.teacher_epochs)
         if self.warmup_epochs >= shortest:
             raise UserError(f"warmup_epochs={self.warmup_epochs:g} must be less than the {shortest} epochs of a phase")
-        if 0 < self.splice_weight < self.splice_weight_end:
-            raise UserError(
-                f"splice_weight_end={self.splice_weight_end:g} must not exceed splice_weight={self.splice_weight:g}"
-            )
-        if self.teacher_mode == "joint" and (self.method == "kd" or self.teacher_weights is not None):
-            raise UserError(
+        for refused, reason in self._conflicts():
+            if refused:
+                raise UserError(reason)
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """Combinations that make no sense: (whether this recipe has it, what to say)."""
+        start, end = self.splice_weight, self.splice_weight_end
+        joint = self.teacher_mode == "joint"
+        return [
+            (
+                0 < start < end,
+                f"splice_weight_end={end:g} must not exceed splice_weight={start:g}",
+            ),
+            (
+                joint and (self.method in ("kd", "rd") or self.teacher_weights is not None),
                 "teacher_mode=joint trains a teacher from scratch beside a student of method=jointrd: "
-                "it goes neither with method=kd nor with teacher_weights"
-            )
+                "it goes neither with method=kd or rd nor with teacher_weights",
+            ),
+            (
+                self.init == "identity" and self.reparam in ("identity", "branches"),
+                f"init=identity sets the BN of blocks without branches; with reparam={self.reparam} use init=dirac",
+            ),
+            (
+                self.warm_start and (joint or self.reparam != "none"),
+                "warm_start copies a trained teacher: it goes neither with teacher_mode=joint nor with reparam",
+            ),
+        ]
 
     def unused(self) -> list[str]:
         """Entries that differ from their defaults and have no effect in this recipe."""
+        ce, jointrd, rd = (self.method == name for name in ("ce", "jointrd", "rd"))
+        no_splices = not (jointrd or rd) or self.splice_weight == 0
+        no_kd = not (self.method == "kd" or rd)
+        no_teacher_phase = ce or self.teacher_mode == "joint" or self.teacher_weights is not None
+        warm = self.warm_start and not ce
         without = {
-            "teacher": self.method == "ce",
-            "teacher_weights": self.method == "ce",
-            "teacher_mode": self.method == "ce",
-            "teacher_epochs": self.method == "ce" or self.teacher_mode == "joint" or self.teacher_weights is not None,
-            "teacher_bn": self.method != "jointrd" or self.splice_weight == 0,
-            "splice_weight": self.method != "jointrd",
-            "splice_weight_end": self.method != "jointrd" or self.splice_weight == 0,
-            "splice_window": self.method != "jointrd" or self.splice_weight == 0,
-            "feature_weight": self.method != "jointrd",
-            "feature_reduction": self.method != "jointrd" or self.feature_weight == 0,
-            "kd_weight": self.method != "kd",
-            "kd_temperature": self.method != "kd",
-            "init_noise": self.init != "dirac",
+            "teacher": ce,
+            "teacher_weights": ce,
+            "teacher_mode": ce,
+            "teacher_epochs": no_teacher_phase,
+            "teacher_bn": no_splices,
+            "warm_start": ce,
+            "warm_start_window": not warm,
+            "splice_weight": not (jointrd or rd),
+            "splice_weight_end": no_splices,
+            "splice_window": no_splices,
+            "splices": no_splices or jointrd,
+            "splice_probability": no_splices or jointrd or self.splices == "all",
+            "feature_weight": not jointrd,
+            "feature_reduction": not jointrd or self.feature_weight == 0,
+            "kd_weight": no_kd,
+            "kd_temperature": no_kd or self.kd_weight == 0,
+            "resize_window": self.resize_start == 1,
+            "audit": no_splices,
+            "init": warm,
+            "init_noise": self.init == "kaiming" or warm,
             "data_dir": self.data == "digits",
         }
-        return [name for name, unused in without.items() if unused and getattr(self, name) != getattr(Recipe, name)]
+        defaults = {name: getattr(Recipe, name) for name in without}
+        defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
+        return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 
     def to_dict(self) -> dict:
         """Plain containers for YAML and the checkpoint."""
         return asdict(self)
 
 
+# What entries that are not given become: (in every other method, in rd).
+BY_METHOD = {"teacher_bn": ("eval", "batch"), "kd_weight": (0.5, 0.0), "clip_norm": (0.0, 1.0)}
 # Inclusive; the smallest positive values stand for "more than 0".
 BOUNDS = {
     "size": (1, 4096),
@@ -169,6 +227,13 @@ BOUNDS = {
     "splice_weight_end": (0, 1e6),
     "splice_window": (1e-6, 1),
     "feature_weight": (0, 1e6),
+    "splice_probability": (1e-6, 1),
+    "warm_start_window": (1e-6, 0.95),  # the network that is kept must train as a plain one for a while
+    "mixup": (0, 100),
+    "cutmix": (0, 100),
+    "resize_start": (0.1, 1),
+    "resize_window": (1e-6, 1),
+    "recalibrate": (0, 10**9),
     "kd_weight": (0, 1),
     "kd_temperature": (1e-3, 1e6),
     "epochs": (1, 10**6),

@@ -1,8 +1,10 @@
 """What a finished run leaves for its reader: ``curves.png`` and ``report.md``, made from ``metrics.jsonl``."""
 
+import math
 from pathlib import Path
 
 from rd_deploy.common import atomic_path, write_text
+from rd_train.audit import plot_audit
 from rd_train.loop import read_rows
 from rd_train.recipe import Recipe
 
@@ -13,7 +15,8 @@ def write(folder: Path, recipe: Recipe, result: dict) -> None:
     """Write both files of a finished run."""
     rows = read_rows(folder)
     plot_curves(folder / "curves.png", rows, result)
-    write_text(folder / "report.md", _markdown(rows, recipe, result))
+    audited = plot_audit(folder / "audit.png", rows)
+    write_text(folder / "report.md", _markdown(rows, recipe, result, audited))
 
 
 def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
@@ -26,8 +29,9 @@ def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
     teacher = [row for row in rows if row["phase"] == "teacher"]
     epochs = [row["epoch"] for row in student]
     losses.plot(epochs, [row["loss"] for row in student], color="black", marker=".", linewidth=2, label="loss")
-    for name in [name for name in student[0] if name not in NOT_TERMS and "accuracy" not in name]:
-        losses.plot(epochs, [row[name] for row in student], label=name.replace("_", " "), linewidth=1.2, marker=".")
+    for name in _terms(student):  # an epoch without a splice, say, has none of its terms
+        values = [row.get(name, math.nan) for row in student]
+        losses.plot(epochs, values, label=name.replace("_", " "), linewidth=1.2, marker=".")
     losses.plot(
         epochs, [row["val_loss"] for row in student], ":", marker=".", color="black", label="validation cross-entropy"
     )
@@ -59,11 +63,16 @@ def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def _terms(rows: list[dict]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in NOT_TERMS and "accuracy" not in name and not name.startswith("audit")]
+
+
 def _label(who: str, name: str) -> str:
     return f"{who}, {'training' if name.startswith('train') else 'validation'}"
 
 
-def _markdown(rows: list[dict], recipe: Recipe, result: dict) -> str:
+def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> str:
     teacher = result["teacher_test_accuracy"]
     last = rows[-1]
     lines = [
@@ -85,6 +94,7 @@ def _markdown(rows: list[dict], recipe: Recipe, result: dict) -> str:
         "",
         "![curves](curves.png)",
         "",
+        *(["![gradient audit](audit.png)", ""] if audited else []),
         "Again with exactly this recipe: `rd-train recipe.yaml`. Next: `rd-export model.pt`.",
         "",
     ]

@@ -8,13 +8,22 @@ import torch
 from rd_deploy.bench.environment import available_threads, cpu
 from rd_deploy.common import UserError, write_json, write_text
 from rd_train import report
-from rd_train.build import build_task, load_teacher, meta_task, needs_teacher, student_arch, teacher_arch
+from rd_train.build import (
+    build_student,
+    build_task,
+    load_teacher,
+    meta_task,
+    needs_teacher,
+    sizes_of,
+    student_arch,
+    teacher_arch,
+)
 from rd_train.checkpoint import load_checkpoint
 from rd_train.cost import macs_per_image, relative_cost
 from rd_train.data import Dataset, load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
-from rd_train.networks import Arch, Network, parameter_count
+from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 
 
@@ -90,10 +99,18 @@ def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, r
             teacher = load_checkpoint(folder / "teacher.pt").network()
     teacher = None if teacher is None else context.place(teacher)
     torch.manual_seed(recipe.seed)
-    student = context.place(Network(arch, recipe.init, recipe.init_noise))
+    student = context.place(build_student(recipe, arch, teacher))
+    if recipe.init == "identity" and not recipe.warm_start:
+        start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
     task = build_task(recipe, student, teacher)
     best = fit("student", task, recipe.epochs, context, resume=resume)
     return _finish(context, best, plan, teacher, teacher_seconds)
+
+
+def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
+    """A batch of training images, the same for all seeds, by which the BN of an identity start are set."""
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
+    return dataset.train.images(order[: recipe.batch_size])
 
 
 def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, teacher_seconds: float) -> dict:
@@ -115,6 +132,7 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "teacher_weights": recipe.teacher_weights,
         "feature_weight": recipe.feature_weight if recipe.method == "jointrd" else None,
         "ema": recipe.ema,
+        "reparam": student.arch.reparam,
         "data": dataset.name,
         "train_images": len(dataset.train),
         "test_images": len(dataset.test),
@@ -145,7 +163,15 @@ def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | No
 
 def applied_init(arch: Arch, recipe: Recipe) -> str:
     """The initialisation that takes effect: blocks with shortcuts are Kaiming either way."""
+    if recipe.warm_start and needs_teacher(recipe):
+        return "teacher"
     return "kaiming" if arch.shortcuts == "all" else recipe.init
+
+
+def deployed_parameters(arch: Arch) -> int:
+    """Parameters of the network without what it has in training only."""
+    with torch.device("meta"):
+        return parameter_count(Network(arch.deployed))
 
 
 def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | None) -> dict:
@@ -153,9 +179,9 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     size = dataset.preprocessing.size
     task = meta_task(recipe, arch, teacher.arch if teacher is not None else None)
     plan = {
-        "parameters": parameter_count(task.student),
-        "macs_per_image": macs_per_image(arch, size),
-        "step_cost": round(relative_cost(task, size), 4),
+        "parameters": deployed_parameters(arch),
+        "macs_per_image": macs_per_image(arch.deployed, size),
+        "step_cost": round(relative_cost(task, size, sizes_of(recipe, size)), 4),
     }
     print(
         f"data     {dataset.name}: {len(dataset.train):,} train, {len(dataset.val):,} validation, "
@@ -172,7 +198,7 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     print(f"method   {recipe.method}: {cost}; {recipe.epochs} epochs of {recipe.batch_size} images, seed {recipe.seed}")
     if recipe.unused():
         print(f"note     without effect here: {', '.join(recipe.unused())}")
-    if recipe.method == "jointrd" and arch.shortcuts == "all":
+    if recipe.method in ("jointrd", "rd") and arch.shortcuts == "all":
         print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
     print(f"machine  {recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
     return plan

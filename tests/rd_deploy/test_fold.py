@@ -47,6 +47,34 @@ def test_the_chain_computes_what_the_network_does(shortcuts, stem, depth, width)
     np.testing.assert_allclose(chain_logits(chain, images), expected, rtol=1e-6, atol=1e-8 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("reparam", ["dirac", "identity", "branches"])
+@pytest.mark.parametrize(("depth", "stem"), [(20, "small"), (18, "imagenet"), (50, "imagenet")])
+def test_what_training_has_besides_folds_into_the_same_plain_chain(reparam, depth, stem):
+    network = awkward_network(depth=depth, width=1 / 8, stem=stem, reparam=reparam)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("alpha", "beta")):
+            nn.init.normal_(parameter)
+    chain = fold(network, 33)
+    assert max(chain.provenance["fold_errors"].values()) < 1e-12
+    plain = fold(awkward_network(depth=depth, width=1 / 8, stem=stem), 33)
+    assert [(step.name, type(step)) for step in chain.steps] == [(step.name, type(step)) for step in plain.steps]
+    assert [value.shape for step in chain.steps if isinstance(step, Conv) for value in (step.weight, step.bias)] == [
+        value.shape for step in plain.steps if isinstance(step, Conv) for value in (step.weight, step.bias)
+    ]
+    assert chain.arch == plain.arch
+    images = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    with torch.no_grad():
+        expected = copy.deepcopy(network).double().eval()(images).numpy()
+    np.testing.assert_allclose(chain_logits(chain, images), expected, rtol=1e-6, atol=1e-8 * np.abs(expected).max())
+
+
+def test_damaged_statistics_of_a_branch_are_refused():
+    network = awkward_network(reparam="branches")
+    network.layer1[0].sides[1].identity.running_var[1] = -1
+    with pytest.raises(UserError, match=r"layer1\.0\.conv2's branch has a negative variance"):
+        fold(network, 16)
+
+
 def test_the_chain_computes_what_torchvisions_resnet_does():
     from torchvision.models import resnet18
 

@@ -6,7 +6,7 @@ import torchvision
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.build import build_optimizer, load_teacher, student_arch, teacher_arch
+from rd_train.build import build_optimizer, load_teacher, meta_task, student_arch, teacher_arch
 from rd_train.checkpoint import Checkpoint, save_checkpoint
 from rd_train.distill import CrossEntropy
 from rd_train.networks import Network, parse_arch
@@ -60,6 +60,19 @@ def test_torchvision_weights_older_than_the_batch_counter_load(tmp_path):
     assert torch.equal(network.fc.weight, weights["fc.weight"])
     with pytest.raises(UserError, match="as resnet34"):
         load_teacher(tmp_path / "old.pth", parse_arch("resnet34", classes=3), PREPROCESSING, CLASSES)
+
+
+def test_ours_is_the_papers_loss_unless_one_splice_is_drawn():
+    arch = parse_arch("plain20", width=1 / 8)
+    ours, theirs, one = (
+        meta_task(Recipe(**options), arch)
+        for options in ({}, {"method": "jointrd", "feature_weight": 0}, {"splices": "one", "splice_probability": 0.3})
+    )
+    assert ours.outcomes(0.1) == theirs.outcomes(0.1) == [(1.0, {"splices": (1, 2)})]
+    assert sum(p for p, o in one.outcomes(0.0) if not o["splices"]) == pytest.approx(0.7)
+    assert (ours.feature_weight, ours.kd_weight, theirs.kd_weight) == (0, 0, 0)
+    assert ours._view[0].bn1.running_mean is None  # batch statistics
+    assert theirs._view[0].bn1.running_mean is not None
 
 
 @pytest.mark.parametrize("decay_all", [False, True])

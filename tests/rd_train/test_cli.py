@@ -22,7 +22,7 @@ def call(*arguments: str) -> int:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "nested" / "run"
-    assert call("digits", *SMALL, "--epochs", "2", "--out", str(folder)) == 0
+    assert call("digits", *SMALL, "--method", "jointrd", "--epochs", "2", "--out", str(folder)) == 0
     return folder
 
 
@@ -198,3 +198,12 @@ def test_a_teacher_file_must_be_the_one_that_was_named(finished, tmp_path, capsy
     flags = ["--teacher-weights", str(finished / "teacher.pt"), "--teacher", "resnet32", "--out", str(tmp_path)]
     assert call("digits", *SMALL, *flags) == 2
     assert "is a resnet20, not the resnet32" in capsys.readouterr().err
+
+
+def test_the_default_method_is_ours(tmp_path, capsys):
+    flags = ["--teacher-epochs", "1", "--epochs", "2", "--audit", "--out", str(tmp_path)]
+    assert call("digits", *SMALL, *flags) == 0
+    assert "without effect" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["method"] == "rd"
+    assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
+    assert "audit.png" in (tmp_path / "report.md").read_text()

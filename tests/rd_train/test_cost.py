@@ -1,11 +1,12 @@
 """Counted costs against the published ones and against what must follow from leaving work out."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from rd_train.cost import macs_per_image, relative_cost, step_macs
+from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, step_macs
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
 from rd_train.networks import Network, parse_arch
 
@@ -61,3 +62,33 @@ def test_joint_training_adds_an_ordinary_step_of_the_teacher():
         return step_macs(on_meta(without_features(train_teacher=train_teacher), "plain18", "resnet18"), 224)
 
     assert cost(True) - cost(False) == step_macs(on_meta(CrossEntropy, "resnet18"), 224)
+
+
+def test_a_random_splice_costs_what_its_kinds_of_step_cost_by_their_probability():
+    options = {"splice_probability": 0.6, "splice_weight_end": 0.0, "splice_window": 0.5}
+    ours = on_meta(without_features(**options), "plain18", "resnet18")
+    parts = [step_macs(ours, 64, splices=splices) for splices in ((), (1,), (2,), (3,))]
+    assert parts[0] == step_macs(on_meta(CrossEntropy, "plain18"), 64)
+    # p falls from 0.6 along half a cosine over half of the training: 0.15 on average; each splice has a third of it.
+    expected = 0.85 * parts[0] + 0.05 * sum(parts[1:])
+    assert mean_step_macs(ours, 64) == pytest.approx(expected, rel=1e-9)
+    assert step_macs(ours, 64) == parts[0] + sum(part - parts[0] for part in parts[1:])
+
+
+def test_smaller_images_cost_less():
+    task = on_meta(CrossEntropy, "plain18")
+    half = mean_step_macs(task, 64, lambda progress: 32 if progress < 0.5 else 64)
+    assert half == pytest.approx((step_macs(task, 32) + step_macs(task, 64)) / 2)
+
+
+def test_train_time_branches_cost_their_1x1_convolutions():
+    arch = parse_arch("plain20", classes=10)
+    with torch.device("meta"):
+        tasks = [CrossEntropy(Network(replace(arch, reparam=reparam))) for reparam in ("none", "identity", "branches")]
+    plain, identity, branches = (step_macs(task, 32) for task in tasks)
+    assert identity == plain  # BN is not counted, here as elsewhere
+    blocks = (
+        plain - 3 * 32**2 * 3 * 9 * 16 + 32**2 * 3 * 9 * 16 - 3 * 640
+    )  # without stem (no gradient of images) and fc
+    assert branches - plain == pytest.approx(blocks / 9, rel=1e-9)
+    assert relative_cost(tasks[2], 32) == pytest.approx(branches / plain)

@@ -259,3 +259,79 @@ def test_teachers_that_do_not_fit_are_refused():
         LogitDistillation(student, Network(parse_arch("resnet20", classes=3)), weight=0.5, temperature=1.0)
     deeper = Network(parse_arch("resnet56", width=1 / 16, in_channels=1, classes=3))
     ResidualDistillation(student, deeper)  # a better teacher of the same shape is welcome
+
+
+def gradients_of(task, outcome: dict, progress=PROGRESS) -> list[torch.Tensor]:
+    images, labels = batch()
+    task.zero_grad()
+    task.train()(images, labels, progress, **outcome)["loss"].backward()
+    return [parameter.grad.clone() for parameter in task.student.parameters()]
+
+
+def expected_gradients(task, progress: float) -> list[torch.Tensor]:
+    """The mean over every kind of step, each counted by its probability."""
+    outcomes = task.outcomes(progress)
+    assert sum(probability for probability, _ in outcomes) == pytest.approx(1)
+    parts = [
+        [p * gradient for gradient in gradients_of(task, outcome, torch.tensor(progress, dtype=torch.float64))]
+        for p, outcome in outcomes
+    ]
+    return [sum(values) for values in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize(("probability", "progress"), [(1.0, 0.0), (0.5, 0.0), (0.7, 0.2)])
+def test_one_random_splice_has_the_expected_gradient_of_the_joint_loss(probability, progress):
+    options = {"splice_weight": 1.0, "splice_weight_end": 0.0, "feature_weight": 0.0}
+    ours = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), splice_probability=probability, **options)
+    joint = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), **options)
+    m = 0.5 * (1 + np.cos(np.pi * progress / 0.5))
+    scale = 3 / (1 + 2 * m)  # the joint loss is divided by n = 3, ours by the sum of the weights; the same at m = 1
+    whole = gradients_of(joint, {}, torch.tensor(progress, dtype=torch.float64))
+    for mine, other in zip(expected_gradients(ours, progress), whole, strict=True):
+        torch.testing.assert_close(mine, scale * other, rtol=1e-9, atol=1e-12)
+
+
+def test_splices_become_rarer_and_end():
+    task = ResidualDistillation(
+        tiny("plain20", 1), tiny("resnet20", 2), splice_probability=0.6, splice_weight_end=0.0, feature_weight=0.0
+    )
+
+    def share(progress):
+        return 1 - sum(p for p, outcome in task.outcomes(progress) if not outcome["splices"])
+
+    assert [share(0.0), share(0.25), share(0.5), share(0.9)] == pytest.approx([0.6, 0.3, 0.0, 0.0])
+    alone = gradients_of(task, {"splices": ()}, torch.tensor(0.9, dtype=torch.float64))
+    images, labels = batch()
+    ordinary = CrossEntropy(tiny("plain20", 1)).train()
+    ordinary(images, labels, PROGRESS)["loss"].backward()
+    for mine, other in zip(alone, ordinary.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, other.grad)
+
+
+def test_the_clean_teacher_runs_only_when_it_is_needed():
+    for kd_weight, runs in ((0.0, 0), (0.5, 1)):
+        task = ResidualDistillation(
+            tiny("plain20", 1), tiny("resnet20", 2), splice_probability=1.0, kd_weight=kd_weight, feature_weight=0.0
+        )
+        calls = []
+        task.teacher.conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        gradients_of(task, {"splices": (1,)})
+        assert len(calls) == runs
+
+
+def test_logit_distillation_joins_the_students_own_loss():
+    options = {"splice_weight": 0.0, "splice_weight_end": 0.0, "feature_weight": 0.0, "kd_weight": 0.3}
+    ours = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), kd_temperature=2.0, **options)
+    kd = LogitDistillation(tiny("plain20", 1), tiny("resnet20", 2), weight=0.3, temperature=2.0)
+    for mine, other in zip(gradients_of(ours, {}), gradients_of(kd, {}), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_probabilities_of_one_class_are_that_class():
+    images, labels = batch()
+    task = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), feature_weight=0.0, kd_weight=0.5).train()
+    losses = [
+        float(task(images, targets, PROGRESS)["loss"].detach())
+        for targets in (labels, nn.functional.one_hot(labels, 3).double())
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)

@@ -12,19 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from rd_deploy.common import Stopped
+from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import load_checkpoint
-from rd_train.networks import Network
+from rd_train.data import load_dataset
+from rd_train.loop import Context, evaluate, recalibrated
+from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
 from rd_train.schedules import learning_rate
 
 RECIPE = Recipe(
-    arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5, ema=0.9,
-    clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
+    method="jointrd", arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5,
+    ema=0.9, clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
 )  # fmt: skip
 FLAGS = [f"--{name}={value}" for name, value in RECIPE.to_dict().items()
-         if value is not None and value != "" and value != getattr(Recipe(), name)]  # fmt: skip
+         if value is not None and value != "" and value != getattr(Recipe, name)]  # fmt: skip
 COMMAND = [sys.executable, "-m", "rd_train.cli"]
 
 
@@ -137,3 +139,71 @@ def test_damaged_state_is_one_line(uninterrupted, tmp_path):
     done = resume(tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# Everything that draws at random or changes with the step: a resume must repeat all of it.
+LEVERS = replace(
+    RECIPE, method="rd", reparam="branches", splices="one", mixup=0.2, cutmix=1.0, resize_start=0.5,
+    recalibrate=100, audit=True, teacher_bn="batch", epochs=2,
+)  # fmt: skip
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Send this process a SIGTERM in the student's step of that number."""
+    seen = []
+
+    def rate(number: int, total: int, **options) -> float:
+        seen.append(number)
+        if total == 8 and number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(number, total, **options)
+
+    monkeypatch.setattr("rd_train.loop.learning_rate", rate)
+
+
+@pytest.mark.parametrize("recipe", [LEVERS, replace(RECIPE, method="rd", warm_start=True, epochs=2, ema=0.0)])
+def test_resume_is_bit_equal_with_every_lever(recipe, tmp_path, monkeypatch):
+    result = run(recipe, tmp_path / "whole")
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    run(recipe, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert result["step_cost"] > 1
+    assert (tmp_path / "run" / "audit.png").exists() == recipe.audit
+
+
+def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterrupted, tmp_path):
+    teacher = load_checkpoint(uninterrupted / "teacher.pt").state_dict
+    flags = {"method": "kd", "warm_start": True, "teacher_weights": str(uninterrupted / "teacher.pt"), "ema": 0.0}
+    run(replace(RECIPE, lr=1e-12, epochs=1, **flags), tmp_path)
+    kept = load_checkpoint(tmp_path / "model.pt")
+    assert kept.arch == parse_arch("plain20", width=0.25, in_channels=1, classes=10)
+    assert not any("downsample" in name for name in kept.state_dict)
+    weights = [name for name in kept.state_dict if name.endswith("conv1.weight")]
+    assert all(torch.allclose(kept.state_dict[name], teacher[name], atol=1e-6) for name in weights)
+    with pytest.raises(UserError, match="must be the ResNet of the plain plain32"):
+        run(replace(RECIPE, arch="plain32", **flags), tmp_path / "other")
+
+
+def test_recalibration_takes_the_statistics_of_clean_training_images(tmp_path):
+    recipe = replace(RECIPE, recalibrate=100, mixup=1.0)
+    dataset = load_dataset("digits", limit=100)
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, None)
+    torch.manual_seed(0)
+    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10), "dirac")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    copy = recalibrated(network, context)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    images = dataset.train.images(torch.arange(100))
+    first = torch.nn.functional.conv2d(images, network.conv1.weight, padding=1)
+    # Two batches of 50 in an order of their own: their mean is that of all images, their variances differ a little.
+    torch.testing.assert_close(copy.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.bn1.running_var, first.var((0, 2, 3)), rtol=0.02, atol=1e-3)
+    assert evaluate(copy, dataset.val, context)[0] >= 0
+    assert recalibrated(network, replace_recipe(context, recalibrate=0)) is network
+
+
+def replace_recipe(context: Context, **changes) -> Context:
+    return replace(context, recipe=replace(context.recipe, **changes))

@@ -6,7 +6,18 @@ import torchvision
 from torch import nn
 
 from rd_deploy.common import UserError
-from rd_train.networks import ARCH_NAMES, Arch, Block, Network, parameter_count, parse_arch
+from rd_train.networks import (
+    ARCH_NAMES,
+    Arch,
+    Block,
+    Network,
+    deployed_state,
+    fade_shortcuts,
+    parameter_count,
+    parse_arch,
+    set_fading,
+    start_as_identity,
+)
 
 
 def randomise_bn(network: nn.Module, seed: int = 0) -> None:
@@ -132,3 +143,84 @@ def test_names_and_bad_values():
             parse_arch("plain20", **changes)
     with pytest.raises(UserError, match="exactly"):
         Arch.from_dict({"depth": 20})
+
+
+@pytest.mark.parametrize("reparam", ["none", "dirac"])
+@pytest.mark.parametrize("name", ["plain20", "plain18", "plain50"])
+def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam):
+    torch.manual_seed(0)
+    arch = parse_arch(name, width=1 / 8, classes=3, reparam=reparam)
+    network, images = Network(arch, "identity", init_noise=0.0).double(), torch.randn(4, 3, 64, 64).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # not only for a fresh stem
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    start_as_identity(network, images)
+    network.train()
+    x = network.stem(images)
+    for _, block in network.blocks():
+        stride = max(conv.stride[0] for conv, _ in block.convs)
+        expected = x.relu()[:, : block.passed, ::stride, ::stride]
+        x = block(x)
+        torch.testing.assert_close(x[:, : block.passed], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_an_identity_start_leaves_statistics_and_modes_of_a_fresh_network():
+    network = Network(parse_arch("plain20", width=0.25), "identity").eval()
+    network.layer1.train()
+    start_as_identity(network, torch.randn(4, 3, 8, 8))
+    assert not network.training
+    assert network.layer1[0].bn1.training
+    assert all(bool((bn.running_var == 1).all()) for bn in network.modules() if isinstance(bn, nn.BatchNorm2d))
+
+
+def test_a_dirac_reparameterisation_starts_as_the_dirac_initialisation():
+    images, logits = torch.randn(2, 3, 16, 16), {}
+    for init in ("dirac", "kaiming"):
+        for reparam in ("none", "dirac"):
+            torch.manual_seed(3)
+            network = Network(parse_arch("plain20", width=0.25, reparam=reparam), init, init_noise=0.3)
+            logits[reparam] = network(images)
+        torch.testing.assert_close(logits["dirac"], logits["none"], rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_with_a_shortcut_have_nothing_to_fold():
+    for reparam in ("dirac", "identity", "branches"):
+        state = Network(parse_arch("resnet20", width=0.25, reparam=reparam)).state_dict()
+        assert set(state) == set(Network(parse_arch("resnet20", width=0.25)).state_dict())
+
+
+def test_old_files_know_no_reparameterisation():
+    assert "reparam" not in parse_arch("plain20").to_dict()
+    arch = parse_arch("plain20", reparam="branches")
+    assert Arch.from_dict(arch.to_dict()) == arch
+    assert arch.deployed == parse_arch("plain20")
+    with pytest.raises(UserError, match="reparam 'some' is unknown"):
+        parse_arch("plain20", reparam="some")
+
+
+@pytest.mark.parametrize(("name", "shortcuts"), [("plain20", "none"), ("plain50", "none"), ("plain20", "projection")])
+def test_fading_goes_from_the_resnet_to_an_exactly_plain_network(name, shortcuts):
+    torch.manual_seed(0)
+    arch = parse_arch(name, width=1 / 8, shortcuts=shortcuts, classes=3)
+    resnet = Network(parse_arch(name.replace("plain", "resnet"), width=1 / 8, classes=3)).double()
+    student, images = Network(resnet.arch).double(), torch.randn(4, 3, 32, 32).double()
+    student.load_state_dict(resnet.state_dict())
+    fade_shortcuts(student, arch)
+    set_fading(student, 0.0)
+    assert torch.equal(student.train()(images), resnet.train()(images))
+    plain = Network(arch).double()
+    plain.load_state_dict(deployed_state(student), strict=True)
+    assert torch.equal(student.eval()(images), plain.eval()(images))  # evaluated as what it will be
+    set_fading(student, 1.0)
+    assert torch.equal(student.train()(images), plain.train()(images))
+    assert not torch.allclose(plain(images), resnet(images))
+
+
+def test_shortcuts_fade_one_after_the_other():
+    student = Network(parse_arch("resnet20", width=0.25))
+    fade_shortcuts(student, parse_arch("plain20", width=0.25))
+    set_fading(student, 0.5)
+    weights = [float(block.fading) for _, block in student.blocks()]
+    assert weights == [0, 0, 0, 0, 0.5, 1, 1, 1, 1]
+    set_fading(student, 3.0)
+    assert not any(float(block.fading) for _, block in student.blocks())

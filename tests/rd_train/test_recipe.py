@@ -52,14 +52,23 @@ def test_every_entry_is_documented():
         ({"threads": 100_000}, "threads"),
         ({"warmup_epochs": 10.0, "epochs": 10}, "less than the 10 epochs"),
         ({"teacher_epochs": 1}, "less than the 1 epochs"),
-        ({"splice_weight": 0.1}, "must not exceed"),
+        ({"method": "jointrd", "splice_weight": 0.1}, "must not exceed"),
+        ({"method": "rd", "teacher_mode": "joint"}, "neither with method=kd or rd"),
+        ({"splice_probability": 0.0}, "splice_probability"),
+        ({"warm_start_window": 1.0}, "warm_start_window"),
+        ({"resize_start": 0.0}, "resize_start"),
+        ({"mixup": -1.0}, "mixup"),
+        ({"init": "identity", "reparam": "branches"}, "with reparam=branches use init=dirac"),
+        ({"warm_start": True, "reparam": "dirac"}, "nor with reparam"),
+        ({"method": "jointrd", "warm_start": True, "teacher_mode": "joint"}, "neither with teacher_mode=joint"),
         ({"method": "kd", "teacher_mode": "joint"}, "neither with method=kd"),
-        ({"teacher_weights": "x.pt", "teacher_mode": "joint"}, "nor with teacher_weights"),
+        ({"method": "jointrd", "teacher_weights": "x.pt", "teacher_mode": "joint"}, "nor with teacher_weights"),
+        ({"clip_norm": "much"}, "clip_norm=much is not a number"),
         ({"epochs": "three"}, "epochs=three is not a whole number"),
         ({"epochs": 3.5}, "not a whole number"),
         ({"seed": True}, "seed=True is not a whole number"),
         ({"momentum": None}, "momentum=None is not a number"),
-        ({"method": None}, "method=None is not one of ce, kd, jointrd"),
+        ({"method": None}, "method=None is not one of ce, kd, jointrd, rd"),
         ({"data": None}, "data=None is not a text"),
     ],
 )
@@ -94,12 +103,35 @@ def test_unknown_preset_suggests_the_nearest():
         preset_values("fashion-plain65")
 
 
+def test_what_is_not_given_is_the_methods_own():
+    ours, theirs = Recipe(), Recipe(method="jointrd")
+    assert (ours.method, ours.teacher_bn, ours.kd_weight, ours.clip_norm) == ("rd", "batch", 0.0, 1.0)
+    assert (theirs.teacher_bn, theirs.kd_weight, theirs.clip_norm) == ("eval", 0.5, 0.0)
+    assert (
+        Recipe(clip_norm=0, kd_weight=1, teacher_bn="eval").to_dict().items()
+        >= {
+            "clip_norm": 0.0,
+            "kd_weight": 1.0,
+            "teacher_bn": "eval",
+        }.items()
+    )
+
+
 def test_options_without_effect_are_named():
     assert Recipe(init="dirac").unused() == []
+    assert all(Recipe(method=method).unused() == [] for method in ("ce", "kd", "jointrd", "rd"))
     assert Recipe(method="ce", splice_window=0.3, kd_weight=0.9).unused() == ["splice_window", "kd_weight"]
     assert Recipe(method="jointrd", init="kaiming", init_noise=0.1).unused() == ["init_noise"]
-    assert Recipe(teacher_mode="joint", teacher_epochs=3).unused() == ["teacher_epochs"]
+    assert Recipe(method="jointrd", teacher_mode="joint", teacher_epochs=3).unused() == ["teacher_epochs"]
     assert Recipe(splice_weight=0.0).unused() == []
+    assert Recipe(method="kd", audit=True, splice_probability=0.1).unused() == ["splice_probability", "audit"]
+    assert Recipe(method="ce", warm_start=True, warm_start_window=0.3).unused() == ["warm_start", "warm_start_window"]
+    assert Recipe(method="rd", splice_weight_end=0.1, feature_weight=0.5).unused() == ["feature_weight"]
+    assert Recipe(warm_start=True, init="kaiming").unused() == ["init"]
+    assert Recipe(splice_probability=0.5).unused() == ["splice_probability"]
+    assert Recipe(splices="one", splice_probability=0.5).unused() == []
+    assert Recipe(method="jointrd", splices="one").unused() == ["splices"]
+    assert Recipe(resize_window=0.2).unused() == ["resize_window"]
 
 
 def test_options_that_presets_name_exist():

@@ -1,0 +1,64 @@
+"""Mixing and growing images: what comes out is what the definitions say, of coded images."""
+
+import numpy as np
+import pytest
+import torch
+
+from rd_train.vary import growing_size, mixed, resized
+
+
+def coded(count: int = 6, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image i is i everywhere and has class i, so that pixels tell where they come from."""
+    values = torch.arange(count, dtype=torch.float64)
+    return values.view(-1, 1, 1, 1).expand(count, 2, size, size).contiguous(), torch.arange(count)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixup_mixes_images_and_labels_by_the_same_share(seed):
+    images, labels = coded()
+    out, targets = mixed(images, labels, 6, mixup=1.0, cutmix=0.0, generator=np.random.default_rng(seed))
+    torch.testing.assert_close(targets.sum(1), torch.ones(6).double())
+    torch.testing.assert_close(out[:, 0, 0, 0], targets @ torch.arange(6).double())
+    assert (out == out[:, :1, :1, :1]).all()
+    assert torch.equal(images, coded()[0])  # the batch itself is not written to
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cutmix_pastes_one_box_and_labels_by_its_area(seed):
+    images, labels = coded()
+    out, targets = mixed(images, labels, 6, mixup=0.0, cutmix=1.0, generator=np.random.default_rng(seed))
+    for number in range(6):
+        values, counts = out[number, 0].unique(return_counts=True)
+        shares = torch.zeros(6).double()
+        shares[values.long()] = counts.double() / 64
+        torch.testing.assert_close(targets[number], shares)
+    foreign = (out != images)[:, 0].any(0)
+    rows, columns = foreign.any(1), foreign.any(0)
+    assert torch.equal(foreign, rows[:, None] & columns[None, :])  # a box
+    assert torch.equal(images, coded()[0])
+
+
+def test_both_take_turns_and_the_same_generator_gives_the_same():
+    images, labels = coded()
+    options = {"mixup": 1.0, "cutmix": 1.0}
+    fractional = 0
+    for seed in range(200):
+        first, second = (mixed(images, labels, 6, generator=np.random.default_rng(seed), **options) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+        fractional += bool((first[0] != first[0].round()).any())
+    assert 70 < fractional < 130  # mixup: 100 expected, standard deviation 7
+
+
+def test_images_grow_from_start_to_full_size_within_the_window():
+    sizes = [growing_size(step / 100, 32, 0.5, 0.5) for step in range(101)]
+    assert (sizes[0], sizes[50], sizes[100]) == (16, 32, 32)
+    assert sizes == sorted(sizes)
+    assert all(size % 4 == 0 for size in sizes)
+    assert {growing_size(step / 100, 29, 1.0, 0.5) for step in range(101)} == {29}
+
+
+def test_resizing_keeps_a_constant_image_and_the_right_size():
+    images = torch.full((2, 3, 32, 32), 0.7)
+    torch.testing.assert_close(resized(images, 16), torch.full((2, 3, 16, 16), 0.7))
+    assert resized(images, 32) is images
