@@ -16,16 +16,15 @@ from pathlib import Path
 
 from rd_deploy.bench.environment import capture
 from rd_deploy.common import write_json
-from rd_deploy.export.source import source_from_checkpoint
+from rd_deploy.export.source import Source, source_from_checkpoint
 from rd_deploy.quantize import KINDS, MAX_DROP, quantization_data, quantize_network, stored_bytes
 
 THREADS = 2
 
 
-def row(path: str, kind: str, data_dir: str | None) -> dict:
+def row(source: Source, kind: str, data_dir: str | None) -> dict:
     """One network in one precision; nothing is gated, the loss is in ``gate``."""
-    started, source = time.perf_counter(), source_from_checkpoint(path)
-    chain = source.chain
+    started, chain = time.perf_counter(), source.chain
     result = quantize_network(chain, kind, quantization_data(chain, source.checkpoint, data_dir), max_drop=100)
     report = {name: value for name, value in result.report.items() if name != "ranges"}
     return {
@@ -59,10 +58,11 @@ def main() -> int:
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())["results"] if options.results.exists() else []
     for path in options.checkpoints:
-        digest = source_from_checkpoint(path).chain.provenance["checkpoint_sha256"]
+        source = source_from_checkpoint(path)
+        digest = source.chain.provenance["checkpoint_sha256"]
         done = {entry["precision"] for entry in rows if entry["checkpoint_sha256"] == digest}
         for kind in (kind for kind in KINDS if kind not in done):
-            rows.append(row(path, kind, options.data_dir))
+            rows.append(row(source, kind, options.data_dir))
             print(line(rows[-1]), flush=True)
             write_json(options.results, {"date": f"{datetime.date.today()}", "results": rows})
     return int(any(entry["gate"]["drop_points"] > MAX_DROP for entry in rows))

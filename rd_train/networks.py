@@ -173,6 +173,11 @@ class Sides(nn.Module):
         return out if self.pointwise is None else out + self.pointwise(x)
 
 
+def has_shortcut(arch: Arch, stride: int) -> bool:
+    """Whether an architecture's block of this stride has a shortcut."""
+    return arch.shortcuts == "all" or (arch.shortcuts == "projection" and stride != 1)
+
+
 class Block(nn.Module):
     """ReLU, two 3x3 (basic) or 1x1-3x3-1x1 (bottleneck) convolutions with BN, then the shortcut if there is one.
 
@@ -183,7 +188,7 @@ class Block(nn.Module):
     def __init__(self, arch: Arch, c_in: int, width: int, stride: int):
         super().__init__()
         c_out = width * EXPANSION[arch.block]
-        self.has_shortcut = arch.shortcuts == "all" or (arch.shortcuts == "projection" and stride != 1)
+        self.stride, self.has_shortcut = stride, has_shortcut(arch, stride)
         reparam = "none" if self.has_shortcut else arch.reparam
         self.passed = min(c_in, width)  # channels that all convolutions have at the same place
         conv = _conv if reparam != "dirac" else lambda *shape: DiracConv2d(*shape, passed=self.passed)
@@ -372,8 +377,7 @@ def fade_shortcuts(network: Network, arch: Arch) -> None:
     The network is from then on an ``arch`` that still has the parameters of projections; `deployed_state` has not.
     """
     for _, block in network.blocks():
-        kept = arch.shortcuts == "projection" and any(conv.stride != (1, 1) for conv, _ in block.convs)
-        if not kept:
+        if not has_shortcut(arch, block.stride):
             block.fading = torch.ones_like(network.fc.bias[0].detach())
     network.arch = arch
 
