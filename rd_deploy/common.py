@@ -43,10 +43,10 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(f"{name}: {_one_line(stop)}", file=sys.stderr)
+        print(f"{name}: {one_line(stop)}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -55,7 +55,7 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError as error:
-        reason = f" ({_one_line(error)})" if str(error) else ""
+        reason = f" ({one_line(error)})" if str(error) else ""
         print(f"{name}: error: not enough memory{reason}: use smaller images or a smaller batch", file=sys.stderr)
         return 2
     except OSError as error:
@@ -68,8 +68,9 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         return 2
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def one_line(text: object) -> str:
+    """An error, or any text, in one line."""
+    return " ".join(str(text).split())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -89,7 +90,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{module} is not usable here ({_one_line(error)}): {install_hint(extra)}") from error
+        raise UserError(f"{module} is not usable here ({one_line(error)}): {install_hint(extra)}") from error
 
 
 @contextlib.contextmanager

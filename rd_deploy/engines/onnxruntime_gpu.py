@@ -10,6 +10,7 @@ from abc import abstractmethod
 
 import onnx
 
+from rd_deploy.common import one_line
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 from rd_deploy.engines.device import DeviceEngine, DeviceSession, no_gpu
 from rd_deploy.engines.half_onnx import IMAGES, LOGITS, count_classes, half_onnx
@@ -136,7 +137,7 @@ def _not_started(engine: ProviderEngine) -> str:
 
 def reason(error: Exception) -> str:
     """What ONNX Runtime's exception says, in one line without folders and the C++ functions that it came through."""
-    text = re.sub(r"/\S*/", "", " ".join(str(error).split()))
+    text = re.sub(r"/\S*/", "", one_line(error))
     last = re.sub(r"^.*(?:\[ONNXRuntimeError\] : \d+ : \w+ : |\[with [^]]*\] |&\) )", "", text)
     return last.split(" ; ")[0][:160] or type(error).__name__
 

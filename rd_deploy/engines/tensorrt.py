@@ -11,6 +11,7 @@ from rd_deploy.common import UserError
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 from rd_deploy.engines.device import DeviceEngine, DeviceSession, no_gpu
 from rd_deploy.engines.half_onnx import IMAGES, LOGITS, count_classes, half_onnx
+from rd_deploy.trt.flavours import context_bytes, load_flavour
 
 
 class TensorRtSession(DeviceSession):
@@ -28,7 +29,6 @@ class TensorRtSession(DeviceSession):
 
     def _prepare(self, model: bytes, name: str) -> None:
         from rd_deploy.trt.build import Profile, build, choose_targets
-        from rd_deploy.trt.flavours import load_flavour
         from rd_deploy.trt.messages import Messages
 
         self._flavour = flavour = load_flavour(name)
@@ -54,8 +54,7 @@ class TensorRtSession(DeviceSession):
         return self._output
 
     def _feature_maps(self) -> tuple[Figure, ...]:
-        names = ("device_memory_size_v2", "device_memory_size")
-        found = next((getattr(self._plan, name) for name in names if hasattr(self._plan, name)), None)
+        found = context_bytes(self._plan)
         how = "device memory of an execution context: maps and workspaces in TensorRT's own plan"
         missing = "this TensorRT tells no device memory size"
         return (Figure(f"{self.engine.name} context", found, missing if found is None else how),)

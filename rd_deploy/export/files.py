@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,37 +42,52 @@ def check_target(path: Path, suffix: str, sidecar: Path) -> None:
     for target in (path, sidecar):
         if target.is_dir():
             raise UserError(f"cannot write {target}: it is a folder; choose another output path")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    check_place(path.absolute().parent, path, "choose another output path")
+    _check_sidecar(sidecar)
+
+
+def check_place(folder: Path, what: Path, advice: str) -> None:
+    """Raise `UserError` unless files can be written to ``folder``, an absolute path which need not exist yet.
+
+    ``what``: the output that the message is about.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"cannot write {path}: {existing} is not a folder; choose another output path")
+        raise UserError(f"cannot write {what}: {existing} is not a folder; {advice}")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output path") from error
-    _check_sidecar(sidecar)
+        raise UserError(f"cannot write {what}: {error.strerror or error}; {advice}") from error
 
 
 def _check_sidecar(path: Path) -> None:
     """Refuse to replace a JSON file that is not a sidecar, such as a training's results."""
     if not path.exists():
         return
-    try:
-        values = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_SIDECAR_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or values.get("format") != SIDECAR_FORMAT:
+    values = None
+    with contextlib.suppress(OSError):
+        values = sidecar_values(path)
+    if values is None:
         raise UserError(f"{path} exists and is not a sidecar of rd-export; move it, or choose another output path")
+
+
+def sidecar_values(path: Path) -> dict | None:
+    """What stands in a file that may be a sidecar; None when it is none of ours."""
+    if not path.is_file() or path.stat().st_size > MAX_SIDECAR_BYTES:
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and values.get("format") == SIDECAR_FORMAT else None
 
 
 def read_sidecar(path: Path, kinds: dict[str, type]) -> dict:
     """A sidecar's values, with these entries of these types. Raises `UserError` for anything else."""
     path = check_file(path, "sidecar", MAX_SIDECAR_BYTES)
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON; export the model again") from error
-    if not isinstance(values, dict) or values.get("format") != SIDECAR_FORMAT:
+    values = sidecar_values(path)
+    if values is None:
         raise UserError(f"{path} is not a sidecar of rd-export; export the model again")
     if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
         raise UserError(f"{path} lacks {', '.join(wrong)}; export the model again")
@@ -86,6 +101,25 @@ def write_artefacts(artefacts: Sequence[Artefact]) -> None:
             text = json.dumps(artefact.sidecar, indent=2, allow_nan=False) + "\n"
             stack.enter_context(atomic_path(artefact.path)).write_bytes(artefact.content)
             stack.enter_context(atomic_path(artefact.sidecar_path)).write_text(text, encoding="utf-8")
+
+
+def make_artefact(
+    path: Path,
+    sidecar: Path,
+    content: bytes,
+    chain: Chain,
+    precision: str,
+    verify: Callable[[bytes], dict] | None,
+    particular: dict,
+    packages: Sequence[str],
+) -> Artefact:
+    """A model's file of a chain, ready to be written to ``path``, and its sidecar (see `describe`).
+
+    ``verify`` gets the file's bytes; what it returns becomes the sidecar's ``parity``, and it may raise.
+    """
+    parity = None if verify is None else verify(content)
+    values = describe(path.name, content, chain, precision, parity, particular, packages)
+    return Artefact(path, content, sidecar, values)
 
 
 def describe(

@@ -47,24 +47,35 @@ def random_source(count: int, preprocessing: Preprocessing, seed: int) -> Images
 
 def split_images(checkpoint, data_dir: str | None, count: int) -> Images:
     """Images of the test split that a checkpoint was made with; ``data_dir`` says where the data is now."""
+    elsewhere = f"pass --data-dir, or {ESCAPE}"
+    dataset = trained_on(checkpoint, data_dir, "no test images for the parity check", ESCAPE, elsewhere)
+    torch = require("torch", "train")
+    chosen = dataset.test.images(torch.from_numpy(spread(count, len(dataset.test))))
+    return Images(chosen.numpy(), f"test images of {dataset.name}")
+
+
+def trained_on(checkpoint, data_dir: str | None, missing: str, unnamed: str, elsewhere: str):
+    """The data set that a checkpoint was trained on, checked to be that; ``data_dir``: where it is now.
+
+    Raises `UserError`. ``missing``: how it begins when the data cannot be loaded. What to do: ``unnamed`` when the
+    checkpoint names no data, ``elsewhere`` when they are not here.
+    """
+    from rd_train.data import load_dataset
+
     recipe = checkpoint.recipe if isinstance(checkpoint.recipe, dict) else {}
     name, folder, size = recipe.get("data"), data_dir or recipe.get("data_dir"), recipe.get("size")
     if not isinstance(name, str) or not isinstance(folder, str | None) or not isinstance(size, int | None):
-        raise UserError(f"the checkpoint does not say which data it was trained on; {ESCAPE}")
-    from rd_train.data import load_dataset
-
+        raise UserError(f"the checkpoint does not say which data it was trained on; {unnamed}")
     try:
         dataset = load_dataset(name, folder, size=size)
     except UserError as error:
-        raise UserError(f"no test images for the parity check ({error}); pass --data-dir, or {ESCAPE}") from error
-    if not same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
-        raise UserError(f"{name} here is not the data that the checkpoint was trained on; pass --data-dir, or {ESCAPE}")
-    torch = require("torch", "train")
-    chosen = dataset.test.images(torch.from_numpy(spread(count, len(dataset.test))))
-    return Images(chosen.numpy(), f"test images of {name}")
+        raise UserError(f"{missing} ({error}); {elsewhere}") from error
+    if not _same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
+        raise UserError(f"{name} here is not the data that the checkpoint was trained on; {elsewhere}")
+    return dataset
 
 
-def same_preprocessing(one: Preprocessing, other: Preprocessing) -> bool:
+def _same_preprocessing(one: Preprocessing, other: Preprocessing) -> bool:
     """Equal up to the rounding of means and deviations, which depends on the machine."""
     plain = replace(one, mean=other.mean, std=other.std) if one.channels == other.channels else one
     return plain == other and np.allclose((one.mean, one.std), (other.mean, other.std), rtol=1e-6)
@@ -72,19 +83,31 @@ def same_preprocessing(one: Preprocessing, other: Preprocessing) -> bool:
 
 def folder_images(folder: str | Path, preprocessing: Preprocessing, count: int) -> Images:
     """Image files (by suffix) anywhere below a folder, preprocessed as in deployment."""
+    folder = Path(folder).expanduser()
+    files = image_files(folder, 2, "parity")
+    chosen = [files[index] for index in spread(count, len(files))]
+    return Images(load_images(chosen, preprocessing), f"images in {folder}")
+
+
+def image_files(folder: Path, least: int, purpose: str) -> list[Path]:
+    """The image files (by suffix) anywhere below a folder, sorted; `UserError` when there are fewer than ``least``."""
     from rd_train.image_folder import SUFFIXES
 
-    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder; name one with image files")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if len(files) < 2:
-        raise UserError(f"--images {folder} holds {len(files)} image files; parity needs at least 2")
-    pixels = [decode_image(files[index], preprocessing.channels) for index in spread(count, len(files))]
-    return Images(np.concatenate([preprocessing.apply(image) for image in pixels]), f"images in {folder}")
+    if len(files) < least:
+        raise UserError(f"--images {folder} holds {len(files)} image files; {purpose} needs at least {least}")
+    return files
 
 
-def decode_image(path: Path, channels: int) -> np.ndarray:
+def load_images(files: list[Path], preprocessing: Preprocessing) -> np.ndarray:
+    """Image files as a network sees them, float32 (N, C, size, size)."""
+    pixels = (_decode(file, preprocessing.channels) for file in files)
+    return np.concatenate([preprocessing.apply(image) for image in pixels])
+
+
+def _decode(path: Path, channels: int) -> np.ndarray:
     """uint8 (H, W, channels) of an image file; one channel is luminance."""
     from rd_train.image_folder import read_image
 

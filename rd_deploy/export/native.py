@@ -13,7 +13,7 @@ import numpy as np
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, sources
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import files
-from rd_deploy.export.files import Artefact, describe, write_artefacts
+from rd_deploy.export.files import Artefact, make_artefact
 
 FORMAT = "residual-distillation-rdp/1"
 MAGIC, VERSION = b"\x89RDP\r\n\x1a\n", 1
@@ -249,20 +249,9 @@ def make_native(
     """
     path = check_target(path)
     content = to_rdp(chain, precision)
-    parity = None if verify is None else verify(content)
     *_, weight_bytes, _, _ = HEADER.unpack_from(content)
     particular = {"rdp_version": VERSION, "weight_bytes": weight_bytes}
-    values = describe(path.name, content, chain, precision, parity, particular, PACKAGES)
-    return Artefact(path, content, sidecar_path(path), values)
-
-
-def export_native(
-    path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
-) -> dict:
-    """Write what `make_native` makes; both files replace older ones atomically. Returns the sidecar."""
-    artefact = make_native(path, chain, precision, verify)
-    write_artefacts([artefact])
-    return artefact.sidecar
+    return make_artefact(path, sidecar_path(path), content, chain, precision, verify, particular, PACKAGES)
 
 
 def sidecar_path(path: Path) -> Path:

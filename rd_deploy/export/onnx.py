@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool, Step, weights
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import files
-from rd_deploy.export.files import OUTPUT, Artefact, describe, write_artefacts
+from rd_deploy.export.files import OUTPUT, Artefact, make_artefact
 from rd_deploy.preprocessing import Preprocessing
 
 FORMAT = "residual-distillation-onnx/1"
@@ -202,10 +202,10 @@ def make_onnx(
 
     ``verify`` gets the file's bytes; what it returns becomes the sidecar's ``parity``, and it may raise.
     """
-    return make_artefact(path, chain, precision, to_onnx(chain, precision), weight_bytes(chain, precision), verify)
+    return artefact_of(path, chain, precision, to_onnx(chain, precision), weight_bytes(chain, precision), verify)
 
 
-def make_artefact(
+def artefact_of(
     path: str | Path,
     chain: Chain,
     precision: str,
@@ -217,19 +217,8 @@ def make_artefact(
     """Any ONNX model of a chain as `make_onnx` makes it; ``particular``: further entries of its sidecar."""
     path = check_target(path)
     content = model.SerializeToString(deterministic=True)
-    parity = None if verify is None else verify(content)
     entries = {"opset": OPSETS[precision][0], "weight_bytes": weight_size} | (particular or {})
-    values = describe(path.name, content, chain, precision, parity, entries, PACKAGES)
-    return Artefact(path, content, sidecar_path(path), values)
-
-
-def export_onnx(
-    path: str | Path, chain: Chain, precision: str = "fp32", verify: Callable[[bytes], dict] | None = None
-) -> dict:
-    """Write what `make_onnx` makes; both files replace older ones atomically. Returns the sidecar."""
-    artefact = make_onnx(path, chain, precision, verify)
-    write_artefacts([artefact])
-    return artefact.sidecar
+    return make_artefact(path, sidecar_path(path), content, chain, precision, verify, entries, PACKAGES)
 
 
 def sidecar_path(path: Path) -> Path:

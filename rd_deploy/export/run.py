@@ -230,7 +230,7 @@ def _quantised(options: argparse.Namespace, source, path: Path, report: list[str
         )
     size, verify = stored_bytes(quantized.model), _verifier(options, source, report)
     particular = {"quantization": quantized.report}
-    model = onnx.make_artefact(path, source.chain, options.precision, quantized.model, size, verify, particular)
+    model = onnx.artefact_of(path, source.chain, options.precision, quantized.model, size, verify, particular)
     return Result([model], model, report)
 
 
@@ -277,7 +277,7 @@ def _add_engine(
     unseen = settings.unseen or ("--no-parity" if options.no_parity else None)
     result.report += engine_lines(engine.sidecar["engine"], settings.flavour.title, built.seconds, unseen)
     if not unseen:
-        random = model.sidecar["provenance"].get("weights", "").startswith("random")
+        random = "checkpoint" not in model.sidecar["provenance"]
         tolerance = _tolerance(options, model.sidecar["precision"], random)
         shown = images(settings.profile.maximum)
         runs, by = tensorrt.engine_parity(engine, model, settings, shown.values, tolerance)

@@ -19,11 +19,8 @@ from rd_deploy.trt.build import Built, Profile, build, choose_targets
 from rd_deploy.trt.device import Gpu, no_gpu
 from rd_deploy.trt.engine_file import describe_engine, engine_file, sidecar_path
 from rd_deploy.trt.flavours import Flavour, choose_flavour
-from rd_deploy.trt.layers import Layer
+from rd_deploy.trt.layers import QUANTISED, Layer
 
-DEFAULT_PROFILE = Profile(1, 8, 32)
-# How a layer list names the types that convolutions are quantised to.
-QUANTISED = {"int8": "Int8", "fp8": "FP8"}
 # What an engine's sidecar takes over from that of its ONNX file.
 ONNX_KINDS = {"model": str, "versions": dict, "provenance": dict, "parity": dict | None}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError, require
-from rd_deploy.export.images import decode_image, random_images, same_preprocessing, spread
+from rd_deploy.export.images import image_files, load_images, random_images, spread, trained_on
 from rd_deploy.preprocessing import Preprocessing
 
 CALIBRATION_IMAGES = 512
@@ -85,7 +85,7 @@ def quantization_data(
 
 
 def _from_training_data(checkpoint, data_dir: str | None, calibration_images: int) -> QuantizationData:
-    dataset = _dataset(checkpoint, data_dir)
+    dataset = trained_on(checkpoint, data_dir, "no images to quantise with", ESCAPE, ESCAPE)
     return QuantizationData(
         _split(dataset.train, f"training images of {dataset.name}").some(calibration_images),
         _split(dataset.val, f"validation images of {dataset.name}").some(CHOOSING_IMAGES),
@@ -102,32 +102,9 @@ def _split(split, origin: str) -> Samples:
     return Samples(load, len(split), split.labels.numpy(), origin)
 
 
-def _dataset(checkpoint, data_dir: str | None):
-    """The data set that a checkpoint was trained on, checked to be that."""
-    from rd_train.data import load_dataset
-
-    recipe = checkpoint.recipe if isinstance(checkpoint.recipe, dict) else {}
-    name, folder, size = recipe.get("data"), data_dir or recipe.get("data_dir"), recipe.get("size")
-    if not isinstance(name, str) or not isinstance(folder, str | None) or not isinstance(size, int | None):
-        raise UserError(f"the checkpoint does not say which data it was trained on; {ESCAPE}")
-    try:
-        dataset = load_dataset(name, folder, size=size)
-    except UserError as error:
-        raise UserError(f"no images to quantise with ({error}); {ESCAPE}") from error
-    if not same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
-        raise UserError(f"{name} here is not the data that the checkpoint was trained on; {ESCAPE}")
-    return dataset
-
-
 def _from_folder(folder: Path, chain: Chain, calibration_images: int) -> QuantizationData:
     """A quarter of the files at most to calibrate, then every other one to choose by and to judge by."""
-    from rd_train.image_folder import SUFFIXES
-
-    if not folder.is_dir():
-        raise UserError(f"--images {folder} is not a folder; name one with image files")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if len(files) < 8:
-        raise UserError(f"--images {folder} holds {len(files)} image files; quantising needs at least 8")
+    files = image_files(folder, 8, "quantising")
     everything = _files(files, _labels(folder, files, chain.classes), chain.preprocessing, f"images in {folder}")
     calibration = spread(min(calibration_images, len(files) // 4), len(files))
     rest = np.setdiff1d(np.arange(len(files)), calibration)
@@ -136,8 +113,7 @@ def _from_folder(folder: Path, chain: Chain, calibration_images: int) -> Quantiz
 
 def _files(files: list[Path], labels: np.ndarray | None, preprocessing: Preprocessing, origin: str) -> Samples:
     def load(indices: np.ndarray) -> np.ndarray:
-        pixels = (decode_image(files[index], preprocessing.channels) for index in indices)
-        return np.concatenate([preprocessing.apply(image) for image in pixels])
+        return load_images([files[index] for index in indices], preprocessing)
 
     return Samples(load, len(files), labels, origin)
 

@@ -8,11 +8,10 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from rd_deploy.common import UserError
-from rd_deploy.export.files import MAX_SIDECAR_BYTES, SIDECAR_FORMAT
+from rd_deploy.export.files import check_place, sidecar_values
 from rd_deploy.serving.folders import atomic_folder
 from rd_deploy.serving.triton_config import LABELS, config_text
 
@@ -37,16 +36,9 @@ def check_repository(folder: str | Path, name: str) -> None:
             f"{name!r} cannot name a model of the server; give the file a name of A-Z a-z 0-9 _ . - (at most 128, "
             "and no . or - first)"
         )
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"model repository {folder}: {existing} is not a folder; choose another folder")
+    check_place(folder.absolute(), folder, "choose another folder")
     if (folder / CONFIG).exists():
         raise UserError(f"{folder} is the folder of one model; name the repository that it lies in")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     if (folder / name).exists() or (folder / name).is_symlink():
         _check_ours(folder / name)
 
@@ -71,7 +63,7 @@ def check_engine(flavour: str, batches: tuple[int, int, int]) -> None:
 def _check_ours(target: Path) -> None:
     """Refuse to replace a folder that holds anything but what `write_model` wrote."""
     move = "move it away, or export under another name"
-    sidecar = _read_sidecar(target)
+    sidecar = None if target.is_symlink() else sidecar_values(target / SIDECAR)
     if sidecar is None:
         raise UserError(f"{target} exists and is no model of rd-export; {move}")
     found = {path.relative_to(target).as_posix() for path in target.rglob("*")}
@@ -80,18 +72,6 @@ def _check_ours(target: Path) -> None:
         raise UserError(f"{target} holds {min(others)}, which rd-export did not write; {move}")
     if CONFIG in found and _sha256((target / CONFIG).read_bytes()) != sidecar.get("config_sha256"):
         raise UserError(f"{target / CONFIG} was edited; {move}")
-
-
-def _read_sidecar(target: Path) -> dict | None:
-    """The sidecar in a model's folder; None when there is none of ours."""
-    path = target / SIDECAR
-    if target.is_symlink() or not path.is_file() or path.stat().st_size > MAX_SIDECAR_BYTES:
-        return None
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) and values.get("format") == SIDECAR_FORMAT else None
 
 
 # --- writing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, one_line
 from rd_deploy.trt.device import LEGACY_STREAM
 
 NEWEST = 3  # the newest version of the interface that is understood
@@ -74,7 +74,7 @@ def _interface(value: object, what: str) -> dict:
             f"{what} must be in a GPU's memory, with __cuda_array_interface__, unlike {type(value).__name__}; {hint}"
         ) from error
     except RuntimeError as error:  # torch, of a tensor that requires a gradient: it says to use detach()
-        raise UserError(f"{what} cannot be used: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} cannot be used: {one_line(error)}") from error
     missing = [name for name in ("shape", "typestr", "data") if name not in interface]
     if missing:
         raise UserError(f"{what} has a __cuda_array_interface__ without {', '.join(missing)}")

@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 
 from rd_deploy.chain import INPUT
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, one_line
 from rd_deploy.trt.flavours import Flavour
 from rd_deploy.trt.layers import Layer, parse_layers
-from rd_deploy.trt.messages import Messages
+from rd_deploy.trt.messages import MAX_REASON, Messages
 
 # Of enterprise TensorRT, which compares the most kernels at it; 3 is its default. TensorRT-RTX chooses where it runs.
 OPTIMIZATION_LEVEL = 5
@@ -144,7 +144,7 @@ def _parse(model: bytes, flavour: Flavour, builder, messages: Messages):
     if not parser.parse(model) or network.num_outputs != 1:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         reason = "; ".join(f"{error.node_operator()}: {error.desc()}" for error in errors) or "it has no output"
-        raise UserError(f"{flavour.title} cannot parse the network: {' '.join(reason.split())[:240]}")
+        raise UserError(f"{flavour.title} cannot parse the network: {one_line(reason)[:MAX_REASON]}")
     return network
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, one_line
 
 NO_GPU = "running a TensorRT engine needs an NVIDIA GPU and driver; none is visible ({})"
 NO_CUDA_CORE = "running a TensorRT engine needs cuda-core, which is not usable here ({}): pip install cuda-core"
@@ -48,7 +48,7 @@ def _core() -> ModuleType:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             continue
         if hasattr(module, "Stream"):
             return module
@@ -59,7 +59,7 @@ def _driver() -> ModuleType:
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
-        raise UserError(NO_CUDA_CORE.format(" ".join(str(error).split()))) from error
+        raise UserError(NO_CUDA_CORE.format(one_line(error))) from error
 
 
 class Gpu:
@@ -196,7 +196,7 @@ class Gpu:
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)[:160]
             raise UserError(f"cannot be recorded as a CUDA graph ({reason}): cuda_graph=False runs without") from error
         finally:
             with contextlib.suppress(Exception):  # ends a recording that failed; there is nothing more to say of it

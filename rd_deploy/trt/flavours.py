@@ -30,6 +30,12 @@ class Flavour:
         return f"{TITLES[self.name]} {self.version}"
 
 
+def context_bytes(engine) -> int | None:
+    """Device memory of an execution context, by the name that this TensorRT has for it; None when it has none."""
+    names = ("device_memory_size_v2", "device_memory_size")
+    return next((getattr(engine, name) for name in names if hasattr(engine, name)), None)
+
+
 def load_flavour(name: str) -> Flavour:
     """Import a flavour; an unknown name, and one that is not installed, is a `UserError`."""
     if name not in MODULES:

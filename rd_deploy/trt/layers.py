@@ -57,7 +57,8 @@ class Layer:
 
 # Operations that compute nothing, as TensorRT-RTX abbreviates them. Quantisation is one: others fuse it.
 MOVES = {"Move", "Tran", "Cast", "Conc", "Resh", "Repl", "Slic", "Pad", "Quan", "Dequ", "Cvt", "Copy"}
-EIGHT_BITS = {"Int8", "FP8"}
+# How a layer list names the types that convolutions are quantised to.
+QUANTISED = {"int8": "Int8", "fp8": "FP8"}
 
 
 def widened(layers: tuple[Layer, ...]) -> int:
@@ -65,10 +66,11 @@ def widened(layers: tuple[Layer, ...]) -> int:
 
     Where that is so, 8 bits save neither traffic nor memory. TensorRT-RTX 1.7 does it to every convolution.
     """
+    eight_bits = set(QUANTISED.values())
     return sum(
         not layer.is_reformat
-        and any(tensor.dtype in EIGHT_BITS for tensor in layer.inputs)
-        and any(tensor.dtype not in EIGHT_BITS for tensor in layer.outputs)
+        and any(tensor.dtype in eight_bits for tensor in layer.inputs)
+        and any(tensor.dtype not in eight_bits for tensor in layer.outputs)
         for layer in layers
     )
 

@@ -1,6 +1,6 @@
 """What a TensorRT says while it works: its calls return None or False when they fail, and log the reason."""
 
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, one_line
 
 # Logged after every failure where there is no driver, whatever the failure was.
 MISLEADING = "catchCudaError"
@@ -34,7 +34,7 @@ class Messages:
         """The first error in one line; later ones mostly follow from it."""
         errors = [text for severity, text in self._said if severity in self._bad]
         telling = [text for text in errors if MISLEADING not in text] or errors
-        return " ".join(telling[0].split())[:MAX_REASON] if telling else "it gives no reason"
+        return one_line(telling[0])[:MAX_REASON] if telling else "it gives no reason"
 
     def checked(self, result, what: str):
         """A call's result, or `UserError` with the reason when it is None or False."""

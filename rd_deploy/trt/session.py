@@ -20,6 +20,7 @@ from rd_deploy.export.files import OUTPUT
 from rd_deploy.trt.arrays import DeviceArray, read_array, stream_handle
 from rd_deploy.trt.device import LEGACY_STREAM, Gpu, no_gpu
 from rd_deploy.trt.engine_file import EngineFile, read_engine
+from rd_deploy.trt.flavours import context_bytes
 from rd_deploy.trt.messages import Messages
 
 MAX_GRAPHS = 16  # batch sizes whose CUDA graphs are kept; the one that was not used for longest goes first
@@ -287,8 +288,7 @@ class _Network:
         self._runtime = checked(self._trt.Runtime(self._messages.logger), "start")
         self._engine = checked(self._runtime.deserialize_cuda_engine(file.content), f"load {file.path}")
         self._check_tensors(file)
-        names = ("device_memory_size_v2", "device_memory_size")
-        self.activation_bytes = next(getattr(self._engine, name) for name in names if hasattr(self._engine, name))
+        self.activation_bytes = checked(context_bytes(self._engine), "tell its device memory")
         self._memory = gpu.allocate(self.activation_bytes)
         self._options = self._context_options()
 

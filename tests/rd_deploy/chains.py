@@ -1,11 +1,20 @@
 """Small chains with random weights, without torch, for the tests of what runs chains."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, run_chain
+from rd_deploy.export.files import Artefact, write_artefacts
 from rd_deploy.preprocessing import Preprocessing
+
+
+def export(make: Callable[..., Artefact], *arguments, **options) -> dict:
+    """Write what an exporter's ``make`` makes; returns the sidecar."""
+    artefact = make(*arguments, **options)
+    write_artefacts([artefact])
+    return artefact.sidecar
 
 
 class ChainBuilder:

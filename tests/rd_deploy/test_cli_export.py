@@ -21,43 +21,10 @@ from rd_deploy.export.source import _without_folders
 from rd_deploy.native import library
 from rd_deploy.parity import onnx_runner
 from rd_deploy.preprocessing import Preprocessing
-from rd_deploy.random_weights import random_network
 from rd_train.checkpoint import Checkpoint, save_checkpoint
 from rd_train.data import load_dataset
-from rd_train.networks import parse_arch
 
 SMALL = ["--width", "0.25", "--classes", "5", "--size", "16", "--max-batch", "4"]
-
-
-@pytest.fixture
-def rd_export(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rd-export", *map(str, arguments)])
-        code = cli_export.main()
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def digits() -> Checkpoint:
-    """An untrained network that knows the digits' classes and preprocessing."""
-    dataset = load_dataset("digits")
-    arch = parse_arch("plain20", width=0.25, in_channels=1, classes=10)
-    state = random_network(arch, dataset.preprocessing.size).state_dict()
-    recipe = {"data": "digits", "data_dir": None, "size": None}
-    return Checkpoint(arch, state, dataset.preprocessing, dataset.classes, recipe, {"epoch": 3})
-
-
-@pytest.fixture
-def model(tmp_path, digits) -> Path:
-    path = tmp_path / "run" / "model.pt"
-    path.parent.mkdir()
-    save_checkpoint(path, digits)
-    return path
 
 
 def files(folder: Path) -> list[str]:

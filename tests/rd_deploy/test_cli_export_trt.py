@@ -1,5 +1,6 @@
 """``rd-export --trt`` and its neighbours, end to end: real engines by TensorRT-RTX without a GPU, and refusals."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,45 +15,15 @@ import pytest
 from rd_deploy import cli_export
 from rd_deploy.export import tensorrt
 from rd_deploy.parity import onnx_runner
-from rd_deploy.random_weights import random_network
 from rd_deploy.trt.engine_file import read_engine
-from rd_train.checkpoint import Checkpoint, save_checkpoint
-from rd_train.data import load_dataset
-from rd_train.networks import parse_arch
 
 rtx = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], capture_output=True).returncode != 0,
+    importlib.util.find_spec("tensorrt_rtx") is None,
     reason="TensorRT-RTX is not installed here (it has wheels for x86-64 only)",
 )
 UNCHECKED = ["--arch", "plain20", "--width", "0.5", "--classes", "5", "--size", "16"]
 SMALL = [*UNCHECKED, "--max-batch", "4"]
 TRT = ["--trt", "--trt-flavour", "rtx", "--target", "sm89", "--batch", "1:2:4"]
-
-
-@pytest.fixture
-def rd_export(monkeypatch, capsys, tmp_path):
-    """Run the command in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rd-export", *map(str, arguments)])
-        code = cli_export.main()
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def model(tmp_path) -> Path:
-    """A checkpoint of random weights that knows the digits' classes and preprocessing."""
-    dataset = load_dataset("digits")
-    arch = parse_arch("plain20", width=0.25, in_channels=1, classes=10)
-    state = random_network(arch, dataset.preprocessing.size).state_dict()
-    recipe = {"data": "digits", "data_dir": None, "size": None}
-    path = tmp_path / "run" / "model.pt"
-    path.parent.mkdir()
-    save_checkpoint(path, Checkpoint(arch, state, dataset.preprocessing, dataset.classes, recipe, {"epoch": 3}))
-    return path
 
 
 def files(folder: Path) -> list[str]:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chains import export
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, run_chain
 from rd_deploy.common import UserError
-from rd_deploy.export.native import assemble, checksum, export_native, round_to_bf16, to_rdp
+from rd_deploy.export.native import assemble, checksum, make_native, round_to_bf16, to_rdp
 from rd_deploy.export.source import chain_from_name
 from rd_deploy.native import Network, Unsupported
 from rd_deploy.preprocessing import Preprocessing
@@ -32,6 +33,10 @@ def corpus_maker():
 
 
 CHAINS = corpus_maker().chains()
+
+
+def too_late(content: bytes) -> None:
+    pytest.fail("checked before the path was")
 
 
 @pytest.fixture(params=sorted(CHAINS))
@@ -297,7 +302,9 @@ def test_an_unknown_precision_is_refused(chain):
 def test_the_sidecar_describes_the_file(tmp_path, chain):
     seen = []
     path = tmp_path / "deep" / "net.rdp"
-    returned = export_native(path, chain, "bf16", verify=lambda content: {"checked": seen.append(content) is None})
+    returned = export(
+        make_native, path, chain, "bf16", verify=lambda content: {"checked": seen.append(content) is None}
+    )
     sidecar = json.loads((path.parent / "net.rdp.json").read_text())
     content = path.read_bytes()
     assert sidecar == returned
@@ -318,10 +325,10 @@ def test_older_files_are_replaced_and_kept_when_the_check_fails(tmp_path, chain)
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        export_native(path, chain, verify=refuse)
+        export(make_native, path, chain, verify=refuse)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    export_native(path, chain)
+    export(make_native, path, chain)
     assert path.read_bytes() == to_rdp(chain)
 
 
@@ -334,14 +341,14 @@ def test_unwritable_outputs_are_refused_before_the_work(tmp_path, chain, monkeyp
         ("other.rdp", r"other\.rdp\.json exists and is not a sidecar"),
     ):
         with pytest.raises(UserError, match=message):
-            export_native(tmp_path / name, chain, verify=lambda content: pytest.fail("checked before the path was"))
+            export(make_native, tmp_path / name, chain, verify=too_late)
 
     def full(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(UserError, match="Permission denied"):
-        export_native(tmp_path / "net.rdp", chain)
+        export(make_native, tmp_path / "net.rdp", chain)
     assert len(list(tmp_path.iterdir())) == 2
 
 

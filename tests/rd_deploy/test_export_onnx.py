@@ -12,11 +12,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from chains import export
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool
 from rd_deploy.common import UserError
 from rd_deploy.export.half import with_half_storage
-from rd_deploy.export.onnx import PRECISIONS, export_onnx, read_metadata, to_onnx
+from rd_deploy.export.onnx import PRECISIONS, make_onnx, read_metadata, to_onnx
 from rd_deploy.export.source import Source, chain_from_name, source_from_name
 from rd_deploy.parity import onnx_runner
 from rd_deploy.preprocessing import Preprocessing
@@ -31,6 +32,10 @@ def float64_logits(source: Source, images: np.ndarray) -> np.ndarray:
     network = copy.deepcopy(source.network).double().eval()
     with torch.no_grad():
         return network(torch.from_numpy(images).double()).numpy()
+
+
+def too_late(content: bytes) -> None:
+    pytest.fail("checked before the path was")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +212,7 @@ def test_absurdly_wide_networks_are_refused_before_they_are_built():
 def test_the_sidecar_describes_the_file(tmp_path, chain):
     seen = []
     path = tmp_path / "deep" / "net.onnx"
-    returned = export_onnx(path, chain, "fp16", verify=lambda content: {"checked": seen.append(content) is None})
+    returned = export(make_onnx, path, chain, "fp16", verify=lambda content: {"checked": seen.append(content) is None})
     sidecar = json.loads(path.with_suffix(".json").read_text())
     assert sidecar == returned
     content = path.read_bytes()
@@ -231,10 +236,10 @@ def test_older_files_are_replaced_and_kept_when_the_check_fails(tmp_path, chain)
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        export_onnx(path, chain, verify=refuse)
+        export(make_onnx, path, chain, verify=refuse)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    export_onnx(path, chain)
+    export(make_onnx, path, chain)
     onnx.checker.check_model(path.read_bytes())
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -251,7 +256,7 @@ def test_unwritable_outputs_are_refused_before_the_work(tmp_path, chain):
         ("net.pt", r"must end in \.onnx"),
     ):
         with pytest.raises(UserError, match=message):
-            export_onnx(tmp_path / name, chain, verify=lambda content: pytest.fail("checked before the path was"))
+            export(make_onnx, tmp_path / name, chain, verify=too_late)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -260,14 +265,19 @@ def test_a_json_file_of_others_is_not_replaced(tmp_path, chain, content):
     result = tmp_path / "result.json"
     result.write_text(content)
     with pytest.raises(UserError, match=r"result\.json exists and is not a sidecar"):
-        export_onnx(tmp_path / "result.onnx", chain, verify=lambda content: pytest.fail("checked before the path was"))
+        export(
+            make_onnx,
+            tmp_path / "result.onnx",
+            chain,
+            verify=too_late,
+        )
     assert result.read_text() == content
     assert list(tmp_path.iterdir()) == [result]
 
 
 def test_a_sidecar_of_ours_is_replaced(tmp_path, chain):
-    export_onnx(tmp_path / "net.onnx", chain)
-    assert export_onnx(tmp_path / "net.onnx", chain, "fp16") == json.loads((tmp_path / "net.json").read_text())
+    export(make_onnx, tmp_path / "net.onnx", chain)
+    assert export(make_onnx, tmp_path / "net.onnx", chain, "fp16") == json.loads((tmp_path / "net.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "deep/er/net.onnx"])
@@ -278,5 +288,5 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, chai
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # file modes would not stop a test that root runs
     with pytest.raises(UserError, match=r"cannot write .*Permission denied"):
-        export_onnx(tmp_path / name, chain, verify=lambda content: pytest.fail("checked before the path was"))
+        export(make_onnx, tmp_path / name, chain, verify=too_late)
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,7 +239,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(dir):
         raise OSError(errno.EACCES, "Permission denied", dir)
 
-    monkeypatch.setattr(triton_server.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match="models: Permission denied; choose another folder"):
         check_repository(tmp_path / "models", "net")
 

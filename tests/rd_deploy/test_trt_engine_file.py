@@ -6,12 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from chains import bottlenecks
+from chains import bottlenecks, export
 
 from rd_deploy.common import UserError
 from rd_deploy.export import tensorrt
 from rd_deploy.export.files import write_artefacts
-from rd_deploy.export.onnx import export_onnx
+from rd_deploy.export.onnx import make_onnx
 from rd_deploy.trt import engine_file
 from rd_deploy.trt.build import Profile
 from rd_deploy.trt.engine_file import read_engine, rebuild_command, sidecar_path
@@ -24,7 +24,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here (
 def original(tmp_path_factory) -> Path:
     """A real engine for sm86 and sm89, with its ONNX file and both sidecars."""
     folder = tmp_path_factory.mktemp("engine")
-    export_onnx(folder / "net.onnx", bottlenecks(), "fp16")
+    export(make_onnx, folder / "net.onnx", bottlenecks(), "fp16")
     settings = tensorrt.Settings(load_flavour("rtx"), Profile(1, 2, 4), ("sm86", "sm89"), "no GPU")
     model = tensorrt.read_onnx(folder / "net.onnx")
     built = tensorrt.build_engine(model, settings)
