@@ -33,7 +33,7 @@ class Recipe:
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).
         width: Multiplier of all widths.
         init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
-        init_noise: Weight of the Kaiming noise in a Dirac initialisation.
+        init_noise: Weight of the Kaiming noise in a dirac or identity initialisation.
         reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth.
@@ -44,8 +44,8 @@ class Recipe:
         warm_start: Start as the teacher; its shortcuts fade block by block and are gone after warm_start_window.
         warm_start_window: Fraction of training in which the shortcuts fade.
         splice_weight: Weight m of the spliced branches at the start; 0 leaves them out.
-        splice_weight_end: Weight m after the window.
-        splices: Splices in a step of rd: all of them, or one drawn at random (the cheaper step).
+        splice_weight_end: Weight m after the window; 0 in rd, else 0.5.
+        splices: Splices in a step of rd: one drawn at random (the cheaper step), or all of them.
         splice_probability: Share of the first steps with a splice where one is drawn; falls with m, to 0 where m does.
         splice_window: Fraction of training over which m falls along a cosine.
         feature_weight: Weight w of the margin-ReLU feature distance; 0 leaves it out.
@@ -87,8 +87,8 @@ class Recipe:
     shortcuts: Literal["all", "projection", "none"] | None = None
     stem: Literal["imagenet", "small"] | None = None
     width: float = 1.0
-    init: Literal["kaiming", "dirac", "identity"] = "dirac"
-    init_noise: float = 0.5
+    init: Literal["kaiming", "dirac", "identity"] = "identity"
+    init_noise: float = 0.1
     reparam: Literal["none", "dirac", "identity", "branches"] = "none"
     method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
@@ -99,9 +99,9 @@ class Recipe:
     warm_start: bool = False
     warm_start_window: float = 0.5
     splice_weight: float = 1.0
-    splice_weight_end: float = 0.5
+    splice_weight_end: float | None = None
     splice_window: float = 0.5
-    splices: Literal["all", "one"] = "all"
+    splices: Literal["one", "all"] = "one"
     splice_probability: float = 1.0
     feature_weight: float = 1.0
     feature_reduction: Literal["mean", "sum"] = "mean"
@@ -215,7 +215,12 @@ class Recipe:
 
 
 # What entries that are not given become: (in every other method, in rd).
-BY_METHOD = {"teacher_bn": ("eval", "batch"), "kd_weight": (0.5, 0.0), "clip_norm": (0.0, 1.0)}
+BY_METHOD = {
+    "teacher_bn": ("eval", "batch"),
+    "splice_weight_end": (0.5, 0.0),
+    "kd_weight": (0.5, 0.0),
+    "clip_norm": (0.0, 1.0),
+}
 # Inclusive; the smallest positive values stand for "more than 0".
 BOUNDS = {
     "size": (1, 4096),

@@ -66,7 +66,7 @@ def test_ours_is_the_papers_loss_unless_one_splice_is_drawn():
     arch = parse_arch("plain20", width=1 / 8)
     ours, theirs, one = (
         meta_task(Recipe(**options), arch)
-        for options in ({}, {"method": "jointrd", "feature_weight": 0}, {"splices": "one", "splice_probability": 0.3})
+        for options in ({"splices": "all"}, {"method": "jointrd", "feature_weight": 0}, {"splice_probability": 0.3})
     )
     assert ours.outcomes(0.1) == theirs.outcomes(0.1) == [(1.0, {"splices": (1, 2)})]
     assert sum(p for p, o in one.outcomes(0.0) if not o["splices"]) == pytest.approx(0.7)

@@ -145,7 +145,7 @@ def test_damaged_state_is_one_line(uninterrupted, tmp_path):
 
 # Everything that draws at random or changes with the step: a resume must repeat all of it.
 LEVERS = replace(
-    RECIPE, method="rd", reparam="branches", splices="one", mixup=0.2, cutmix=1.0, resize_start=0.5,
+    RECIPE, method="rd", init="dirac", reparam="branches", mixup=0.2, cutmix=1.0, resize_start=0.5,
     recalibrate=100, audit=True, teacher_bn="batch", epochs=2,
 )  # fmt: skip
 

@@ -106,6 +106,7 @@ def test_unknown_preset_suggests_the_nearest():
 def test_what_is_not_given_is_the_methods_own():
     ours, theirs = Recipe(), Recipe(method="jointrd")
     assert (ours.method, ours.teacher_bn, ours.kd_weight, ours.clip_norm) == ("rd", "batch", 0.0, 1.0)
+    assert (ours.splice_weight_end, theirs.splice_weight_end) == (0.0, 0.5)
     assert (theirs.teacher_bn, theirs.kd_weight, theirs.clip_norm) == ("eval", 0.5, 0.0)
     assert (
         Recipe(clip_norm=0, kd_weight=1, teacher_bn="eval").to_dict().items()
@@ -121,16 +122,16 @@ def test_options_without_effect_are_named():
     assert Recipe(init="dirac").unused() == []
     assert all(Recipe(method=method).unused() == [] for method in ("ce", "kd", "jointrd", "rd"))
     assert Recipe(method="ce", splice_window=0.3, kd_weight=0.9).unused() == ["splice_window", "kd_weight"]
-    assert Recipe(method="jointrd", init="kaiming", init_noise=0.1).unused() == ["init_noise"]
+    assert Recipe(method="jointrd", init="kaiming", init_noise=0.2).unused() == ["init_noise"]
     assert Recipe(method="jointrd", teacher_mode="joint", teacher_epochs=3).unused() == ["teacher_epochs"]
     assert Recipe(splice_weight=0.0).unused() == []
     assert Recipe(method="kd", audit=True, splice_probability=0.1).unused() == ["splice_probability", "audit"]
     assert Recipe(method="ce", warm_start=True, warm_start_window=0.3).unused() == ["warm_start", "warm_start_window"]
     assert Recipe(method="rd", splice_weight_end=0.1, feature_weight=0.5).unused() == ["feature_weight"]
     assert Recipe(warm_start=True, init="kaiming").unused() == ["init"]
-    assert Recipe(splice_probability=0.5).unused() == ["splice_probability"]
-    assert Recipe(splices="one", splice_probability=0.5).unused() == []
-    assert Recipe(method="jointrd", splices="one").unused() == ["splices"]
+    assert Recipe(splices="all", splice_probability=0.5).unused() == ["splice_probability"]
+    assert Recipe(splice_probability=0.5).unused() == []
+    assert Recipe(method="jointrd", splices="all").unused() == ["splices"]
     assert Recipe(resize_window=0.2).unused() == ["resize_window"]
 
 
