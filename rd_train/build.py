@@ -110,7 +110,7 @@ def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.
         own |= {"feature_weight": recipe.feature_weight, "feature_reduction": recipe.feature_reduction}
     else:
         probability = recipe.splice_probability if recipe.splices == "one" else None
-        own = {"splice_probability": probability, "feature_weight": 0.0}
+        own = {"splice_probability": probability, "weights_sum_to_one": True, "feature_weight": 0.0}
         own |= {"kd_weight": recipe.kd_weight, "kd_temperature": recipe.kd_temperature}
     return ResidualDistillation(
         student,

@@ -95,9 +95,9 @@ class ResidualDistillation(_Distillation):
     averaged, so that one weight w serves all input sizes. ``splice_weight=0`` leaves the splices out (n = 1).
 
     With ``splice_probability`` p a step has ONE splice, drawn uniformly from the K = S-1, with probability
-    p · m(t) / m(0), and otherwise none. Its weight is K · m(0) / p, so that the expectation is the joint sum, and
-    weights are divided by their expected sum 1 + K m(t) instead of n: equal to n at m = 1, and the loss of the
-    student alone where m has fallen to 0.
+    p · m(t) / m(0), and otherwise none. Its weight is K · m(0) / p, so that the expectation is the joint sum.
+    ``weights_sum_to_one`` divides by the (expected) sum of weights 1 + K m(t) instead of n: equal to n at m = 1, and
+    the loss of the student alone where m has fallen to 0.
 
     ``kd_weight`` α > 0 replaces CE(student) by (1 - α) CE + α T² KL(teacher || student), on the same images.
 
@@ -115,6 +115,7 @@ class ResidualDistillation(_Distillation):
         splice_weight_end: float = 0.5,
         splice_window: float = 0.5,
         splice_probability: float | None = None,
+        weights_sum_to_one: bool = False,
         feature_weight: float = 1.0,
         feature_reduction: Literal["mean", "sum"] = "mean",
         kd_weight: float = 0.0,
@@ -125,7 +126,7 @@ class ResidualDistillation(_Distillation):
         super().__init__(student, teacher, **options)
         _check_spliceable(student, teacher)
         self.splice_weight, self.splice_weight_end, self.splice_window = splice_weight, splice_weight_end, splice_window
-        self.splice_probability = splice_probability
+        self.splice_probability, self.weights_sum_to_one = splice_probability, weights_sum_to_one
         self.feature_weight, self.feature_reduction = feature_weight, feature_reduction
         self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
         self.splices = tuple(range(1, student.stages)) if splice_weight > 0 else ()
@@ -141,10 +142,10 @@ class ResidualDistillation(_Distillation):
         return cosine_decay(progress, self.splice_weight, self.splice_weight_end, self.splice_window)
 
     def outcomes(self, progress: float) -> list[tuple[float, dict]]:
-        """All splices in every step, or one of them or none."""
-        if self.splice_probability is None or not self.splices:
-            return [(1.0, {"splices": self.splices})]
+        """All splices in every step, or one of them or none; none where they weigh nothing."""
         m = float(self.splice_decay(torch.tensor(progress, dtype=torch.float64)))
+        if self.splice_probability is None or m == 0:
+            return [(1.0, {"splices": self.splices if m else ()})]
         one = self.splice_probability * m / self.splice_weight
         each = [(one / len(self.splices), {"splices": (k,)}) for k in self.splices]
         return [(1 - one, {"splices": ()}), *each] if one > 0 else [(1.0, {"splices": ()})]
@@ -167,9 +168,9 @@ class ResidualDistillation(_Distillation):
     def _splice_weights(self, progress: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The weight of a splice in a step that has it, and the sum that all weights are divided by."""
         m, count = self.splice_decay(progress), len(self.splices)
-        if self.splice_probability is None:
-            return m, 1 + count
-        return count * self.splice_weight / self.splice_probability, 1 + count * m
+        drawn = self.splice_probability is not None
+        weight = count * self.splice_weight / self.splice_probability if drawn else m
+        return weight, 1 + count * (m if self.weights_sum_to_one else 1)
 
     def _own_loss(self, logits: Tensor, final: Tensor, labels: Tensor, clean: dict) -> tuple[Tensor, dict]:
         """The loss of the student alone, and its terms."""

@@ -279,10 +279,12 @@ def expected_gradients(task, progress: float) -> list[torch.Tensor]:
     return [sum(values) for values in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize(("probability", "progress"), [(1.0, 0.0), (0.5, 0.0), (0.7, 0.2)])
+@pytest.mark.parametrize(("probability", "progress"), [(1.0, 0.0), (0.5, 0.0), (0.7, 0.2), (None, 0.2)])
 def test_one_random_splice_has_the_expected_gradient_of_the_joint_loss(probability, progress):
     options = {"splice_weight": 1.0, "splice_weight_end": 0.0, "feature_weight": 0.0}
-    ours = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), splice_probability=probability, **options)
+    ours = ResidualDistillation(
+        tiny("plain20", 1), tiny("resnet20", 2), splice_probability=probability, weights_sum_to_one=True, **options
+    )
     joint = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), **options)
     m = 0.5 * (1 + np.cos(np.pi * progress / 0.5))
     scale = 3 / (1 + 2 * m)  # the joint loss is divided by n = 3, ours by the sum of the weights; the same at m = 1
@@ -292,14 +294,15 @@ def test_one_random_splice_has_the_expected_gradient_of_the_joint_loss(probabili
 
 
 def test_splices_become_rarer_and_end():
-    task = ResidualDistillation(
-        tiny("plain20", 1), tiny("resnet20", 2), splice_probability=0.6, splice_weight_end=0.0, feature_weight=0.0
-    )
+    options = {"splice_weight_end": 0.0, "feature_weight": 0.0, "weights_sum_to_one": True}
+    task = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), splice_probability=0.6, **options)
 
     def share(progress):
         return 1 - sum(p for p, outcome in task.outcomes(progress) if not outcome["splices"])
 
     assert [share(0.0), share(0.25), share(0.5), share(0.9)] == pytest.approx([0.6, 0.3, 0.0, 0.0])
+    joint = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), **options)
+    assert [joint.outcomes(moment)[0][1]["splices"] for moment in (0.49, 0.5, 0.9)] == [(1, 2), (), ()]
     alone = gradients_of(task, {"splices": ()}, torch.tensor(0.9, dtype=torch.float64))
     images, labels = batch()
     ordinary = CrossEntropy(tiny("plain20", 1)).train()
