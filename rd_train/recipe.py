@@ -182,6 +182,7 @@ class Recipe:
         no_kd = not (self.method == "kd" or rd)
         no_teacher_phase = ce or self.teacher_mode == "joint" or self.teacher_weights is not None
         warm = self.warm_start and not ce
+        residual = self.arch.startswith("resnet") and self.shortcuts in (None, "all")  # no plain blocks
         without = {
             "teacher": ce,
             "teacher_weights": ce,
@@ -201,8 +202,9 @@ class Recipe:
             "kd_temperature": no_kd or self.kd_weight == 0,
             "resize_window": self.resize_start == 1,
             "audit": no_splices,
-            "init": warm,
-            "init_noise": self.init == "kaiming" or warm,
+            "init": warm or residual,
+            "init_noise": self.init == "kaiming" or warm or residual,
+            "reparam": residual,
             "data_dir": self.data == "digits",
         }
         defaults = {name: getattr(Recipe, name) for name in without}

@@ -129,6 +129,9 @@ def test_options_without_effect_are_named():
     assert Recipe(method="ce", warm_start=True, warm_start_window=0.3).unused() == ["warm_start", "warm_start_window"]
     assert Recipe(method="rd", splice_weight_end=0.1, feature_weight=0.5).unused() == ["feature_weight"]
     assert Recipe(warm_start=True, init="kaiming").unused() == ["init"]
+    options = {"init": "dirac", "reparam": "dirac"}
+    assert Recipe(arch="resnet20", **options).unused() == list(options)
+    assert Recipe(arch="resnet20", shortcuts="none", **options).unused() == []
     assert Recipe(splices="all", splice_probability=0.5).unused() == ["splice_probability"]
     assert Recipe(splice_probability=0.5).unused() == []
     assert Recipe(method="jointrd", splices="all").unused() == ["splices"]
