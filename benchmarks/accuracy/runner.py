@@ -75,9 +75,10 @@ class Job:
         if not path.exists():
             return
         theirs, ours = Recipe(**read_values(path)), self.recipe()
+        inert = {*theirs.unused(), *ours.unused()}
         for name in [field.name for field in fields(Recipe) if field.name not in OF_THE_MACHINE]:
             found, wanted = getattr(theirs, name), getattr(ours, name)
-            if found != wanted and wanted not in (None, "auto"):  # those a run settles by itself
+            if found != wanted and wanted not in (None, "auto") and name not in inert:  # those a run settles by itself
                 raise UserError(
                     f"{self.folder} holds a run with {name}={found}, and {self.name} now has {wanted}: "
                     "move the folder away, or give another --out"
