@@ -30,8 +30,8 @@ def folder(name: str, depth: int, options: argparse.Namespace) -> Path:
     return options.out / f"{name}-e{epochs_of(depth, options)}-s{options.seed}"
 
 
-def job(name: str, preset: str, depth: int, options: argparse.Namespace, *flags: str) -> Job:
-    """A run with what all have in common."""
+def job(name: str, preset: str, depth: int, options: argparse.Namespace, **settings) -> Job:
+    """A run with what all have in common; all methods but ce have the ResNet as their teacher."""
     shared = {
         "epochs": epochs_of(depth, options),
         "batch_size": 64,
@@ -41,19 +41,17 @@ def job(name: str, preset: str, depth: int, options: argparse.Namespace, *flags:
         "threads": 1,
         "seed": options.seed,
     }
-    return Job(name, folder(name, depth, options), (preset, *(f"--{key}={shared[key]}" for key in shared), *flags))
+    teacher = None if settings["method"] == "ce" else folder(f"resnet{depth}", depth, options)
+    return Job(name, folder(name, depth, options), preset, shared | settings, teacher)
 
 
 def students(options: argparse.Namespace) -> list[Job]:
     """All plain networks."""
     jobs = []
     for depth, method, init in itertools.product((20, 56), reversed(METHODS), INITS):
-        flags = [f"--method={method}", f"--init={init}"]
-        if method == "jointrd":
-            flags.append("--feature-weight=0")
-        if method != "ce":
-            flags.append(f"--teacher-weights={folder(f'resnet{depth}', depth, options) / 'model.pt'}")
-        jobs.append(job(f"plain{depth}-{method}-{init}", f"fashion-plain{depth}", depth, options, *flags))
+        feature = {"feature_weight": 0.0} if method == "jointrd" else {}
+        name, preset = f"plain{depth}-{method}-{init}", f"fashion-plain{depth}"
+        jobs.append(job(name, preset, depth, options, method=method, init=init, **feature))
     return jobs
 
 
@@ -64,12 +62,13 @@ def main() -> None:
     parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    resnets = [job(f"resnet{depth}", f"fashion-resnet{depth}", depth, options) for depth in (56, 20)]
+    resnets = [job(f"resnet{depth}", f"fashion-resnet{depth}", depth, options, method="ce") for depth in (56, 20)]
     plain = students(options)
     check(parser, options, {each.name for each in resnets + plain})
-    results = []
-    for jobs in (resnets, plain):
-        results += run_all([each for each in jobs if not options.only or each.name in options.only], options.workers)
+    jobs = [each for each in resnets + plain if not options.only or each.name in options.only]
+    missing = run_all(jobs, options.workers)
+    if missing:
+        raise SystemExit(f"no results yet of {', '.join(each.name for each in jobs if each.folder in missing)}")
     what = (
         "Fashion-MNIST, 55,000 training, 5,000 validation, 10,000 test images of 28x28; one seed; jointrd "
         "without its feature term (feature_weight 0), as the authors' scripts for 32x32 images"
@@ -78,7 +77,8 @@ def main() -> None:
         f"python benchmarks/accuracy/fashion.py --epochs20 {options.epochs20} --epochs56 {options.epochs56} "
         f"--workers {options.workers} --seed {options.seed}"
     )
-    write_json(options.results, document(what, command, options, results))
+    results = [each.result() for each in jobs]
+    write_json(options.results, {**document(what, command, options), "results": results})
     print(f"wrote {options.results}")
 
 

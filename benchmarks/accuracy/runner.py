@@ -1,58 +1,195 @@
 """Trainings as processes of ``rd-train``, some at a time: what the benchmarks of accuracy share.
 
-A run goes on where it was interrupted and is skipped where it is complete; each is one process with one thread.
+A run goes on where it was interrupted and is skipped where it is complete; each is one process with one thread. A time
+limit, Ctrl-C and SIGTERM stop runs between two steps, with everything saved.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import platform
+import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rd_deploy.bench.environment import cpu, git_commit
+from rd_deploy.common import UserError
+from rd_train.recipe import Recipe, preset_values, read_values
 
-LOG_LOCK = threading.Lock()
+RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
+# Entries of a recipe that say where it runs and where its files are, not what is trained.
+OF_THE_MACHINE = {"summary", "data_dir", "download", "teacher_weights", "device", "threads"}
+INTERRUPTED = "interrupted; the next call goes on with it"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its name, its folder (which must tell all settings that differ), preset and flags."""
+    """One training: its name, its folder (which must tell all settings that differ), preset and settings.
+
+    ``settings``: options of ``rd-train`` over the preset. ``teacher``: the folder of the run that must be complete
+    first. ``must``: results need it most.
+    """
 
     name: str
     folder: Path
-    flags: tuple[str, ...]
+    preset: str
+    settings: dict
+    teacher: Path | None = None
+    must: bool = False
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    def flags(self) -> list[str]:
+        """The settings as options of the command."""
+        values = {**self.settings, **({"teacher_weights": self.teacher / "model.pt"} if self.teacher else {})}
+        texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+        return [self.preset, *(f"--{name.replace('_', '-')}={value}" for name, value in texts.items())]
+
+    def recipe(self) -> Recipe:
+        """The settings as a recipe."""
+        teacher = {"teacher_weights": str(self.teacher / "model.pt")} if self.teacher else {}
+        return Recipe(**(preset_values(self.preset) | self.settings | teacher))
+
+    def result(self) -> dict | None:
+        """What the complete run found, with the job's name; None where it is not complete."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"name": self.name, **{key: value for key, value in found.items() if key != "teacher_weights"}}
+
+    def begun(self) -> bool:
+        """Whether there is something to resume."""
+        return any(self.folder.glob("*-state.pt"))
+
+    def check_folder(self) -> None:
+        """Refuse a folder that holds a run of other settings, whose result would pass for this one's."""
+        path = self.folder / "recipe.yaml"
+        if not path.exists():
+            return
+        theirs, ours = Recipe(**read_values(path)), self.recipe()
+        inert = {*theirs.unused(), *ours.unused()}
+        for name in [field.name for field in fields(Recipe) if field.name not in OF_THE_MACHINE]:
+            found, wanted = getattr(theirs, name), getattr(ours, name)
+            if found != wanted and wanted not in (None, "auto") and name not in inert:  # those a run settles by itself
+                raise UserError(
+                    f"{self.folder} holds a run with {name}={found}, and {self.name} now has {wanted}: "
+                    "move the folder away, or give another --out"
+                )
 
 
-def train(job: Job) -> dict:
-    """One run, from where it stands; returns its result.json and its name."""
-    if not (job.folder / "result.json").exists():
-        begun = any(job.folder.glob("*-state.pt"))
-        start = ["--resume", str(job.folder)] if begun else [*job.flags, "--out", str(job.folder), "--overwrite"]
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
-            code = subprocess.run([sys.executable, "-m", "rd_train.cli", *start], stdout=log, stderr=log).returncode
-        if code:
-            raise RuntimeError(f"{job.name} ended with {code}; see {job.folder / 'log.txt'}")
-    result = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
-    with LOG_LOCK:
-        print(f"{job.name}: test {result['test_accuracy']:.2%} in {result['seconds']:.0f} s", flush=True)
-    return {"name": job.name, **{key: value for key, value in result.items() if key != "teacher_weights"}}
+@dataclass
+class _Process:
+    """A training under way; the lock on its folder is the process's too, and outlives a killed benchmark."""
+
+    job: Job
+    process: subprocess.Popen
+    lock: object
 
 
-def run_all(jobs: list[Job], workers: int) -> list[dict]:
-    """The runs, ``workers`` at a time; the first that fails cancels those that have not begun."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(train, job) for job in jobs]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _start(job: Job) -> _Process | None:
+    """Begin or resume a run; None where another process trains it."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    lock = (job.folder / "lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    options = ["--resume", job.folder] if job.begun() else [*job.flags(), "--out", job.folder, "--overwrite"]
+    with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
+        command = [*RD_TRAIN, *map(str, options)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+    return _Process(job, process, lock)
+
+
+def run_all(
+    jobs: list[Job],
+    workers: int,
+    minutes: float | None = None,
+    finished: Callable[[dict[Path, str]], None] = lambda missing: None,
+) -> dict[Path, str]:
+    """Train what is not complete, in this order (a run waits for its teacher), ``workers`` at a time.
+
+    A run that fails stops neither the others nor the benchmark. ``finished`` is called after each run that ended.
+    Returns, by folder, why a run without a result has none.
+    """
+    for job in jobs:
+        job.check_folder()
+    waiting = [job for job in jobs if job.result() is None]
+    missing, running = {job.folder: "not begun" for job in waiting}, []
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    with _told_to_stop() as told:
+        stopping = False
+        while running or (waiting and not stopping):
+            if not stopping and (told or time.monotonic() >= deadline):
+                stopping = True
+                for each in running:
+                    each.process.terminate()
+            if not stopping and len(running) < workers and (job := _ready(waiting)):
+                waiting.remove(job)
+                started = _start(job)
+                missing[job.folder] = "under way" if started else "another process trains it"
+                running += [started] if started else []
+                continue
+            if not running:  # those that wait need a teacher that there will not be
+                break
+            time.sleep(0.2)
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                _end(each, missing, stopping)
+                finished(missing)
+    for job in waiting:
+        if job.begun():
+            missing[job.folder] = INTERRUPTED
+        elif not stopping:
+            missing[job.folder] = f"its teacher {job.teacher.name} has no result"
+    return missing
+
+
+def _ready(waiting: list[Job]) -> Job | None:
+    """The first run whose teacher is there."""
+    return next((job for job in waiting if not job.teacher or (job.teacher / "result.json").exists()), None)
+
+
+def _end(ended: _Process, missing: dict[Path, str], stopping: bool) -> None:
+    """Say what became of a run that ended."""
+    ended.lock.close()
+    job, code = ended.job, ended.process.returncode
+    if result := job.result():
+        del missing[job.folder]
+        print(
+            f"{job.name}, seed {job.seed}: test {result['test_accuracy']:.2%} in {result['seconds']:.0f} s", flush=True
+        )
+        return
+    lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    if stopping or code in (130, -signal.SIGTERM, -signal.SIGINT):
+        missing[job.folder] = INTERRUPTED
+    else:
+        missing[job.folder] = f"ended with {code}: {lines[-1][:200] if lines else 'it said nothing'}"
+        print(f"{job.name}, seed {job.seed}: {missing[job.folder]} (see {job.folder / 'log.txt'})", flush=True)
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM add to."""
+    told: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, frame: told.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield told
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
 
 
 def parser_of(description: str, out: str, results: str) -> argparse.ArgumentParser:
@@ -74,8 +211,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: se
         parser.error(f"--only: no runs {', '.join(sorted(unknown))}; there are {', '.join(sorted(runs))}")
 
 
-def document(what: str, command: str, options: argparse.Namespace, results: list[dict]) -> dict:
-    """A JSON of results with where they come from."""
+def document(what: str, command: str, options: argparse.Namespace) -> dict:
+    """A JSON's first part: what it holds and where it comes from."""
     return {
         "what": what,
         "command": command + (f" --only {','.join(options.only)}" if options.only else ""),
@@ -83,5 +220,4 @@ def document(what: str, command: str, options: argparse.Namespace, results: list
         "commit": git_commit(),
         "note": options.note,
         "machine": {"cpu": cpu()["model"], "workers": options.workers, "python": platform.python_version()},
-        "results": results,
     }

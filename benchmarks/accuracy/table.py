@@ -1,122 +1,128 @@
-"""The main table of accuracy: ResNets and plain networks of depth 20 and 56 by every method, several seeds.
+"""Accuracy over several seeds: ResNets and plain networks, by every method, in named experiments.
 
-    python benchmarks/accuracy/table.py [--epochs 10] [--seeds 0,1,2] [--workers 2] [--only plain20-rd,resnet20]
+    python benchmarks/accuracy/table.py [main] [depth] ... [--seeds 0,1,2] [--workers 2] [--minutes 60]
+    python benchmarks/accuracy/table.py main --list           what would run, and what is there already
+    python benchmarks/accuracy/table.py main depth --minutes 0    no training: results from what is there
 
-Fashion-MNIST padded to 32x32; a fixed subset of 20,000 training images (the same for all seeds), the whole validation
-and test splits. All rows share epochs, batch, learning rate, clipping and augmentation; a seed's students have the
-ResNet of that seed as their teacher, whose own training is not part of their cost. Writes one JSON after each seed: all
-results, and per row mean ± standard deviation over seeds (of the sample, n - 1), cost and seconds; ``plain_steps`` is
-the cost of the whole training in cross-entropy steps of the plain network.
+main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
+full         the rows that decide, on all 55,000 training images
+ablation     our method with one lever out at a time, depth 56
+depth        20, 32, 44, 56, 110: ResNet, plain by cross-entropy, ours
+bottleneck   plain-50 at a quarter of its width, every row
+glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/accuracy/glyphs.py makes)
+
+Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
+of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments
+share are trained once. The rows that decide come first, for all seeds. After each run every experiment's JSON is
+written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else
+ran), our method's paired differences, and what is still missing.
 """
 
 import argparse
-import statistics
+import sys
 from pathlib import Path
 
+from experiments import NAMES, SEEDS, Experiment, check_names, experiments
 from runner import Job, check, document, parser_of, run_all
+from summary import comparisons, summary
 
-from rd_deploy.common import write_json
-
-DEPTHS = (20, 56)
-TRAIN_IMAGES = 20_000
-KD = ("--method=kd", "--kd-weight=0.5", "--kd-temperature=4")
-# What rows add to the shared flags. "published": initialisation, feature term and BN as in the authors' code.
-ROWS = {
-    "resnet{}": ("--method=ce", "--arch=resnet{}"),
-    "resnet{}-kd": ("--arch=resnet{}", *KD),
-    "plain{}-ce-kaiming": ("--method=ce", "--init=kaiming"),
-    "plain{}-kd": (*KD, "--init=kaiming"),
-    "plain{}-jointrd-published": (
-        *("--method=jointrd", "--init=kaiming", "--feature-weight=0.001", "--feature-reduction=sum"),
-        "--teacher-bn=eval",
-    ),
-    "plain{}-jointrd-options": (
-        *("--method=jointrd", "--init=dirac", "--feature-weight=1", "--feature-reduction=mean", "--teacher-bn=batch"),
-        "--recalibrate=2000",
-    ),
-    "plain{}-rd": ("--method=rd",),
-}
+from rd_deploy.common import UserError, run_command, write_json
 
 
-def names() -> list[str]:
-    """All rows, teachers first."""
-    return [row.format(depth) for row in ROWS for depth in DEPTHS]
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, "runs/table", "runs/accuracy-NAME.json")
+    parser.add_argument("names", nargs="*", default=["main"], metavar="EXPERIMENT", help=", ".join(NAMES))
+    parser.add_argument("--epochs", type=int, help="another number of epochs than the experiments' own")
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
+    parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    parser.add_argument("--glyphs", type=Path, help="the file of glyphs, for the experiment of that name")
+    parser.add_argument("--list", action="store_true", help="say what would run and what is there, and stop")
+    return parser
 
 
-def job(row: str, depth: int, seed: int, options: argparse.Namespace) -> Job:
-    """One row with one seed; other settings have another folder."""
+def results_path(template: Path, name: str) -> Path:
+    """Where an experiment's results go: NAME in the file's name stands for the experiment's."""
+    return template.with_name(template.name.replace("NAME", name))
 
-    def folder(name: str) -> Path:
-        return options.out / f"{name}-n{TRAIN_IMAGES}-e{options.epochs}-s{seed}"
 
-    name = row.format(depth)
-    shared = {
-        "train-limit": TRAIN_IMAGES,
-        "size": 32,
-        "epochs": options.epochs,
-        "batch-size": 128,
-        "lr": 0.1,
-        "clip-norm": 1.0,
-        "threads": 1,
-        "seed": seed,
+def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Path, str], options) -> dict:
+    """An experiment's JSON, complete or not."""
+    results = [result for job in jobs if (result := job.result()) is not None]
+    lost = [
+        {"name": job.name, "seed": job.seed, "why": missing.get(job.folder, "not begun")}
+        for job in jobs
+        if job.result() is None
+    ]
+    rows = summary(experiment, results)
+    seeds = ",".join(map(str, options.seeds))
+    epochs = f" --epochs {options.epochs}" if options.epochs else ""
+    command = f"python benchmarks/accuracy/table.py {name}{epochs} --seeds {seeds}"
+    return {
+        "experiment": name,
+        **document(experiment.what, command, options),
+        "complete": not lost,
+        "missing": lost,
+        "rows": rows,
+        "comparisons": comparisons(rows),
+        "results": results,
     }
-    flags = [*(f"--{key}={value}" for key, value in shared.items()), *(flag.format(depth) for flag in ROWS[row])]
-    if "--method=ce" not in flags:
-        flags.append(f"--teacher-weights={folder(f'resnet{depth}') / 'model.pt'}")
-    return Job(name, folder(name), (f"fashion-plain{depth}", *flags))
 
 
-def summary(results: list[dict]) -> list[dict]:
-    """Per row, over its seeds: test accuracy (mean, standard deviation of the sample), cost, seconds."""
-    rows = []
-    for name in dict.fromkeys(result["name"] for result in results):
-        runs = [result for result in results if result["name"] == name]
-        accuracies = [run["test_accuracy"] for run in runs]
-        steps = runs[0]["epochs"] * (runs[0]["train_images"] // 128)
-        rows.append(
-            {
-                "name": name,
-                "seeds": [run["seed"] for run in runs],
-                "test_accuracies": accuracies,
-                "mean": statistics.mean(accuracies),
-                "std": statistics.stdev(accuracies) if len(runs) > 1 else None,
-                "step_cost": runs[0]["step_cost"],
-                "plain_steps": runs[0]["step_cost"] * steps,
-                "seconds": statistics.mean(run["seconds"] for run in runs),
-            }
-        )
-    return rows
-
-
-def say(rows: list[dict]) -> None:
-    """The table, as text."""
-    for row in rows:
+def say(found: dict) -> None:
+    """An experiment, as text."""
+    print(f"{found['experiment']}: {found['what']}")
+    for row in found["rows"]:
         spread = "" if row["std"] is None else f" ± {row['std']:.2%}"
         cost = f"cost {row['step_cost']:.2f}, {row['seconds']:.0f} s"
-        print(f"{row['name']:28} {row['mean']:.2%}{spread} (n={len(row['seeds'])}), {cost}")
+        print(f"  {row['name']:36} {row['mean']:.2%}{spread} (n={len(row['seeds'])}), {cost}")
+    for pair in [pair for pair in found["comparisons"] if pair["interval"]]:
+        low, high = (100 * bound for bound in pair["interval"])
+        verdict = ", ".join(f"{name} {'holds' if holds else 'FAILS'}" for name, holds in pair["holds"].items())
+        print(
+            f"  {pair['ours']} - {pair['other']}: {100 * pair['mean']:+.2f} points "
+            f"({low:+.2f} to {high:+.2f}, n={len(pair['seeds'])}) {verdict}"
+        )
+    for each in found["missing"]:
+        print(f"  missing: {each['name']}, seed {each['seed']}: {each['why']}")
 
 
-def main() -> None:
-    """Seed by seed, so that a table of fewer seeds is complete early."""
-    parser = parser_of(__doc__, "runs/table", "runs/accuracy-table.json")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+def state(job: Job) -> str:
+    """What is there of a run."""
+    return "complete" if job.result() else "begun" if job.begun() else "not begun"
+
+
+def command() -> int:
+    """Train what is missing and write each experiment's JSON; exit code 1 while something is missing."""
+    parser = _parser()
     options = parser.parse_args()
-    check(parser, options, set(names()))
-    what = f"Fashion-MNIST padded to 32x32, {TRAIN_IMAGES:,} training images, 5,000 validation, 10,000 test images"
-    seeds = ",".join(map(str, options.seeds))
-    command = f"python benchmarks/accuracy/table.py --epochs {options.epochs} --seeds {seeds}"
-    results: list[dict] = []
-    for seed in options.seeds:
-        jobs = [job(row, depth, seed, options) for row in ROWS for depth in DEPTHS]
-        chosen = [each for each in jobs if not options.only or each.name in options.only]
-        for teachers in (True, False):  # the others need them
-            part = [each for each in chosen if (each.name in {f"resnet{depth}" for depth in DEPTHS}) == teachers]
-            results += run_all(part, options.workers)
-        write_json(options.results, {**document(what, command, options, results), "summary": summary(results)})
-    say(summary(results))
-    print(f"wrote {options.results}")
+    check_names(options.names)
+    if "glyphs" in options.names and options.glyphs is None:
+        raise UserError("the experiment glyphs needs its file: --glyphs FILE (made by benchmarks/accuracy/glyphs.py)")
+    if len(options.names) > 1 and "NAME" not in options.results.name:
+        raise UserError("--results must have NAME in its file's name where there are several experiments")
+    known = experiments(options.glyphs)
+    found = {name: known[name].with_epochs(options.epochs) for name in options.names}
+    jobs = {name: each.jobs(options.seeds, options.out) for name, each in found.items()}
+    check(parser, options, {job.name for each in jobs.values() for job in each})
+    jobs = {name: [job for job in each if job.name in (options.only or [job.name])] for name, each in jobs.items()}
+    once = {job.folder: job for each in jobs.values() for job in each}
+    once = sorted(once.values(), key=lambda job: not job.must)  # stable: those that decide first, of all experiments
+    if options.list:
+        print("\n".join(f"{state(job):10} {job.folder}" for job in once))
+        return 0
+
+    def write(missing: dict[Path, str]) -> dict[str, dict]:
+        reports = {name: report(name, found[name], jobs[name], missing, options) for name in found}
+        for name, each in reports.items():
+            write_json(results_path(options.results, name), each)
+        return reports
+
+    reports = write(run_all(once, options.workers, options.minutes, write))
+    for name, each in reports.items():
+        say(each)
+        print(f"wrote {results_path(options.results, name)}{'' if each['complete'] else ', incomplete'}")
+    return int(not all(each["complete"] for each in reports.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("table", command))

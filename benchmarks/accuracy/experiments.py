@@ -1,0 +1,206 @@
+"""The experiments of accuracy as data: which rows, depths, data and settings; and the runs that follow from them.
+
+A run is one row at one depth with one seed. Its folder tells every setting that differs between experiments, so that
+experiments share the runs they have in common.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from runner import Job
+
+from rd_deploy.common import UserError, check_file
+from rd_train.recipe import Recipe
+
+# What all runs share. A method's own default (of clipping, say) must not be what makes the difference.
+SHARED = {"size": 32, "batch_size": 128, "lr": 0.1, "clip_norm": 1.0, "threads": 1}
+PRESET = "fashion-plain20"
+SEEDS = (0, 1, 2)
+
+# Our method: options of rd-train. The ablation follows from it.
+OURS = {"method": "rd"}
+# What a lever is without effect, where that is not the default of rd-train.
+NEUTRAL = {
+    "init": "kaiming",
+    "teacher_bn": "eval",
+    "splice_weight": 0.0,
+    "kd_weight": 0.0,
+    "reparam": "none",
+    "warm_start": False,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "resize_start": 1.0,
+    "recalibrate": 0,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+}
+# Settings of a lever that are none themselves.
+PARAMETERS = {
+    *("init_noise", "splice_weight_end", "splice_window", "splice_probability", "kd_temperature"),
+    *("warm_start_window", "resize_window", "method"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train: its name, with {} for the network's depth, what it says in a table, and its settings.
+
+    ``must``: its runs come first. ``key``: what comparisons call it.
+    """
+
+    name: str
+    label: str
+    settings: dict
+    must: bool = False
+    key: str = ""
+
+    @property
+    def residual(self) -> bool:
+        return self.name.startswith("resnet")
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.settings["method"] != "ce"
+
+
+KD = {"method": "kd", "kd_weight": 0.5, "kd_temperature": 4.0}
+RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
+RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
+PLAIN = Row(
+    "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
+)
+PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, "init": "kaiming"})
+# Initialisation, feature term and BN as in the authors' code.
+PUBLISHED = Row(
+    "plain{}-jointrd-published",
+    "plain, residual distillation as published",
+    {
+        **{"method": "jointrd", "init": "kaiming", "feature_weight": 0.001, "feature_reduction": "sum"},
+        "teacher_bn": "eval",
+    },
+    must=True,
+    key="published",
+)
+PUBLISHED_OPTIONS = Row(
+    "plain{}-jointrd-options",
+    "the same with Dirac start, batch statistics, mean of features, recalibration",
+    {
+        **{"method": "jointrd", "init": "dirac", "feature_weight": 1.0, "feature_reduction": "mean"},
+        **{"teacher_bn": "batch", "recalibrate": 2000},
+    },
+)
+OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
+
+
+def ablations(ours: dict = OURS) -> list[Row]:
+    """Our row with one lever out at a time: each that ``ours`` names or that its method turns on by default.
+
+    A lever takes its neutral value or, if it has none in `NEUTRAL`, the default of rd-train. What then has no effect
+    any more goes too.
+    """
+    recipe = Recipe(**SHARED, **ours)
+    rows = []
+    for name in dict.fromkeys([*ours, *NEUTRAL]):
+        settings = {key: value for key, value in ours.items() if key != name}
+        if name in NEUTRAL:
+            settings[name] = NEUTRAL[name]
+        while idle := [key for key in Recipe(**SHARED, **settings).unused() if key in settings and key != name]:
+            settings = {key: value for key, value in settings.items() if key not in idle}
+        without = Recipe(**SHARED, **settings)
+        if name in PARAMETERS or without == recipe or name in without.unused():
+            continue
+        label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
+        rows.append(Row(f"plain{{}}-rd-without-{name.replace('_', '-')}", label, settings))
+    return rows
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Rows at some depths on one data set, over seeds.
+
+    ``network`` and ``data``: settings of all rows; ``tag`` names them in every run, after the depth.
+    """
+
+    what: str
+    rows: tuple[Row, ...]
+    depths: tuple[int, ...]
+    epochs: int = 10
+    train_images: int = 20_000
+    network: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    tag: str = ""
+
+    def with_epochs(self, epochs: int | None) -> "Experiment":
+        """The same with another number of epochs, or as it is."""
+        return replace(self, epochs=epochs) if epochs else self
+
+    def name(self, row: Row, depth: int) -> str:
+        """A run's name, without its seed."""
+        return row.name.format(f"{depth}{self.tag}")
+
+    def job(self, row: Row, depth: int, seed: int, out: Path) -> Job:
+        """One run; its teacher, where it has one, is the ResNet of this depth and seed."""
+
+        def folder(each: Row) -> Path:
+            return out / f"{self.name(each, depth)}-n{self.train_images}-e{self.epochs}-s{seed}"
+
+        kind = "resnet" if row.residual else "plain"
+        shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs, "seed": seed}
+        settings = shared | {"arch": f"{kind}{depth}"} | self.network | self.data | row.settings
+        teacher = folder(RESNET) if row.has_teacher else None
+        return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.must)
+
+    def jobs(self, seeds: tuple[int, ...], out: Path) -> list[Job]:
+        """All runs, those that the comparisons need first, and of these a seed after the other."""
+        return [
+            self.job(row, depth, seed, out)
+            for must in (True, False)
+            for seed in seeds
+            for row in self.rows
+            if row.must == must
+            for depth in self.depths
+        ]
+
+
+FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
+SUBSET = FASHION.format("a fixed subset of 20,000 training images")
+MUST = (RESNET, OUR_ROW, PLAIN, PUBLISHED)
+EVERY = (*MUST, RESNET_KD, PLAIN_KD, PUBLISHED_OPTIONS)
+
+
+def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
+    """All experiments; the one on glyphs only where their file is given (`glyphs.py` makes it)."""
+    found = {
+        "main": Experiment(SUBSET, EVERY, (20, 56)),
+        "full": Experiment(FASHION.format("all 55,000 training images"), MUST, (20, 56), train_images=55_000),
+        "ablation": Experiment(f"{SUBSET}; ours with one lever out", (RESNET, OUR_ROW, *ablations()), (56,)),
+        "depth": Experiment(f"{SUBSET}; by depth", (RESNET, OUR_ROW, PLAIN), (20, 32, 44, 56, 110)),
+        "bottleneck": Experiment(
+            f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",
+            EVERY,
+            (50,),
+            network={"stem": "small", "width": 0.25},
+            tag="-small-w0.25",
+        ),
+    }
+    if glyphs is not None:
+        found["glyphs"] = _on_glyphs(glyphs)
+    return found
+
+
+NAMES = (*experiments(), "glyphs")
+
+
+def _on_glyphs(path: Path) -> Experiment:
+    """The second data set; which one, the first digits of its file's digest say in the name of every run."""
+    digest = hashlib.sha256(check_file(path, "glyphs").read_bytes()).hexdigest()
+    what = f"coloured glyphs of fonts that training has not seen, 32x32 ({path.name}, sha256 {digest[:8]})"
+    data = {"data": "npz", "data_dir": str(path)}
+    return Experiment(what, MUST, (20, 56), data=data, tag=f"-glyphs-{digest[:8]}")
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse an unknown experiment."""
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"no experiment '{unknown[0]}'; there are {', '.join(NAMES)}")

@@ -1,0 +1,108 @@
+"""From the results of runs to an experiment's table: means over seeds, cost, and what follows for our method."""
+
+import math
+import statistics
+
+from experiments import RESNET, SHARED, Experiment, Row
+
+WITHIN = 0.003  # of the ResNet's accuracy: what our method must reach; its goal is to equal it
+CONFIDENCE = 0.95
+
+
+def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
+    """A line for each row and depth that has results: accuracy over seeds, cost, seconds.
+
+    ``std`` is that of the sample (n - 1). ``step_cost``: multiply-accumulates of a step in units of a cross-entropy
+    step of the plain network; ``plain_steps``: of the whole training, in the same units; ``teacher_cost``: what the
+    teacher's own training costs in units of a whole cross-entropy training of the plain network, None without one.
+    """
+    lines = []
+    for row in experiment.rows:
+        for depth in experiment.depths:
+            runs = _runs(experiment, row, depth, results)
+            if not runs:
+                continue
+            accuracies = [run["test_accuracy"] for run in runs]
+            teachers = _runs(experiment, RESNET, depth, results) if row.has_teacher else []
+            lines.append(
+                {
+                    "name": experiment.name(row, depth),
+                    "label": row.label,
+                    "key": row.key,
+                    "depth": depth,
+                    "residual": row.residual,
+                    "seeds": [run["seed"] for run in runs],
+                    "test_accuracies": accuracies,
+                    "mean": statistics.mean(accuracies),
+                    "std": statistics.stdev(accuracies) if len(runs) > 1 else None,
+                    "step_cost": runs[0]["step_cost"],
+                    "plain_steps": _plain_steps(runs[0]),
+                    "teacher_cost": _plain_steps(teachers[0]) / _steps(runs[0]) if teachers else None,
+                    "seconds": statistics.mean(run["seconds"] for run in runs),
+                }
+            )
+    return lines
+
+
+def _runs(experiment: Experiment, row: Row, depth: int, results: list[dict]) -> list[dict]:
+    name = experiment.name(row, depth)
+    return sorted((result for result in results if result["name"] == name), key=lambda result: result["seed"])
+
+
+def _steps(run: dict) -> int:
+    return run["epochs"] * (run["train_images"] // SHARED["batch_size"])
+
+
+def _plain_steps(run: dict) -> float:
+    return run["step_cost"] * _steps(run)
+
+
+def paired(ours: dict, other: dict) -> dict:
+    """Our row against another of the same depth, over the seeds that both have.
+
+    ``interval``: Student's t for the mean of the differences, None with fewer than two seeds. It takes the differences
+    to be normal, which so few seeds cannot show. ``spread``: the larger standard deviation over seeds of the two rows.
+    """
+    accuracies = [dict(zip(row["seeds"], row["test_accuracies"], strict=True)) for row in (ours, other)]
+    seeds = sorted(set(accuracies[0]) & set(accuracies[1]))
+    differences = [accuracies[0][seed] - accuracies[1][seed] for seed in seeds]
+    found = {"depth": ours["depth"], "ours": ours["name"], "other": other["name"], "against": other["key"]}
+    found |= {"seeds": seeds, "differences": differences, "mean": statistics.mean(differences) if seeds else None}
+    several = len(seeds) > 1
+    spreads = [row["std"] for row in (ours, other)]
+    return found | {
+        "interval": t_interval(differences) if several else None,
+        "spread": max(spreads) if None not in spreads else None,
+    }
+
+
+def t_interval(values: list[float], confidence: float = CONFIDENCE) -> list[float]:
+    """[low, high]: the confidence interval of the mean of at least two values, by Student's t."""
+    from scipy.stats import t  # slow to import
+
+    half = t.ppf((1 + confidence) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return [statistics.mean(values) - half, statistics.mean(values) + half]
+
+
+def comparisons(rows: list[dict]) -> list[dict]:
+    """Ours against the ResNet, plain training and the published method, at each depth, each with what it decides.
+
+    ``holds``: against the ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
+    published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty.
+    """
+    found = []
+    for ours in [row for row in rows if row["key"] == "ours"]:
+        for other in [row for row in rows if row["key"] in ("resnet", "plain", "published")]:
+            if other["depth"] != ours["depth"]:
+                continue
+            pair = paired(ours, other)
+            found.append({**pair, "holds": _holds(pair)})
+    return found
+
+
+def _holds(pair: dict) -> dict[str, bool]:
+    if pair["interval"] is None:
+        return {}
+    if pair["against"] == "resnet":
+        return {"goal": pair["mean"] >= 0, "must": pair["mean"] >= -WITHIN}
+    return {"must": pair["mean"] > pair["spread"]} if pair["against"] == "published" else {}

@@ -1,0 +1,330 @@
+"""The benchmark of accuracy: its rows are recipes that mean something, its runner loses nothing, its sums are right."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "accuracy"
+sys.path.append(str(FOLDER))  # as the scripts have it
+
+import experiments
+import fashion
+import runner
+import summary
+import table
+from experiments import OUR_ROW, PLAIN, RESNET, Experiment, ablations
+
+from rd_deploy.common import UserError
+from rd_train.cli import _parse, _recipe
+from rd_train.recipe import dump_yaml, preset_values
+
+OUT = Path("runs/table")
+EXPERIMENTS = experiments.experiments()
+TINY = Experiment("digits", (RESNET, OUR_ROW), (20,), epochs=2, train_images=256, tag="-tiny")
+TINY = replace(TINY, network={"width": 0.25}, data={"data": "digits", "size": 8, "warmup_epochs": 0.2})
+
+# Stands for rd-train: writes what a run writes, saves its state and ends with 130 on SIGTERM.
+FAKE = """
+import json, pathlib, signal, sys, time
+options = sys.argv[1:]
+if options[0] == "--resume":
+    folder = pathlib.Path(options[1])
+    flags = json.loads((folder / "flags.json").read_text())
+else:
+    folder = pathlib.Path(options[options.index("--out") + 1])
+    flags = dict(option[2:].split("=", 1) for option in options if "=" in option)
+    (folder / "flags.json").write_text(json.dumps(flags))
+with (folder / "starts").open("a") as file:
+    file.write(f"{options[0]} {time.monotonic()}\\n")
+def stop(*_):
+    (folder / "student-state.pt").write_text("state")
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+if flags["arch"] == "plain32":
+    print("student: loss became NaN; try a lower --lr")
+    sys.exit(1)
+if "teacher-weights" in flags and not pathlib.Path(flags["teacher-weights"]).exists():
+    sys.exit("no teacher")
+if flags["arch"] == "plain110" and options[0] != "--resume":
+    time.sleep(60)
+(folder / "model.pt").write_text("model")
+found = {"test_accuracy": 0.9, "seconds": 1.0, "seed": int(flags["seed"]), "teacher_weights": "x"}
+(folder / "result.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    script = tmp_path / "rd_train.py"
+    script.write_text(FAKE, encoding="utf-8")
+    monkeypatch.setattr(runner, "RD_TRAIN", (sys.executable, "-S", str(script)))
+    return tmp_path / "runs"
+
+
+def starts(folder: Path) -> list[str]:
+    return [line.split()[0] for line in (folder / "starts").read_text(encoding="utf-8").splitlines()]
+
+
+# --- experiments
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_is_a_recipe_of_its_own_with_a_folder_of_its_own(name):
+    jobs = EXPERIMENTS[name].jobs((0, 1), OUT)
+    recipes = []
+    for job in jobs:
+        preset, *flags = job.flags()
+        recipes.append(_recipe(_parse(list(flags), preset_values(preset))))
+        assert replace(job.recipe(), summary="") == recipes[-1]  # the command line says the same as the settings
+        assert not recipes[-1].unused(), job.name
+        assert (recipes[-1].method == "ce") == (recipes[-1].teacher_weights is None)
+        assert recipes[-1].arch.startswith("resnet") == job.name.startswith("resnet")
+    assert len({job.folder for job in jobs}) == len(set(map(repr, recipes))) == len(jobs)
+    for field in ("size", "epochs", "batch_size", "lr", "clip_norm", "train_limit", "width", "stem"):
+        assert len({getattr(recipe, field) for recipe in recipes}) == 1, field
+
+
+def test_experiments_share_folders_only_where_they_share_everything():
+    found = {}
+    for experiment in EXPERIMENTS.values():
+        for job in experiment.jobs((0,), OUT):
+            assert found.setdefault(job.folder, job.recipe()) == job.recipe()
+    counts = Counter(job.folder for name in ("main", "depth") for job in EXPERIMENTS[name].jobs((0,), OUT))
+    assert sum(count == 2 for count in counts.values()) == 6  # ResNet, plain, ours at 20 and 56
+
+
+def test_names_of_folders_that_results_exist_under():
+    folders = {job.folder.name for job in EXPERIMENTS["main"].jobs((0,), OUT)}
+    rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
+    rows += ["plain{}-jointrd-options", "plain{}-rd"]
+    assert folders == {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
+
+
+def test_rows_that_decide_come_first_and_after_their_teacher():
+    jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
+    assert [job.must for job in jobs] == [True] * 24 + [False] * 18
+    for number, job in enumerate(jobs):
+        assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
+
+
+def test_an_ablation_takes_one_lever_out_each():
+    ours = {"method": "rd", "init": "identity", "init_noise": 0.1, "kd_weight": 0.5, "kd_temperature": 2.0}
+    ours |= {"weight_decay": 1e-4}
+    found = {row.name.removeprefix("plain{}-rd-without-"): row.settings for row in ablations(ours)}
+    assert set(found) == {"init", "teacher-bn", "splice-weight", "kd-weight", "weight-decay"}
+    assert found["init"] == {key: ours[key] for key in ours if key != "init_noise"} | {"init": "kaiming"}
+    assert found["kd-weight"] == {key: ours[key] for key in ours if key != "kd_temperature"} | {"kd_weight": 0.0}
+    assert found["weight-decay"] == {key: ours[key] for key in ours if key != "weight_decay"}
+    assert found["teacher-bn"] == ours | {"teacher_bn": "eval"}
+
+
+def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
+    covered = {row.name.removeprefix("plain{}-rd-without-").replace("-", "_") for row in ablations()}
+    assert set(experiments.OURS) <= covered | experiments.PARAMETERS
+
+
+def test_glyphs_are_named_by_their_file(tmp_path):
+    names = []
+    for content in (b"one", b"two"):
+        (tmp_path / "glyphs.npz").write_bytes(content)
+        found = experiments.experiments(tmp_path / "glyphs.npz")["glyphs"]
+        names.append({job.folder for job in found.jobs((0,), OUT)})
+    assert not names[0] & names[1]
+
+
+def test_the_older_benchmark_of_one_seed():
+    options = Namespace(out=OUT, epochs20=3, epochs56=1, seed=0)
+    for job in fashion.students(options):
+        recipe = _recipe(_parse(job.flags()[1:], preset_values(job.preset)))
+        assert not recipe.unused()
+        assert (recipe.batch_size, recipe.lr, recipe.clip_norm, recipe.threads) == (64, 0.05, 1.0, 1)
+        teacher = f"runs/table/resnet{recipe.arch[5:]}-e{recipe.epochs}-s0/model.pt"
+        assert recipe.teacher_weights == (None if recipe.method == "ce" else teacher)
+
+
+# --- the runner
+
+
+def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
+    jobs = replace(EXPERIMENTS["depth"], depths=(20,)).jobs((0, 1), fake)
+    jobs = [jobs[1], *jobs[:1], *jobs[2:]]  # a student first
+    seen = []
+    assert runner.run_all(jobs, 3, finished=lambda missing: seen.append(dict(missing))) == {}
+    assert runner.run_all(jobs, 3) == {}
+    assert all(starts(job.folder) == ["fashion-plain20"] for job in jobs)
+    assert len(seen) == 6
+    assert seen[-1] == {}
+    assert jobs[0].result() == {"name": "plain20-rd", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
+
+
+def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
+    jobs = replace(EXPERIMENTS["depth"], depths=(32, 44)).jobs((0,), fake)
+    missing = runner.run_all(jobs, 2)
+    plain = [job.folder for job in jobs if "plain32" in job.name]
+    assert missing == dict.fromkeys(plain, "ended with 1: student: loss became NaN; try a lower --lr")
+    assert "plain32-rd, seed 0: ended with 1" in capsys.readouterr().out
+    assert all(job.result() for job in jobs if job.folder not in missing)
+
+
+def test_a_student_without_its_teacher_is_said(fake):
+    job = TINY.job(OUR_ROW, 20, 0, fake)
+    assert runner.run_all([job], 1) == {job.folder: "its teacher resnet20-tiny-n256-e2-s0 has no result"}
+
+
+@pytest.mark.parametrize("how", ["minutes", "signal"])
+def test_stopping_leaves_runs_that_go_on(fake, how):
+    jobs = [EXPERIMENTS["depth"].job(row, 110, 0, fake) for row in (RESNET, PLAIN, OUR_ROW)]
+    if how == "signal":
+
+        def interrupt():
+            while not (jobs[1].folder / "starts").exists():
+                time.sleep(0.05)
+            time.sleep(0.3)  # until it listens
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=interrupt).start()
+    missing = runner.run_all(jobs, 1, minutes=0.03 if how == "minutes" else None)
+    assert missing == {jobs[1].folder: runner.INTERRUPTED, jobs[2].folder: "not begun"}
+    jobs.pop()  # which would sleep
+    assert runner.run_all(jobs, 1) == {}
+    assert starts(jobs[1].folder) == ["fashion-plain20", "--resume"]
+
+
+def test_no_time_means_no_training(fake):
+    jobs = TINY.jobs((0,), fake)
+    assert set(runner.run_all(jobs, 1, minutes=0).values()) == {"not begun"}
+    assert not fake.exists()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(fake):
+    job = TINY.job(RESNET, 20, 0, fake)
+    job.folder.mkdir(parents=True)
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(); time.sleep(60)"
+    )
+    command = [sys.executable, "-S", "-c", holder, str(job.folder / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        assert runner.run_all([job], 1) == {job.folder: "another process trains it"}
+        other.kill()
+    assert not (job.folder / "starts").exists()
+    assert runner.run_all([job], 1) == {}
+
+
+def test_a_folder_of_other_settings_is_refused(fake):
+    job = TINY.job(OUR_ROW, 20, 0, fake)
+    job.folder.mkdir(parents=True)
+    same = replace(job.recipe(), device="cpu", precision="bf16", threads=1, data_dir="/elsewhere")
+    (job.folder / "recipe.yaml").write_text(dump_yaml(same), encoding="utf-8")
+    job.check_folder()
+    (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, init="kaiming")), encoding="utf-8")
+    with pytest.raises(UserError, match="a run with init=kaiming, and plain20-tiny-rd now has dirac: move the folder"):
+        runner.run_all([job], 1)
+
+
+# --- the summary
+
+
+def result(name, seed, accuracy, **others):
+    found = {"name": name, "seed": seed, "test_accuracy": accuracy, "epochs": 2, "train_images": 1280}
+    return found | {"step_cost": 1.5, "seconds": 4.0} | others
+
+
+def accuracies(name, *values):
+    return [result(name, seed, value) for seed, value in enumerate(values)]
+
+
+def test_the_summary_is_mean_and_deviation_over_seeds():
+    results = [*accuracies("plain20-rd", 0.80, 0.82, 0.81), result("resnet20", 0, 0.5, epochs=4, step_cost=1.01)]
+    single, row = summary.summary(EXPERIMENTS["depth"], results)
+    assert (row["mean"], row["std"]) == pytest.approx((0.81, 0.01))
+    assert (row["seeds"], row["plain_steps"], single["std"]) == ([0, 1, 2], 30.0, None)
+    assert (row["teacher_cost"], single["teacher_cost"]) == (2.02, None)  # twice the student's epochs
+    assert (row["depth"], row["key"], row["label"]) == (20, "ours", "plain, ours")
+
+
+def test_the_interval_is_students():
+    # The textbook's: for n = 3 and 95%, t = 4.302653.
+    low, high = summary.t_interval([0.01, 0.02, 0.03])
+    assert (low, high) == pytest.approx((0.02 - 4.302653 * 0.01 / math.sqrt(3), 0.02 + 4.302653 * 0.01 / math.sqrt(3)))
+
+
+def compared(ours, resnet, published):
+    results = accuracies("plain56-rd", *ours) + accuracies("resnet56", *resnet)
+    results += accuracies("plain56-jointrd-published", *published)
+    pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], results))
+    return {pair["against"]: pair for pair in pairs}
+
+
+@pytest.mark.parametrize(
+    ("ours", "goal", "must"),
+    [((0.90, 0.91), True, True), ((0.898, 0.908), False, True), ((0.896, 0.906), False, False)],
+)
+def test_what_is_asked_of_ours_against_the_resnet(ours, goal, must):
+    pair = compared(ours, (0.90, 0.91), (0.5, 0.5))["resnet"]
+    assert pair["holds"] == {"goal": goal, "must": must}
+    assert pair["mean"] == pytest.approx(ours[0] - 0.90)
+
+
+def test_ours_must_be_above_the_published_by_more_than_the_spread():
+    for difference, holds in ((0.008, True), (0.006, False)):  # the seeds of both spread by 0.0071
+        pair = compared((0.90, 0.91), (0.9, 0.9), (0.90 - difference, 0.91 - difference))["published"]
+        assert pair["spread"] == pytest.approx(0.01 / math.sqrt(2))
+        assert pair["holds"] == {"must": holds}
+
+
+def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():
+    results = [result("plain56-rd", 1, 0.9), result("plain56-rd", 2, 0.8), result("resnet56", 0, 0.1)]
+    (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, result("resnet56", 2, 0.7)]))
+    assert (pair["seeds"], pair["interval"], pair["holds"]) == ([2], None, {})
+    assert pair["mean"] == pytest.approx(0.1)
+
+
+# --- the command
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["table.py", *map(str, arguments)])
+    return table.command()
+
+
+def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
+    flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
+    assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
+    found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 14, [])
+    assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
+    assert "wrote" in capsys.readouterr().out
+    with pytest.raises(UserError, match="must have NAME"):
+        call(monkeypatch, "main", "depth", "--results", fake / "one.json")
+    with pytest.raises(UserError, match="no experiment 'mian'"):
+        call(monkeypatch, "mian")
+    with pytest.raises(UserError, match="--glyphs FILE"):
+        call(monkeypatch, "glyphs")
+
+
+def test_trained_for_real(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = ["--out", tmp_path / "runs", "--results", tmp_path / "NAME.json", "--seeds", "0", "--workers", 1]
+    assert call(monkeypatch, *flags) == 0
+    found = json.loads((tmp_path / "main.json").read_text(encoding="utf-8"))
+    assert (found["complete"], found["missing"]) == (True, [])
+    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny", "plain20-tiny-rd"]
+    assert found["rows"][1]["step_cost"] > 1.5
+    assert found["rows"][1]["teacher_cost"] == pytest.approx(found["rows"][0]["step_cost"])
+    assert "(n=1)" in capsys.readouterr().out
+    assert call(monkeypatch, *flags, "--list") == 0
+    assert capsys.readouterr().out.count("complete ") == 2
