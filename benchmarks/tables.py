@@ -4,28 +4,12 @@ python benchmarks/tables.py            rewrite the tables between the markers
 python benchmarks/tables.py --check    exit 1 where a page differs (a test runs this)
 """
 
-import json
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def newest(pattern: str) -> dict:
-    """The latest committed result of a kind; names begin with their date."""
-    paths = sorted(RESULTS.glob(f"*/{pattern}"), key=lambda path: path.name)
-    if not paths:
-        raise SystemExit(f"no {pattern} under {RESULTS}; make it with the script that the README names")
-    return json.loads(paths[-1].read_text(encoding="utf-8")) | {"path": paths[-1].relative_to(ROOT).as_posix()}
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are numbers."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+from accuracy_tables import EXPERIMENTS, experiment, short
+from committed import ROOT, find, markdown, newest
 
 
 def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> str:
@@ -87,42 +71,6 @@ def memory() -> str:
         f"held by shortcuts in {compare}",
     ]
     return f"{markdown(header, rows)}\n\nfp32, 224x224. {provenance(bench)}"
-
-
-def accuracy() -> str:
-    """Test accuracy by method and initialisation, for both depths."""
-    document = newest("*-accuracy-fashion.json")
-    results = {row["name"]: row for row in document["results"]}
-
-    def cell(name: str) -> str:
-        return f"{100 * results[name]['test_accuracy']:.2f}%"
-
-    rows = [
-        [
-            "ResNet, cross-entropy (the teacher)",
-            cell("resnet20"),
-            cell("resnet56"),
-            f"{results['resnet20']['step_cost']:.2f}",
-        ]
-    ]
-    for method in ("ce", "kd", "jointrd"):
-        for init in ("kaiming", "dirac"):
-            names = [f"plain{depth}-{method}-{init}" for depth in (20, 56)]
-            rows.append([f"plain, {method}, {init}", *map(cell, names), f"{results[names[0]]['step_cost']:.2f}"])
-    epochs = [results[f"resnet{depth}"]["epochs"] for depth in (20, 56)]
-    header = [
-        "network, method, initialisation",
-        f"depth 20, {epochs[0]} epochs",
-        f"depth 56, {epochs[1]} epoch(s)",
-        "cost of a step",
-    ]
-    source = (
-        f"Test accuracy on the 10,000 test images of the full Fashion-MNIST, ONE seed ({results['resnet20']['seed']}), "
-        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}, commit "
-        f"{document['commit']}: differences below a few points mean nothing yet. {document['note']} "
-        f"From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
-    ).replace("  ", " ")
-    return f"{markdown(header, rows)}\n\n{source}"
 
 
 def native() -> str:
@@ -480,7 +428,7 @@ PAGES = {
         "native": native,
         "memory": memory,
         "predictions": predictions,
-        "accuracy": accuracy,
+        "accuracy": short,
     },
     "docs/engine.md": {
         "native": native,
@@ -491,6 +439,7 @@ PAGES = {
         "profile": profile,
     },
     "docs/gpu.md": {"predictions": predictions, "maps": gpu_maps, "resources": resources},
+    "docs/accuracy.md": {f"accuracy-{name}": experiment(name) for name in EXPERIMENTS},
     "docs/tensorrt.md": {"trt-memory": trt_memory},
     "docs/quantization.md": {"quantised": quantised, "calibrators": calibrators, "qdq": qdq},
 }
@@ -507,14 +456,25 @@ def filled(page: str, text: str) -> str:
     return text
 
 
+def text_of(page: str) -> str | None:
+    """A page as it is; the page of accuracy begins as its template with the first results, and until then is none."""
+    path = ROOT / page
+    if page == "docs/accuracy.md" and not path.exists():
+        found = any(find(f"*-accuracy-{name}.json") for name in EXPERIMENTS)
+        return (ROOT / "benchmarks" / "accuracy" / "page.md").read_text(encoding="utf-8") if found else None
+    return path.read_text(encoding="utf-8")
+
+
 def main() -> int:
     """Rewrite or check."""
     differing = []
     for page in PAGES:
         path = ROOT / page
-        before = path.read_text(encoding="utf-8")
+        before = text_of(page)
+        if before is None:
+            continue
         after = filled(page, before)
-        if after == before:
+        if after == before and path.exists():
             continue
         differing.append(page)
         if "--check" not in sys.argv[1:]:

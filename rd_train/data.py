@@ -14,7 +14,7 @@ from rd_deploy.common import UserError, nearest
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.augment import Augment, shift_and_flip
 from rd_train.image_folder import folder_splits
-from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fashion, read_given_idx
+from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fashion, read_given_idx, read_npz_set
 from rd_train.splits import check_labels, limited, stratified_order
 
 
@@ -89,8 +89,10 @@ def memory_dataset(name: str, data: Pixels, size: int | None, limit: int | None,
         raise UserError("smallest_crop is for image folders; the images of this data set are shifted by crop_padding")
     check_labels(data.labels, len(data.classes), f"{name}'s training set", every=True)
     check_labels(data.test_labels, len(data.classes), f"{name}'s test set")
-    order = stratified_order(data.labels)
+    order = stratified_order(data.labels) if data.given_validation is None else np.arange(len(data.labels))
     held_out, kept = order[len(order) - data.validation :], order[: len(order) - data.validation]
+    validation = data.given_validation or (data.images[held_out], data.labels[held_out])
+    check_labels(validation[1], len(data.classes), f"{name}'s validation set")
     check_labels(data.labels[kept], len(data.classes), f"{name}'s training split", every=True)
     height, width, channels = data.images.shape[1:]
     native = min(height, width)
@@ -107,7 +109,7 @@ def memory_dataset(name: str, data: Pixels, size: int | None, limit: int | None,
     return Dataset(
         name,
         split(data.images[kept], data.labels[kept]),
-        split(data.images[held_out], data.labels[held_out]),
+        split(*validation),
         split(data.test_images, data.test_labels),
         data.classes,
         preprocessing,
@@ -118,6 +120,7 @@ READERS: dict[str, Callable[[Path | None, bool], Pixels]] = {
     "digits": lambda folder, download: read_digits(),
     "fashion-mnist": read_fashion,
     "idx": lambda folder, download: read_given_idx(folder),
+    "npz": lambda path, download: read_npz_set(path),
     "cifar10": lambda folder, download: read_cifar(folder, download, 10),
     "cifar100": lambda folder, download: read_cifar(folder, download, 100),
 }
@@ -125,6 +128,7 @@ AUGMENTS = {
     "digits": Augment(crop_padding=1),
     "fashion-mnist": Augment(crop_padding=2, flip=True),
     "idx": Augment(crop_padding=2),
+    "npz": Augment(crop_padding=2),
     "cifar10": Augment(crop_padding=4, flip=True),
     "cifar100": Augment(crop_padding=4, flip=True),
     "folder": Augment(flip=True, smallest_crop=0.08),  # Szegedy et al. 2015
@@ -143,15 +147,16 @@ def load_dataset(
 ) -> Dataset:
     """Read a data set; anything wrong with it is a `UserError`.
 
-    ``folder``: where its files are (digits need none). ``size``: pixels of the square the network sees, by default the
-    images' own. ``limit``: train on the first so many images only. ``augment``: by default the data set's own.
+    ``folder``: where its files are (digits need none; npz is one file). ``size``: pixels of the square the network
+    sees, by default the images' own. ``limit``: train on the first so many images only. ``augment``: by default the
+    data set's own.
     """
     if name not in DATASETS:
         raise UserError(f"data set '{name}' is unknown{nearest(name, DATASETS)}")
     if download and name not in DOWNLOADS:
         raise UserError(f"--download is for {', '.join(DOWNLOADS)}, not for {name}")
     folder = None if folder is None else Path(folder)
-    if folder is not None and not folder.is_dir() and not download:
+    if folder is not None and not folder.is_dir() and not download and name != "npz":
         raise UserError(f"data folder {folder} does not exist; give an existing one with --data-dir")
     augment = augment or AUGMENTS[name]
     if name == "folder":

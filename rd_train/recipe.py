@@ -23,8 +23,8 @@ class Recipe:
 
     Args:
         summary: What the preset is for; shown by --list.
-        data: Data set: digits, fashion-mnist, idx, cifar10, cifar100 or folder (of images).
-        data_dir: Folder of the data set; not needed for digits, nor for an installed Debian package of Fashion-MNIST.
+        data: Data set: digits, fashion-mnist, idx, npz, cifar10, cifar100 or folder (of images).
+        data_dir: Folder of the data set, or npz's file; not needed for digits and Debian's Fashion-MNIST.
         download: Let torchvision download the data set into data_dir when it is not there.
         size: Image size in pixels; the data set's own when not given.
         train_limit: Train on this many images of the training split only.

@@ -8,6 +8,7 @@ import numpy as np
 
 from rd_deploy.common import UserError, require
 from rd_train.formats import find_idx, read_cifar_batch, read_cifar_names, read_idx_pair
+from rd_train.npz import read_npz
 from rd_train.splits import stratified_order
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
@@ -26,6 +27,7 @@ class Pixels:
     test_labels: np.ndarray
     validation: int  # how many of ``images`` are to be held out
     classes: list[str]
+    given_validation: tuple[np.ndarray, np.ndarray] | None = None  # the set's own, images and labels; holds out none
 
 
 def read_digits() -> Pixels:
@@ -51,6 +53,14 @@ def read_idx_folder(folder: Path, classes: list[str] | None = None) -> Pixels:
 def read_given_idx(folder: Path | None) -> Pixels:
     """The IDX files of a data set of the user's own."""
     return read_idx_folder(_given(folder, "idx"))
+
+
+def read_npz_set(path: Path | None) -> Pixels:
+    """A NumPy archive in MedMNIST's layout, with its own validation images."""
+    if path is None:
+        raise UserError("data set 'npz' needs a file: give it with --data-dir FILE.npz")
+    found = read_npz(path)
+    return Pixels(*found["train"], *found["test"], 0, found["classes"], found["val"])
 
 
 def read_fashion(folder: Path | None, download: bool) -> Pixels:

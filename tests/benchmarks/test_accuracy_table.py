@@ -17,8 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "accuracy"
-sys.path.append(str(FOLDER))  # as the scripts have it
+sys.path += [str(FOLDER), str(ROOT / "benchmarks")]  # as the scripts have it
 
+import accuracy_tables
 import experiments
 import fashion
 import runner
@@ -326,5 +327,10 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     assert found["rows"][1]["step_cost"] > 1.5
     assert found["rows"][1]["teacher_cost"] == pytest.approx(found["rows"][0]["step_cost"])
     assert "(n=1)" in capsys.readouterr().out
+    monkeypatch.setattr(accuracy_tables, "find", lambda pattern: found | {"path": "results.json"})
+    text = accuracy_tables.experiment("main")()
+    accuracy = 100 * found["rows"][1]["mean"]
+    assert f"| plain, ours | {accuracy:.2f} (1) | {found['rows'][1]['step_cost']:.2f} | " in text
+    assert text.endswith("From `results.json`, made by `python benchmarks/accuracy/table.py main --seeds 0`.")
     assert call(monkeypatch, *flags, "--list") == 0
     assert capsys.readouterr().out.count("complete ") == 2

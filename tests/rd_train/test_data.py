@@ -290,4 +290,4 @@ def test_downloaded_fashion_is_found_in_torchvisions_layout(tmp_path, monkeypatc
 
 
 def test_every_name_is_listed():
-    assert set(DATASETS) == {"digits", "fashion-mnist", "idx", "cifar10", "cifar100", "folder"}
+    assert set(DATASETS) == {"digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100", "folder"}

@@ -1,0 +1,110 @@
+"""Draws docs/images/accuracy.png from the committed results of accuracy/table.py.
+
+    python benchmarks/accuracy/plot.py [--main FILE.json] [--depth FILE.json] [--out docs/images/accuracy.png]
+
+Left: test accuracy against depth (experiment depth, or main's depths while that was not run), with a standard deviation
+over seeds each way. Right: at the depth with the most rows of experiment main, accuracy against the cost of training,
+in cross-entropy trainings of the plain network; hollow with the training of the teacher.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rd_deploy.common import UserError, atomic_path, check_file, run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"resnet": "#555555", "plain": "#D55E00", "ours": "#0072B2", "published": "#CC79A7"}
+NAMES = {"resnet": "ResNet", "plain": "plain, cross-entropy", "ours": "plain, ours"}
+OTHER_COLOURS = ("#009E73", "#E69F00", "#56B4E9", "#000000")
+
+
+def read(path: Path | None, name: str) -> dict | None:
+    """A given file, or the newest committed one, if any."""
+    if path is None:
+        committed = (ROOT / "benchmarks" / "results").glob(f"*/*-accuracy-{name}.json")
+        found = sorted(committed, key=lambda each: each.name)
+        if not found:
+            return None
+        path = found[-1]
+    document = json.loads(check_file(path, "results").read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise UserError(f"{path} holds no results of benchmarks/accuracy/table.py")
+    return document
+
+
+def draw(main: dict, depth: dict | None, path: Path) -> None:
+    """Write the picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    by_depth, by_cost = figure.subplots(1, 2)
+    for key, rows in series(depth or main).items():
+        spreads = [100 * (row["std"] or 0) for row in rows]
+        by_depth.errorbar(
+            [row["depth"] for row in rows],
+            [100 * row["mean"] for row in rows],
+            yerr=spreads,
+            color=COLOURS[key],
+            label=NAMES[key],
+            marker="o",
+            capsize=3,
+        )
+    depths = sorted({row["depth"] for row in (depth or main)["rows"]})
+    by_depth.set(xlabel="depth", ylabel="test accuracy, %", xticks=depths)
+    by_depth.set_title((depth or main)["what"], fontsize=7)
+    _draw_costs(by_cost, main)
+    for axes in (by_depth, by_cost):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+
+
+def series(document: dict) -> dict[str, list[dict]]:
+    """The rows of each curve over depth."""
+    found = {key: [row for row in document["rows"] if row["key"] == key] for key in NAMES}
+    return {key: sorted(rows, key=lambda row: row["depth"]) for key, rows in found.items() if rows}
+
+
+def costs(document: dict) -> list[dict]:
+    """The rows at the depth that has the most of them (of several, the deepest)."""
+    counts = Counter(row["depth"] for row in document["rows"])
+    deepest = max(counts, key=lambda depth: (counts[depth], depth))
+    return [row for row in document["rows"] if row["depth"] == deepest]
+
+
+def _draw_costs(axes: object, document: dict) -> None:
+    rows, others = costs(document), iter(OTHER_COLOURS * 3)
+    for row in rows:
+        colour = COLOURS.get(row["key"]) or next(others)
+        mean, spread = 100 * row["mean"], 100 * (row["std"] or 0)
+        style = {"color": colour, "marker": "o"}
+        axes.errorbar(row["step_cost"], mean, yerr=spread, capsize=3, ls="", label=row["label"], **style)
+        if row["teacher_cost"] is not None:
+            whole = row["step_cost"] + row["teacher_cost"]
+            axes.plot([row["step_cost"], whole], [mean, mean], color=colour, lw=0.8, ls=":")
+            axes.plot(whole, mean, mfc="white", **style)
+    axes.set(xlabel="cost of training, 1 = cross-entropy of the plain network (hollow: with its teacher's)")
+    axes.set_title(f"depth {rows[0]['depth']}", fontsize=9)
+
+
+def command() -> None:
+    """Read, draw, say where."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--main", type=Path)
+    parser.add_argument("--depth", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "accuracy.png")
+    options = parser.parse_args()
+    main = read(options.main, "main")
+    if main is None or not main["rows"]:
+        raise UserError("no results of experiment main: run python benchmarks/accuracy/table.py main")
+    draw(main, read(options.depth, "depth"), options.out)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("plot", command))

@@ -1,0 +1,143 @@
+"""The tables of accuracy: docs/accuracy.md from the experiments of accuracy/table.py, and the README's short one."""
+
+from collections.abc import Callable
+
+from committed import find, markdown, newest
+
+EXPERIMENTS = ("main", "full", "depth", "ablation", "bottleneck", "glyphs")
+SHORT = ("resnet", "plain", "published", "ours")  # rows of the README's table
+OTHERS = {"resnet": "the ResNet", "plain": "plain cross-entropy", "published": "the method as published"}
+
+
+def short() -> str:
+    """The README's table: the rows that decide of the main experiment, or while there is none the runs of one seed."""
+    document = find("*-accuracy-main.json")
+    if document is None:
+        return one_seed()
+    rows = [row for row in document["rows"] if row["key"] in SHORT]
+    verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "published")))
+    return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document)) if part)
+
+
+def experiment(name: str) -> Callable[[], str]:
+    """What makes the table of an experiment, with what is missing and what follows."""
+
+    def table() -> str:
+        document = find(f"*-accuracy-{name}.json")
+        if document is None:
+            return f"Not run yet: `python benchmarks/accuracy/table.py {name}`."
+        verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
+        parts = (_unfinished(document), _by_depth(document["rows"], seconds=True), verdicts, _source(document))
+        return "\n\n".join(part for part in parts if part)
+
+    return table
+
+
+def _by_depth(rows: list[dict], seconds: bool = False) -> str:
+    """A line per kind of row, a column per depth; costs are those of the deepest network that has the row."""
+    depths = sorted({row["depth"] for row in rows})
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        found = {row["depth"]: row for row in rows if row["label"] == label}
+        deepest = found[max(found)]
+        teacher = deepest["teacher_cost"]
+        line = [label, *(_cell(found.get(depth)) for depth in depths), f"{deepest['step_cost']:.2f}"]
+        line.append("-" if teacher is None else f"{teacher:.2f}")
+        lines.append([*line, f"{deepest['seconds']:,.0f}"] if seconds else line)
+    header = ["test accuracy, %", *(f"depth {depth}" for depth in depths), "cost", "its teacher's"]
+    return markdown([*header, "seconds"] if seconds else header, lines)
+
+
+def _cell(row: dict | None) -> str:
+    """Mean ± standard deviation over so many seeds."""
+    if row is None:
+        return "-"
+    spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
+    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])})"
+
+
+def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
+    """What the pairs of seeds say, computed; nothing where there are fewer than two."""
+    lines = []
+    for pair in document["comparisons"]:
+        if pair["against"] not in against or pair["interval"] is None:
+            continue
+        low, high = (100 * bound for bound in pair["interval"])
+        line = (
+            f"Depth {pair['depth']}, ours against {OTHERS[pair['against']]}: {100 * pair['mean']:+.2f} points, 95% "
+            f"interval {low:+.2f} to {high:+.2f} ({len(pair['seeds'])} pairs of seeds)."
+        )
+        lines.append(" ".join([line, *(_verdict(pair, name, holds) for name, holds in pair["holds"].items())]))
+    return lines
+
+
+def _verdict(pair: dict, name: str, holds: bool) -> str:
+    asked = {
+        ("resnet", "goal"): "at least the ResNet's mean",
+        ("resnet", "must"): "at most 0.3 points below it",
+        ("published", "must"): "above it by more than the seeds spread",
+    }[pair["against"], name]
+    spread = f" ({100 * pair['spread']:.2f})" if pair["against"] == "published" else ""
+    return f"{name.capitalize()}, {asked}{spread}: {'reached' if holds else '**missed**'}."
+
+
+def _unfinished(document: dict) -> str:
+    """That something is missing, and what."""
+    missing = document["missing"]
+    if not missing:
+        return ""
+    named = "; ".join(f"{each['name']}, seed {each['seed']} ({each['why']})" for each in missing[:5])
+    more = f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
+    runs = len(missing) + len(document["results"])
+    return f"**Unfinished: {len(missing)} of {runs} runs are missing.** {named}{more}."
+
+
+def _source(document: dict) -> str:
+    """What the columns mean and where they come from."""
+    settings = sorted({(run["epochs"], run["precision"]) for run in document["results"]})
+    trained = " and ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
+    parts = (
+        f"{document['what']}; {trained}. Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: ",
+        "multiply-accumulates of the training in units of training the plain network by cross-entropy; the teacher's ",
+        "own training comes besides. Intervals are Student's t, which takes the few differences to be normal. Seconds ",
+        "are of one thread and depend on what else ran. ",
+        f"{document['machine']['cpu']}, {document['date']}, commit {document['commit']}. {document['note']} ",
+        f"From `{document['path']}`, made by `{document['command']}`.",
+    )
+    return " ".join("".join(parts).split())
+
+
+def one_seed() -> str:
+    """Test accuracy by method and initialisation, for both depths, of accuracy/fashion.py."""
+    document = newest("*-accuracy-fashion.json")
+    results = {row["name"]: row for row in document["results"]}
+
+    def cell(name: str) -> str:
+        return f"{100 * results[name]['test_accuracy']:.2f}%"
+
+    rows = [
+        [
+            "ResNet, cross-entropy (the teacher)",
+            cell("resnet20"),
+            cell("resnet56"),
+            f"{results['resnet20']['step_cost']:.2f}",
+        ]
+    ]
+    for method in ("ce", "kd", "jointrd"):
+        for init in ("kaiming", "dirac"):
+            names = [f"plain{depth}-{method}-{init}" for depth in (20, 56)]
+            rows.append([f"plain, {method}, {init}", *map(cell, names), f"{results[names[0]]['step_cost']:.2f}"])
+    epochs = [results[f"resnet{depth}"]["epochs"] for depth in (20, 56)]
+    header = [
+        "network, method, initialisation",
+        f"depth 20, {epochs[0]} epochs",
+        f"depth 56, {epochs[1]} epoch(s)",
+        "cost of a step",
+    ]
+    source = (
+        f"Test accuracy on the 10,000 test images of the full Fashion-MNIST, ONE seed ({results['resnet20']['seed']}), "
+        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}, commit "
+        f"{document['commit']}: differences below a few points mean nothing yet. {document['note']} "
+        f"From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
+    ).replace("  ", " ")
+    return f"{markdown(header, rows)}\n\n{source}"
