@@ -36,8 +36,10 @@ class Recipe:
         init_noise: Weight of the Kaiming noise in a Dirac initialisation.
         reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
-        teacher: Teacher network; auto is the ResNet of arch's depth.
-        teacher_weights: A model.pt or a torchvision-style state_dict; without it the run trains the teacher first.
+        teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
+            timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
+        teacher_weights: A model.pt or a state_dict with torchvision's names (.safetensors too); without it the run
+            fetches a published teacher, and trains any other first.
         teacher_mode: frozen (pretrained), or joint (trained from scratch beside the student, by its own loss).
         teacher_epochs: Epochs of the teacher that the run trains first; as many as the student's when not given.
         teacher_bn: BN of the spliced teacher stages: eval (running statistics) or batch; batch in rd, else eval.
@@ -166,6 +168,10 @@ class Recipe:
                 "it goes neither with method=kd or rd nor with teacher_weights",
             ),
             (
+                joint and "/" in self.teacher,
+                f"teacher_mode=joint trains a teacher from scratch; {self.teacher} is a trained one",
+            ),
+            (
                 self.init == "identity" and self.reparam in ("identity", "branches"),
                 f"init=identity sets the BN of blocks without branches; with reparam={self.reparam} use init=dirac",
             ),
@@ -180,7 +186,8 @@ class Recipe:
         ce, jointrd, rd = (self.method == name for name in ("ce", "jointrd", "rd"))
         no_splices = not (jointrd or rd) or self.splice_weight == 0
         no_kd = not (self.method == "kd" or rd)
-        no_teacher_phase = ce or self.teacher_mode == "joint" or self.teacher_weights is not None
+        given = self.teacher_weights is not None or "/" in self.teacher
+        no_teacher_phase = ce or self.teacher_mode == "joint" or given
         warm = self.warm_start and not ce
         without = {
             "teacher": ce,

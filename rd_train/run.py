@@ -25,6 +25,7 @@ from rd_train.distill import CrossEntropy
 from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
+from rd_train.teachers import is_published, load_published, settled_name
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -42,6 +43,8 @@ def settle(recipe: Recipe) -> Recipe:
     # Absolute, so that a run can be resumed from another folder.
     paths = {name: _absolute(path) for name in ("data_dir", "teacher_weights") if (path := getattr(recipe, name))}
     threads = recipe.threads or available_threads()
+    if fetched_teacher(recipe):
+        paths["teacher"] = settled_name(recipe.teacher)
     return replace(recipe, device=device, precision=precision, threads=threads, **paths)
 
 
@@ -149,8 +152,10 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
 
 
 def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | None:
-    if not needs_teacher(recipe) or recipe.teacher_weights is None:
+    if not needs_teacher(recipe) or (recipe.teacher_weights is None and not fetched_teacher(recipe)):
         return None
+    if is_published(recipe.teacher):
+        return load_published(recipe.teacher, recipe.teacher_weights, dataset.preprocessing)
     named = recipe.teacher != "auto"
     return load_teacher(
         recipe.teacher_weights,
@@ -159,6 +164,11 @@ def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | No
         dataset.classes,
         named=named,
     )
+
+
+def fetched_teacher(recipe: Recipe) -> bool:
+    """Whether the teacher's weights come from a library's hub."""
+    return needs_teacher(recipe) and is_published(recipe.teacher) and recipe.teacher_weights is None
 
 
 def applied_init(arch: Arch, recipe: Recipe) -> str:
@@ -194,6 +204,8 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
     if needs_teacher(recipe):
         origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
+        if is_published(recipe.teacher):
+            origin = " from ".join(filter(None, (recipe.teacher, recipe.teacher_weights)))
         print(f"teacher  {task.teacher.arch.name} ({origin})")
     print(f"method   {recipe.method}: {cost}; {recipe.epochs} epochs of {recipe.batch_size} images, seed {recipe.seed}")
     if recipe.unused():
