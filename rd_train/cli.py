@@ -8,7 +8,16 @@ from typing import get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, nearest, require, run_command
-from rd_train.recipe import RUN_FILES, Recipe, preset_names, preset_values, read_values, what_it_takes
+from rd_train.recipe import (
+    RUN_FILES,
+    Recipe,
+    as_released,
+    check_as_released,
+    preset_names,
+    preset_values,
+    read_values,
+    what_it_takes,
+)
 
 TYPES = get_type_hints(Recipe)
 
@@ -27,6 +36,9 @@ def _parser(defaults: dict) -> ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument(
+        "--as_released", action="store_true", help="set what the released code of the paper runs, see docs/method.md"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
     parser.add_class_arguments(Recipe, as_group=True, skip={"summary"})
     parser.set_defaults(defaults)
@@ -60,7 +72,7 @@ def _explained(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         name = unknown[1].partition("=")[0].replace("_", "-")
-        known = [*set(TYPES) - {"summary"}, "list", "out", "overwrite", "resume", "tensorboard"]
+        known = [*set(TYPES) - {"summary"}, "list", "out", "overwrite", "resume", "as_released", "tensorboard"]
         return f"unknown option --{name}{nearest(name, [option.replace('_', '-') for option in known])}"
     wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
     if not wrong or wrong[1] not in TYPES:
@@ -102,6 +114,22 @@ def _new_folder(options: Namespace) -> Path:
     return folder
 
 
+def _released(arguments: list[str], preset: dict) -> Namespace:
+    """The options with what --as-released sets; a preset or an option that contradicts it is a `UserError`."""
+    require("torch", "train")
+    from rd_train.networks import parse_arch
+
+    given = _parse(arguments, preset)
+    arch = parse_arch(given.arch)
+    if arch.shortcuts == "all":
+        raise UserError(f"--as-released is for plain students, not for {given.arch}")
+    stem = given.stem or arch.stem
+    check_as_released(preset, stem)
+    options = _parse(arguments, preset | as_released(stem))
+    check_as_released(vars(options), stem)
+    return options
+
+
 def _start(options: Namespace) -> dict:
     require("torch", "train")
     from rd_train.run import run, settle  # torch is slow to import; --list and --help do without
@@ -137,9 +165,11 @@ def command(arguments: list[str]) -> int:
     if options.list:
         print(list_presets())
         return 0
-    resumed = options.resume is not None
-    # A new run is parsed again, now with the preset's values as defaults.
-    result = _resume(arguments, options) if resumed else _start(_parse(arguments, preset_values(options.preset)))
+    if options.resume is not None:
+        result = _resume(arguments, options)
+    else:  # parsed again, now with the preset's values as defaults
+        read = _released if options.as_released else _parse
+        result = _start(read(arguments, preset_values(options.preset)))
     folder = result["folder"]
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"

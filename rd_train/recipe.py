@@ -221,6 +221,28 @@ class Recipe:
         return asdict(self)
 
 
+# What the authors' released code runs as its joint mode (docs/method.md), additions of ours off; see `as_released`.
+AS_RELEASED = {
+    "method": "jointrd",
+    "shortcuts": "projection",
+    "init": "kaiming",
+    "teacher_bn": "eval",
+    "splice_weight": 1.0,
+    "splice_window": 0.5,
+    "clip_norm": 0.0,
+    "reparam": "none",
+    "warm_start": False,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "resize_start": 1.0,
+    "recalibrate": 0,
+    "ema": 0.0,
+}
+# And by the student's stem: theirs for ImageNet, and that of their scripts for CIFAR.
+AS_RELEASED_BY_STEM = {
+    "imagenet": {"feature_weight": 1e-4, "feature_reduction": "sum", "splice_weight_end": 5e-3},
+    "small": {"feature_weight": 0.0, "splice_weight_end": 0.5},
+}
 # What entries that are not given become: (in every other method, in rd).
 BY_METHOD = {"teacher_bn": ("eval", "batch"), "kd_weight": (0.5, 0.0), "clip_norm": (0.0, 1.0)}
 # Inclusive; the smallest positive values stand for "more than 0".
@@ -273,6 +295,20 @@ def what_it_takes(annotation: object) -> str:
     if choices:  # optional
         return what_it_takes(choices[0])
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[annotation]
+
+
+def as_released(stem: str) -> dict:
+    """The entries that ``rd-train --as-released`` sets, for a student with this stem."""
+    return AS_RELEASED | AS_RELEASED_BY_STEM[stem]
+
+
+def check_as_released(values: dict, stem: str) -> None:
+    """Refuse entries (name: value) that contradict `as_released`; names that it does not set may be anything."""
+    for name, released in as_released(stem).items():
+        if name in values and values[name] not in (released, None):
+            raise UserError(
+                f"--as-released sets {name}={released}, this run {name}={values[name]}; leave one of the two away"
+            )
 
 
 def preset_names() -> list[str]:

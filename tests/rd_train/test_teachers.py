@@ -104,7 +104,7 @@ def test_timms_record_has_mean_std_and_repository():
     record = look_up(parse_published("timm/resnet50.a1_in1k"))
     assert (record.mean, record.std, record.place) == (IMAGENET_MEAN, IMAGENET_STD, "timm/resnet50.a1_in1k")
     assert settled_name("timm/resnet50").startswith("timm/resnet50.")
-    with pytest.raises(UserError, match="known: .*a1_in1k"):
+    with pytest.raises(UserError, match=r"known: .*a1_in1k"):
         look_up(parse_published("timm/resnet50.nothing"))
     # A tag says how its images were normalised, here otherwise than ImageNet's.
     with pytest.raises(UserError, match="normalised otherwise"):
