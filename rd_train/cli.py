@@ -152,7 +152,7 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")
     if (folder / "result.json").exists():
-        raise UserError(f"{folder} is already complete; see {folder / 'report.md'}")
+        raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
     recipe = Recipe(**read_values(folder / "recipe.yaml"))
     if settle(recipe) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
@@ -174,7 +174,7 @@ def command(arguments: list[str]) -> int:
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"
     print(f"test accuracy {result['test_accuracy']:.2%}{versus}")
-    print(f"wrote {folder}/model.pt, result.json, report.md, curves.png, metrics.jsonl, recipe.yaml")
+    print(f"wrote {folder}/model.pt, result.json, report.html, report.md, curves.png, metrics.jsonl, recipe.yaml")
     return 0
 
 

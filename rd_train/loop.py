@@ -80,18 +80,47 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, action)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a network made of each image of a split, in the split's order, on the CPU.
+
+    ``labels`` and ``predicted``: int64 (N,); ``confidence`` and ``truth``: probabilities of the predicted and of the
+    true class, float32 (N,); ``loss``: mean cross-entropy.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    truth: Tensor
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """In [0, 1]."""
+        return int((self.predicted == self.labels).sum()) / len(self.labels)
+
+
 @torch.no_grad()
-def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
+def predict(network: Network, split: Split, context: Context) -> Predictions:
+    """Run a network over a whole split, once."""
     network.eval()
-    correct, loss = 0, 0.0
+    loss, parts = 0.0, []
     for images, labels in batches(split, min(500, 2 * context.recipe.batch_size), seed=0, epoch=0, train=False):
         labels = labels.to(context.device)
         with context.cast():
             logits = network(context.place(images))
-        correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-    return correct / len(split), loss / len(split)
+        probabilities = logits.float().softmax(1)
+        predicted = logits.argmax(1)
+        both = probabilities.gather(1, torch.stack([predicted, labels], 1))
+        parts.append([labels.cpu(), predicted.cpu(), *both.cpu().unbind(1)])
+    return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)), loss / len(split))
+
+
+def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
+    seen = predict(network, split, context)
+    return seen.accuracy, seen.loss
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
 RUN_FILES = (
     *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
-    *("curves.png", "audit.png", "report.md", "result.json"),
+    *("curves.png", "audit.png", "report.md", "report.html", "result.json"),
 )
 
 

@@ -22,7 +22,7 @@ from rd_train.checkpoint import load_checkpoint
 from rd_train.cost import macs_per_image, relative_cost
 from rd_train.data import Dataset, load_dataset
 from rd_train.distill import CrossEntropy
-from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
+from rd_train.loop import Context, evaluate, fit, predict, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.teachers import is_published, load_published, settled_name
@@ -122,8 +122,9 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
     student = context.place(load_checkpoint(folder / "model.pt").network())
     if recipe.teacher_mode == "joint" and teacher is not None:
         teacher = context.place(load_checkpoint(folder / "teacher.pt").network())
+    seen = predict(student, dataset.test, context)
     result = {
-        "test_accuracy": evaluate(student, dataset.test, context)[0],
+        "test_accuracy": seen.accuracy,
         "teacher_test_accuracy": None if teacher is None else evaluate(teacher, dataset.test, context)[0],
         "val_accuracy": best["val_accuracy"],
         "best_epoch": best["epoch"],
@@ -146,7 +147,7 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "threads": recipe.threads,
         "torch": str(torch.__version__),
     }
-    report.write(folder, recipe, result)
+    report.write(folder, recipe, result, dataset, seen)
     write_json(folder / "result.json", result)  # last: it says that the run is complete
     return result
 
