@@ -28,9 +28,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ececf1; --page: #17171b; --soft: #a9a9b6; --line: #3a3a44; --bar: #4b9cd3; --wrong: #ff8a80 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 70rem;
-  margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-p.sub, caption, figcaption, .soft { color: var(--soft) }
+caption, figcaption, .soft { color: var(--soft) }
 caption { text-align: left; padding: .3rem 0 } summary { cursor: pointer }
 table { border-collapse: collapse; min-width: min(100%, 26rem); font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .7rem; text-align: right; font-weight: normal }
@@ -54,11 +54,12 @@ table.matrix td.right { --hue: var(--bar) } .scroll { overflow-x: auto }
 def page(
     recipe: Recipe, result: dict, rows: list[dict], dataset: Dataset, seen: Predictions, plots: dict[str, str]
 ) -> str:
-    """The whole page. ``plots``: inline SVG by what it shows, in words; ``seen``: the student's predictions of the test split."""
+    """The whole page. ``plots``: inline SVG by what it shows, in words; ``seen``: of the test split by the student."""
     title = f"{result['arch']} by {result['method']} on {result['data']}"
     parts = [
         f"<h1>{escaped(title)}</h1>",
-        f'<p class="sub">One run with seed {recipe.seed}: differences of a point or two between such runs mean nothing.</p>',
+        f'<p class="soft">One run with seed {recipe.seed}: differences of a point or two between such runs '
+        "mean nothing.</p>",
         _cards(result),
         "<h2>Training</h2>",
         *(_plot(words, svg) for words, svg in plots.items()),
@@ -133,7 +134,7 @@ def data_url(pixels: np.ndarray) -> str:
 
 
 def table(caption: str, head: list[str], body: list[list[str]], kind: str = "") -> str:
-    """A table of cells that are escaped already; the first of each row is its header. A cell may be a whole ``<td>``."""
+    """A table of cells that are escaped already; the first of a row is its header. A cell may be a whole ``<td>``."""
     rows = [
         f'<tr><th scope="row">{first}</th>'
         + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in cells)
@@ -221,8 +222,8 @@ def _worst(dataset: Dataset, seen: Predictions) -> str:
             f'{guess} <span class="soft">{sure:.1%}</span><br>is {true} <span class="soft">{truth:.1%}</span></li>'
         )
     return (
-        f'<h3>The {len(items)} most confident mistakes</h3>\n<p class="soft">The predicted class with its probability, '
-        'then the true class with its own.</p>\n<ul class="worst">\n' + "\n".join(items) + "\n</ul>"
+        f'<h3>The {len(items)} most confident mistakes</h3>\n<p class="soft">The predicted class with its '
+        'probability, then the true class with its own.</p>\n<ul class="worst">\n' + "\n".join(items) + "\n</ul>"
     )
 
 
