@@ -34,6 +34,9 @@ def _parser(defaults: dict) -> ArgumentParser:
     parser.add_argument(
         "--out", type=str | None, default=None, help="folder of the run (default: runs/PRESET-METHOD-sSEED)"
     )
+    parser.add_argument(
+        "--dry", action="store_true", help="print the plan, and by a few steps the time, memory and disk it takes; stop"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with an interrupted run")
     parser.add_argument(
@@ -72,7 +75,7 @@ def _explained(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         name = unknown[1].partition("=")[0].replace("_", "-")
-        known = [*set(TYPES) - {"summary"}, "list", "out", "overwrite", "resume", "as_released", "tensorboard"]
+        known = [*set(TYPES) - {"summary"}, "list", "out", "dry", "overwrite", "resume", "as_released", "tensorboard"]
         return f"unknown option --{name}{nearest(name, [option.replace('_', '-') for option in known])}"
     wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
     if not wrong or wrong[1] not in TYPES:
@@ -130,12 +133,15 @@ def _released(arguments: list[str], preset: dict) -> Namespace:
     return options
 
 
-def _start(options: Namespace) -> dict:
+def _start(options: Namespace) -> dict | None:
     require("torch", "train")
-    from rd_train.run import run, settle  # torch is slow to import; --list and --help do without
+    from rd_train.run import dry_run, run, settle  # torch is slow to import; --list and --help do without
 
     recipe = settle(_recipe(options))
     folder = _new_folder(options)
+    if options.dry:
+        dry_run(recipe, folder)
+        return None
     return {"folder": folder, **run(recipe, folder, tensorboard=options.tensorboard)}
 
 
@@ -170,6 +176,8 @@ def command(arguments: list[str]) -> int:
     else:  # parsed again, now with the preset's values as defaults
         read = _released if options.as_released else _parse
         result = _start(read(arguments, preset_values(options.preset)))
+    if result is None:  # a dry run
+        return 0
     folder = result["folder"]
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"

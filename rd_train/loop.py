@@ -157,6 +157,66 @@ def vary(images: Tensor, labels: Tensor, size: int, context: Context, generator:
     return mixed(images, labels, classes, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A training step that was taken: the task's outcome, the learning rate, and what kind of step it was."""
+
+    result: dict
+    rate: float
+    size: int
+    kind: dict
+
+
+class Stepper:
+    """Training steps of a phase, from a batch to changed weights; what a step does depends on its number alone."""
+
+    def __init__(self, task: nn.Module, epochs: int, context: Context):
+        recipe = context.recipe
+        self.task, self.context = task, context
+        self.optimizer = build_optimizer(recipe, task)
+        self.averaged = None
+        if recipe.ema:
+            average = get_ema_multi_avg_fn(recipe.ema)
+            self.averaged = AveragedModel(task.student, multi_avg_fn=average, use_buffers=True)
+        # Clipped apart: a learning teacher is moved by its own loss only, so the student's gradient must not scale it.
+        self.networks = [[p for p in part.parameters() if p.requires_grad] for part in task.children()]
+        per_epoch = steps_per_epoch(context.dataset.train, recipe.batch_size)
+        self.total, self.warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
+        self.run_step = torch.compile(task) if recipe.compile else task
+        self.size_at = sizes_of(recipe, context.dataset.preprocessing.size)
+
+    def __call__(
+        self, number: int, images: Tensor, labels: Tensor, *, size: int | None = None, kind: dict | None = None
+    ) -> Step:
+        """Take step ``number`` of ``total`` with images on the CPU and labels on the device.
+
+        ``size`` and ``kind`` (an outcome of the task) are those of the step unless given.
+        """
+        context, recipe, task = self.context, self.context.recipe, self.task
+        rate = learning_rate(number, self.total, peak=recipe.lr, kind=recipe.schedule, warmup=self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        done = number / self.total
+        size = size or self.size_at(done)
+        generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, number))
+        images, targets = vary(context.place(images), labels, size, context, generator)
+        kind = _drawn(task.outcomes(done), generator) if kind is None else kind
+        set_fading(task.student, done / recipe.warm_start_window)
+        progress = torch.tensor(done, device=context.device)
+        with context.cast(), _explained_compilation(recipe):
+            result = self.run_step(images, targets, progress, **kind)
+        self.optimizer.zero_grad(set_to_none=True)
+        with _explained_compilation(recipe):
+            result["loss"].backward()
+        if recipe.clip_norm:
+            for parameters in self.networks:
+                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(task.student)
+        return Step(result, rate, size, kind)
+
+
 def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: bool) -> dict:
     """Train ``task`` for ``epochs`` and keep its best student (by validation): ``model.pt``, or ``teacher.pt``.
 
@@ -164,20 +224,12 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     when stopped, all state is in ``{phase}-state.pt``; with ``resume`` the phase goes on from there.
     """
     recipe, split = context.recipe, context.dataset.train
-    optimizer = build_optimizer(recipe, task)
-    averaged = None
-    if recipe.ema:
-        averaged = AveragedModel(task.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-    # Clipped apart: a learning teacher is moved by its own loss only, so the student's gradient must not scale it.
-    networks = [[p for p in part.parameters() if p.requires_grad] for part in task.children()]
-    per_epoch = steps_per_epoch(split, recipe.batch_size)
-    total, warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
-    state = _State(context, phase, task, optimizer, averaged)
+    take = Stepper(task, epochs, context)
+    per_epoch, total = steps_per_epoch(split, recipe.batch_size), take.total
+    state = _State(context, phase, task, take.optimizer, take.averaged)
     if resume:
         state.load(total)
     _drop_rows_after(context.folder, phase, state.step)
-    run_step = torch.compile(task) if recipe.compile else task
-    size_at = sizes_of(recipe, context.dataset.preprocessing.size)
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
@@ -187,29 +239,9 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
         task.train()
         clock = _Clock(state.seconds)
         for images, labels in bar:
-            rate = learning_rate(state.step, total, peak=recipe.lr, kind=recipe.schedule, warmup=warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            done = state.step / total
-            generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, state.step))
-            images, labels = context.place(images), labels.to(context.device)
-            images, targets = vary(images, labels, size_at(done), context, generator)
-            outcome = _drawn(task.outcomes(done), generator)
-            set_fading(task.student, done / recipe.warm_start_window)
-            progress = torch.tensor(done, device=context.device)
-            with context.cast(), _explained_compilation(recipe):
-                result = run_step(images, targets, progress, **outcome)
-            optimizer.zero_grad(set_to_none=True)
-            with _explained_compilation(recipe):
-                result["loss"].backward()
-            if recipe.clip_norm:
-                for parameters in networks:
-                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            optimizer.step()
-            if averaged is not None:
-                averaged.update_parameters(task.student)
-
-            state.add(result, labels)
+            labels = labels.to(context.device)
+            step = take(state.step, images, labels)
+            state.add(step.result, labels)
             state.step += 1
             clock.images += len(labels)
             if state.step % CHECK_EVERY == 0 or context.stop.is_set():
@@ -221,7 +253,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
                 state.save()
                 _stop(context)
         bar.close()
-        _end_epoch(phase, epoch + 1, rate, state, context, clock)
+        _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
 
 
@@ -324,8 +356,9 @@ class _State:
         """Higher validation accuracy; among equals the lower loss."""
         return (accuracy, -loss) > (self.best["val_accuracy"], -self.best["val_loss"])
 
-    def save(self) -> None:
-        values = {
+    def values(self) -> dict:
+        """What is saved."""
+        return {
             "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
@@ -335,7 +368,9 @@ class _State:
             "counts": dict(self.counts),
             "best": self.best,
         }
-        save_plain(self.path, values)
+
+    def save(self) -> None:
+        save_plain(self.path, self.values())
 
     def load(self, total: int) -> None:
         """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
@@ -374,12 +409,17 @@ def _stop(context: Context) -> None:
     raise Stopped(f"stopped; go on with: rd-train --resume {context.folder}", code=130)
 
 
-def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
+def student_checkpoint(network: Network, context: Context, best: dict) -> Checkpoint:
+    """A network of the run as it is kept."""
     dataset, recipe = context.dataset, context.recipe.to_dict()
-    checkpoint = Checkpoint(
+    return Checkpoint(
         network.arch, deployed_state(network), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
     )
-    save_checkpoint(context.folder / ("model.pt" if phase == "student" else "teacher.pt"), checkpoint)
+
+
+def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
+    path = context.folder / ("model.pt" if phase == "student" else "teacher.pt")
+    save_checkpoint(path, student_checkpoint(network, context, best))
 
 
 def _brief(means: dict[str, float], images_per_second: float) -> str:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rd_deploy.bench.environment import available_threads, cpu
 from rd_deploy.common import UserError, write_json, write_text
@@ -22,6 +23,7 @@ from rd_train.checkpoint import load_checkpoint
 from rd_train.cost import macs_per_image, relative_cost
 from rd_train.data import Dataset, load_dataset
 from rd_train.distill import CrossEntropy
+from rd_train.estimate import PhaseEstimate, measure, print_estimate
 from rd_train.loop import Context, evaluate, fit, predict, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
@@ -61,13 +63,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
     """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
-    torch.set_num_threads(recipe.threads)
-    dataset = load_dataset(
-        recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
-    )
-    arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
-    teacher = _given_teacher(recipe, dataset, arch)
-    plan = print_plan(recipe, dataset, arch, teacher)
+    dataset, arch, teacher, plan = _planned(recipe)
     if not resume:
         _clear(folder)
     write_text(folder / "recipe.yaml", dump_yaml(recipe))
@@ -77,6 +73,37 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
             recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
         )
         return _phases(context, arch, teacher, plan, resume)
+
+
+def _planned(recipe: Recipe) -> tuple[Dataset, Arch, Network | None, dict]:
+    """Data set, student, teacher if one is given, and the plan, which is printed."""
+    torch.set_num_threads(recipe.threads)
+    dataset = load_dataset(
+        recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
+    )
+    arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+    teacher = _given_teacher(recipe, dataset, arch)
+    return dataset, arch, teacher, print_plan(recipe, dataset, arch, teacher)
+
+
+def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
+    """Print the plan of a run, and what it will take by a few timed steps of each phase; nothing is written."""
+    dataset, arch, teacher, _ = _planned(recipe)
+    device, autocast = torch.device(recipe.device), recipe.precision == "bf16"
+    phases = []
+    with stop_on_signals() as stop:
+        context = Context(recipe, dataset, folder, device, autocast, stop)
+        if needs_teacher(recipe) and teacher is None:
+            teacher = _new_teacher(context, arch)
+            if recipe.teacher_mode == "frozen":
+                task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
+                with torch.device("meta"):
+                    meta = CrossEntropy(Network(teacher.arch))
+                phases.append(measure("teacher", task, meta, recipe.teacher_epochs or recipe.epochs, context))
+        meta = meta_task(recipe, arch, None if teacher is None else teacher.arch)
+        phases.append(measure("student", _student_task(context, arch, teacher), meta, recipe.epochs, context))
+    print_estimate(phases, context)
+    return phases
 
 
 def _clear(folder: Path) -> None:
@@ -93,21 +120,30 @@ def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, r
     recipe, folder = context.recipe, context.folder
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
-        torch.manual_seed(recipe.seed)
-        teacher = context.place(Network(teacher_arch(recipe, arch)))
+        teacher = _new_teacher(context, arch)
         if recipe.teacher_mode == "frozen":
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
             best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
             teacher_seconds = best["seconds"]
             teacher = load_checkpoint(folder / "teacher.pt").network()
+    best = fit("student", _student_task(context, arch, teacher), recipe.epochs, context, resume=resume)
+    return _finish(context, best, plan, teacher, teacher_seconds)
+
+
+def _new_teacher(context: Context, arch: Arch) -> Network:
+    torch.manual_seed(context.recipe.seed)
+    return context.place(Network(teacher_arch(context.recipe, arch)))
+
+
+def _student_task(context: Context, arch: Arch, teacher: Network | None) -> nn.Module:
+    """The task of the student's phase, from the student's initialisation on."""
+    recipe = context.recipe
     teacher = None if teacher is None else context.place(teacher)
     torch.manual_seed(recipe.seed)
     student = context.place(build_student(recipe, arch, teacher))
     if recipe.init == "identity" and not recipe.warm_start:
         start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
-    task = build_task(recipe, student, teacher)
-    best = fit("student", task, recipe.epochs, context, resume=resume)
-    return _finish(context, best, plan, teacher, teacher_seconds)
+    return build_task(recipe, student, teacher)
 
 
 def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
