@@ -17,6 +17,7 @@ from rd_train.checkpoint import checkpoint_values, plain_size
 from rd_train.cost import mean_step_macs, step_macs
 from rd_train.data import Split, batches, steps_per_epoch
 from rd_train.html_report import THUMBNAIL, WORST
+from rd_train.live import in_words
 from rd_train.loop import Context, Stepper, _State, predict, student_checkpoint
 from rd_train.recipe import Recipe
 
@@ -202,11 +203,3 @@ def print_estimate(phases: list[PhaseEstimate], context: Context) -> None:
 def _free_bytes(folder: Path) -> int:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     return shutil.disk_usage(existing).free
-
-
-def in_words(seconds: float) -> str:
-    """A duration as people say it, e.g. ``2 h 05 min``."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

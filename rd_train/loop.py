@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from rd_deploy.common import Stopped, UserError, require, write_text
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
 from rd_train.data import Dataset, Split, batches, derive_seed, steps_per_epoch
+from rd_train.live import View
 from rd_train.networks import Network, deployed_state, set_fading
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
@@ -49,6 +49,7 @@ class Context:
     autocast: bool
     stop: threading.Event
     writer: object | None = None  # TensorBoard's SummaryWriter
+    view: View = field(default_factory=View)
 
     def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
         """Images or a network on the device, in the memory format; a network before a task aliases it."""
@@ -230,29 +231,29 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     if resume:
         state.load(total)
     _drop_rows_after(context.folder, phase, state.step)
+    rows = [row for row in read_rows(context.folder) if row["phase"] == phase]
+    context.view.start(phase, epochs, per_epoch, state.step, rows)
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
         loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
-        name = f"{phase} {epoch + 1}/{epochs}"
-        bar = tqdm(loader, name, total=per_epoch, initial=done, disable=None, leave=False, unit="step")
         task.train()
         clock = _Clock(state.seconds)
-        for images, labels in bar:
+        for images, labels in loader:
             labels = labels.to(context.device)
             step = take(state.step, images, labels)
             state.add(step.result, labels)
             state.step += 1
             clock.images += len(labels)
+            means = None
             if state.step % CHECK_EVERY == 0 or context.stop.is_set():
                 means = state.means()
                 _check_finite(means, phase, state)
-                bar.set_postfix_str(_brief(means, clock.rate()))
+            context.view.step(state.step, clock.rate(), means)
             if context.stop.is_set() and state.step % per_epoch:
                 state.seconds = clock.total()
                 state.save()
                 _stop(context)
-        bar.close()
         _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
 
@@ -297,6 +298,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     row["images_per_second"], row["seconds"] = speed, clock.total()
     state.seconds = row["seconds"]
     _log(row, context)
+    context.view.epoch(row)
     state.sums.clear()
     state.counts.clear()
     state.save()
@@ -420,10 +422,6 @@ def student_checkpoint(network: Network, context: Context, best: dict) -> Checkp
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
     path = context.folder / ("model.pt" if phase == "student" else "teacher.pt")
     save_checkpoint(path, student_checkpoint(network, context, best))
-
-
-def _brief(means: dict[str, float], images_per_second: float) -> str:
-    return f"{_terms(means)} acc {means['train_accuracy']:.1%} {images_per_second:.0f} img/s"
 
 
 def _terms(means: dict) -> str:

@@ -20,10 +20,11 @@ from rd_train.build import (
     teacher_arch,
 )
 from rd_train.checkpoint import load_checkpoint
-from rd_train.cost import macs_per_image, relative_cost
-from rd_train.data import Dataset, load_dataset
+from rd_train.cost import macs_per_image, mean_step_macs, relative_cost
+from rd_train.data import Dataset, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
+from rd_train.live import View, shown
 from rd_train.loop import Context, evaluate, fit, predict, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
@@ -68,10 +69,12 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
         _clear(folder)
     write_text(folder / "recipe.yaml", dump_yaml(recipe))
     writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, shown(View()) as view:
         context = Context(
-            recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
+            recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer, view
         )
+        if view.live is not None:
+            view.plan(_work(context, arch, teacher))
         return _phases(context, arch, teacher, plan, resume)
 
 
@@ -128,6 +131,17 @@ def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, r
             teacher = load_checkpoint(folder / "teacher.pt").network()
     best = fit("student", _student_task(context, arch, teacher), recipe.epochs, context, resume=resume)
     return _finish(context, best, plan, teacher, teacher_seconds)
+
+
+def _work(context: Context, arch: Arch, teacher: Network | None) -> dict[str, float]:
+    """Multiply-accumulates of each phase, but for the batch size: what the time that is left is shared out by."""
+    recipe, size = context.recipe, context.dataset.preprocessing.size
+    sizes, steps = sizes_of(recipe, size), steps_per_epoch(context.dataset.train, recipe.batch_size)
+    meta, work = meta_task(recipe, arch, None if teacher is None else teacher.arch), {}
+    if needs_teacher(recipe) and teacher is None and recipe.teacher_mode == "frozen":
+        epochs = recipe.teacher_epochs or recipe.epochs
+        work["teacher"] = epochs * steps * mean_step_macs(CrossEntropy(meta.teacher.requires_grad_()), size, sizes)
+    return work | {"student": recipe.epochs * steps * mean_step_macs(meta, size, sizes)}
 
 
 def _new_teacher(context: Context, arch: Arch) -> Network:
