@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,openvino,tensorboard,rtx,dev
+EXTRAS := train,timm,openvino,tensorboard,rtx,dev
 DEMO := runs/demo
 
 .PHONY: help setup demo test lint clean
@@ -31,7 +31,7 @@ demo: setup  ## train a small plain network, export it, bench it (under 4 minute
 	$(BIN)/rd-export $(DEMO)/model.pt
 	$(BIN)/rd-bench $(DEMO)/model.pt --batch 1 --seconds 5 --out $(DEMO)/bench
 	@printf '%s\n' "" "Made, in $(CURDIR):" \
-		"  $(DEMO)/report.md, curves.png      the training, read these first" \
+		"  $(DEMO)/report.html                the training, read this first, in a browser (report.md without one)" \
 		"  $(DEMO)/model.pt, model.onnx       the network without shortcuts: checkpoint, and folded for deployment" \
 		"  $(DEMO)/bench/bench.png, bench.json, memory.png   speed and memory against the ResNet it came from"
 

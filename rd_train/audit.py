@@ -7,12 +7,16 @@ goes; a negative cosine says that the two disagree.
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rd_deploy.common import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIGURES = ("plain", "teacher", "cosine")
 
@@ -48,13 +52,13 @@ def _flat(gradients: tuple[Tensor | None, ...], parameters: list[nn.Parameter]) 
     return torch.cat([(torch.zeros_like(p) if g is None else g).double().flatten() for g, p in pairs])
 
 
-def plot_audit(path: Path, rows: list[dict]) -> bool:
-    """Draw the audits in a run's rows: norms on the left, cosines on the right; False if there are none."""
+def plot_audit(path: Path, rows: list[dict]) -> "Figure | None":
+    """Draw the audits in a run's rows: norms on the left, cosines on the right; None if there are none."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "audit1_plain" in row]
     if not rows:
-        return False
+        return None
     epochs, stages = [row["epoch"] for row in rows], range(1, sum(name.endswith("_cosine") for name in rows[0]) + 1)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     norms, cosines = figure.subplots(1, 2)
@@ -72,4 +76,4 @@ def plot_audit(path: Path, rows: list[dict]) -> bool:
         axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    return True
+    return figure

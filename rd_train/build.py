@@ -1,6 +1,5 @@
 """From a recipe to architectures, networks, a task and an optimiser."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,14 @@ from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain,
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
 from rd_train.networks import Arch, Network, fade_shortcuts, parse_arch
 from rd_train.recipe import Recipe
+from rd_train.teachers import (
+    check_statistics,
+    checked_state,
+    is_published,
+    parse_published,
+    read_state,
+    with_counters,
+)
 from rd_train.vary import growing_size
 
 
@@ -25,7 +32,12 @@ def student_arch(recipe: Recipe, in_channels: int, classes: int) -> Arch:
 
 
 def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
-    """The teacher's architecture: the student's ResNet, or the named one with the student's stem and width."""
+    """The teacher's architecture: the student's ResNet, or the named one with the student's stem and width.
+
+    A published one is as it is, but for the number of classes, which its weights say.
+    """
+    if is_published(recipe.teacher):
+        return parse_published(recipe.teacher).arch(student.classes)
     if recipe.teacher == "auto":
         return replace(student.deployed, shortcuts="all")
     return replace(
@@ -70,31 +82,22 @@ def load_teacher(
     A ``model.pt`` must have been trained on the same classes in the same order, and on images normalised alike; with
     ``named`` it must be ``arch``.
     """
-    values = load_plain(path, "teacher")
+    safetensors = Path(path).suffix == ".safetensors"
+    values = read_state(path) if safetensors else load_plain(path, "teacher")
     if isinstance(values, dict) and values.get("format") == FORMAT:
         teacher = _same_task(path, load_checkpoint(path), preprocessing, classes)
         if named and (teacher.arch.depth, teacher.arch.shortcuts) != (arch.depth, arch.shortcuts):
             raise UserError(f"teacher {path} is a {teacher.arch.name}, not the {arch.name} asked for")
         return teacher.network()
-    if (
-        not isinstance(values, dict)
-        or not values
-        or not all(isinstance(value, torch.Tensor) for value in values.values())
-    ):
-        raise UserError(f"teacher {path} is neither a model.pt nor a state_dict of tensors; train one with --method ce")
     network = Network(arch)
-    # torchvision's first ImageNet weights are older than this counter, which evaluation does not use.
-    counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    load_strictly(network, {**counters, **values}, f"teacher {path} (as {arch.name})")
+    load_strictly(network, with_counters(network, checked_state(path, values)), f"teacher {path} (as {arch.name})")
     return network.eval()
 
 
 def _same_task(path: str | Path, teacher: Checkpoint, preprocessing: Preprocessing, classes: list[str]) -> Checkpoint:
     if teacher.classes != classes:
         raise UserError(f"teacher {path} was trained on other classes ({', '.join(teacher.classes[:3])} ...)")
-    theirs, ours = ([*record.mean, *record.std] for record in (teacher.preprocessing, preprocessing))
-    if len(theirs) != len(ours) or not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(theirs, ours, strict=True)):
-        raise UserError(f"teacher {path} expects images normalised otherwise (mean and std {theirs}, here {ours})")
+    check_statistics(f"teacher {path}", (teacher.preprocessing.mean, teacher.preprocessing.std), preprocessing)
     return teacher
 
 

@@ -77,14 +77,37 @@ def save_plain(path: str | Path, values: dict) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
+def plain_size(values: dict) -> int:
+    """Bytes of the file that `save_plain` would write."""
+
+    class Counter:
+        count = 0
+
+        def write(self, data: bytes) -> int:
+            self.count += len(data)
+            return len(data)
+
+        def flush(self) -> None:
+            pass
+
+    counter = Counter()
+    torch.save(values, counter)
+    return counter.count
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write ``model.pt`` atomically."""
+    save_plain(path, checkpoint_values(checkpoint))
+
+
+def checkpoint_values(checkpoint: Checkpoint) -> dict:
+    """What ``model.pt`` holds."""
     provenance = {
         "torch": str(torch.__version__),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **checkpoint.provenance,
     }
-    values = {
+    return {
         "format": FORMAT,
         "arch": checkpoint.arch.to_dict(),
         "state_dict": {name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()},
@@ -93,7 +116,6 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "recipe": checkpoint.recipe,
         "provenance": provenance,
     }
-    save_plain(path, values)
 
 
 def load_plain(path: str | Path, what: str) -> object:

@@ -8,7 +8,16 @@ from typing import get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, nearest, require, run_command
-from rd_train.recipe import RUN_FILES, Recipe, preset_names, preset_values, read_values, what_it_takes
+from rd_train.recipe import (
+    RUN_FILES,
+    Recipe,
+    as_released,
+    check_as_released,
+    preset_names,
+    preset_values,
+    read_values,
+    what_it_takes,
+)
 
 TYPES = get_type_hints(Recipe)
 
@@ -25,8 +34,14 @@ def _parser(defaults: dict) -> ArgumentParser:
     parser.add_argument(
         "--out", type=str | None, default=None, help="folder of the run (default: runs/PRESET-METHOD-sSEED)"
     )
+    parser.add_argument(
+        "--dry", action="store_true", help="print the plan, and by a few steps the time, memory and disk it takes; stop"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument(
+        "--as_released", action="store_true", help="set what the released code of the paper runs, see docs/method.md"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
     parser.add_class_arguments(Recipe, as_group=True, skip={"summary"})
     parser.set_defaults(defaults)
@@ -60,7 +75,7 @@ def _explained(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         name = unknown[1].partition("=")[0].replace("_", "-")
-        known = [*set(TYPES) - {"summary"}, "list", "out", "overwrite", "resume", "tensorboard"]
+        known = [*set(TYPES) - {"summary"}, "list", "out", "dry", "overwrite", "resume", "as_released", "tensorboard"]
         return f"unknown option --{name}{nearest(name, [option.replace('_', '-') for option in known])}"
     wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
     if not wrong or wrong[1] not in TYPES:
@@ -102,12 +117,31 @@ def _new_folder(options: Namespace) -> Path:
     return folder
 
 
-def _start(options: Namespace) -> dict:
+def _released(arguments: list[str], preset: dict) -> Namespace:
+    """The options with what --as-released sets; a preset or an option that contradicts it is a `UserError`."""
     require("torch", "train")
-    from rd_train.run import run, settle  # torch is slow to import; --list and --help do without
+    from rd_train.networks import parse_arch
+
+    given = _parse(arguments, preset)
+    arch = parse_arch(given.arch)
+    if arch.shortcuts == "all":
+        raise UserError(f"--as-released is for plain students, not for {given.arch}")
+    stem = given.stem or arch.stem
+    check_as_released(preset, stem)
+    options = _parse(arguments, preset | as_released(stem))
+    check_as_released(vars(options), stem)
+    return options
+
+
+def _start(options: Namespace) -> dict | None:
+    require("torch", "train")
+    from rd_train.run import dry_run, run, settle  # torch is slow to import; --list and --help do without
 
     recipe = settle(_recipe(options))
     folder = _new_folder(options)
+    if options.dry:
+        dry_run(recipe, folder)
+        return None
     return {"folder": folder, **run(recipe, folder, tensorboard=options.tensorboard)}
 
 
@@ -124,7 +158,7 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")
     if (folder / "result.json").exists():
-        raise UserError(f"{folder} is already complete; see {folder / 'report.md'}")
+        raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
     recipe = Recipe(**read_values(folder / "recipe.yaml"))
     if settle(recipe) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
@@ -137,14 +171,18 @@ def command(arguments: list[str]) -> int:
     if options.list:
         print(list_presets())
         return 0
-    resumed = options.resume is not None
-    # A new run is parsed again, now with the preset's values as defaults.
-    result = _resume(arguments, options) if resumed else _start(_parse(arguments, preset_values(options.preset)))
+    if options.resume is not None:
+        result = _resume(arguments, options)
+    else:  # parsed again, now with the preset's values as defaults
+        read = _released if options.as_released else _parse
+        result = _start(read(arguments, preset_values(options.preset)))
+    if result is None:  # a dry run
+        return 0
     folder = result["folder"]
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"
     print(f"test accuracy {result['test_accuracy']:.2%}{versus}")
-    print(f"wrote {folder}/model.pt, result.json, report.md, curves.png, metrics.jsonl, recipe.yaml")
+    print(f"wrote {folder}/model.pt, result.json, report.html, report.md, curves.png, metrics.jsonl, recipe.yaml")
     return 0
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from rd_deploy.common import Stopped, UserError, require, write_text
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
 from rd_train.data import Dataset, Split, batches, derive_seed, steps_per_epoch
+from rd_train.live import View
 from rd_train.networks import Network, deployed_state, set_fading
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
@@ -49,6 +49,7 @@ class Context:
     autocast: bool
     stop: threading.Event
     writer: object | None = None  # TensorBoard's SummaryWriter
+    view: View = field(default_factory=View)
 
     def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
         """Images or a network on the device, in the memory format; a network before a task aliases it."""
@@ -80,18 +81,47 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, action)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a network made of each image of a split, in the split's order, on the CPU.
+
+    ``labels`` and ``predicted``: int64 (N,); ``confidence`` and ``truth``: probabilities of the predicted and of the
+    true class, float32 (N,); ``loss``: mean cross-entropy.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    truth: Tensor
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """In [0, 1]."""
+        return int((self.predicted == self.labels).sum()) / len(self.labels)
+
+
 @torch.no_grad()
-def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
+def predict(network: Network, split: Split, context: Context) -> Predictions:
+    """Run a network over a whole split, once."""
     network.eval()
-    correct, loss = 0, 0.0
+    loss, parts = 0.0, []
     for images, labels in batches(split, min(500, 2 * context.recipe.batch_size), seed=0, epoch=0, train=False):
         labels = labels.to(context.device)
         with context.cast():
             logits = network(context.place(images))
-        correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-    return correct / len(split), loss / len(split)
+        probabilities = logits.float().softmax(1)
+        predicted = logits.argmax(1)
+        both = probabilities.gather(1, torch.stack([predicted, labels], 1))
+        parts.append([labels.cpu(), predicted.cpu(), *both.cpu().unbind(1)])
+    return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)), loss / len(split))
+
+
+def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
+    seen = predict(network, split, context)
+    return seen.accuracy, seen.loss
 
 
 @torch.no_grad()
@@ -128,6 +158,66 @@ def vary(images: Tensor, labels: Tensor, size: int, context: Context, generator:
     return mixed(images, labels, classes, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A training step that was taken: the task's outcome, the learning rate, and what kind of step it was."""
+
+    result: dict
+    rate: float
+    size: int
+    kind: dict
+
+
+class Stepper:
+    """Training steps of a phase, from a batch to changed weights; what a step does depends on its number alone."""
+
+    def __init__(self, task: nn.Module, epochs: int, context: Context):
+        recipe = context.recipe
+        self.task, self.context = task, context
+        self.optimizer = build_optimizer(recipe, task)
+        self.averaged = None
+        if recipe.ema:
+            average = get_ema_multi_avg_fn(recipe.ema)
+            self.averaged = AveragedModel(task.student, multi_avg_fn=average, use_buffers=True)
+        # Clipped apart: a learning teacher is moved by its own loss only, so the student's gradient must not scale it.
+        self.networks = [[p for p in part.parameters() if p.requires_grad] for part in task.children()]
+        per_epoch = steps_per_epoch(context.dataset.train, recipe.batch_size)
+        self.total, self.warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
+        self.run_step = torch.compile(task) if recipe.compile else task
+        self.size_at = sizes_of(recipe, context.dataset.preprocessing.size)
+
+    def __call__(
+        self, number: int, images: Tensor, labels: Tensor, *, size: int | None = None, kind: dict | None = None
+    ) -> Step:
+        """Take step ``number`` of ``total`` with images on the CPU and labels on the device.
+
+        ``size`` and ``kind`` (an outcome of the task) are those of the step unless given.
+        """
+        context, recipe, task = self.context, self.context.recipe, self.task
+        rate = learning_rate(number, self.total, peak=recipe.lr, kind=recipe.schedule, warmup=self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        done = number / self.total
+        size = size or self.size_at(done)
+        generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, number))
+        images, targets = vary(context.place(images), labels, size, context, generator)
+        kind = _drawn(task.outcomes(done), generator) if kind is None else kind
+        set_fading(task.student, done / recipe.warm_start_window)
+        progress = torch.tensor(done, device=context.device)
+        with context.cast(), _explained_compilation(recipe):
+            result = self.run_step(images, targets, progress, **kind)
+        self.optimizer.zero_grad(set_to_none=True)
+        with _explained_compilation(recipe):
+            result["loss"].backward()
+        if recipe.clip_norm:
+            for parameters in self.networks:
+                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(task.student)
+        return Step(result, rate, size, kind)
+
+
 def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: bool) -> dict:
     """Train ``task`` for ``epochs`` and keep its best student (by validation): ``model.pt``, or ``teacher.pt``.
 
@@ -135,64 +225,36 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     when stopped, all state is in ``{phase}-state.pt``; with ``resume`` the phase goes on from there.
     """
     recipe, split = context.recipe, context.dataset.train
-    optimizer = build_optimizer(recipe, task)
-    averaged = None
-    if recipe.ema:
-        averaged = AveragedModel(task.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-    # Clipped apart: a learning teacher is moved by its own loss only, so the student's gradient must not scale it.
-    networks = [[p for p in part.parameters() if p.requires_grad] for part in task.children()]
-    per_epoch = steps_per_epoch(split, recipe.batch_size)
-    total, warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
-    state = _State(context, phase, task, optimizer, averaged)
+    take = Stepper(task, epochs, context)
+    per_epoch, total = steps_per_epoch(split, recipe.batch_size), take.total
+    state = _State(context, phase, task, take.optimizer, take.averaged)
     if resume:
         state.load(total)
     _drop_rows_after(context.folder, phase, state.step)
-    run_step = torch.compile(task) if recipe.compile else task
-    size_at = sizes_of(recipe, context.dataset.preprocessing.size)
+    rows = [row for row in read_rows(context.folder) if row["phase"] == phase]
+    context.view.start(phase, epochs, per_epoch, state.step, rows)
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
         loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
-        name = f"{phase} {epoch + 1}/{epochs}"
-        bar = tqdm(loader, name, total=per_epoch, initial=done, disable=None, leave=False, unit="step")
         task.train()
         clock = _Clock(state.seconds)
-        for images, labels in bar:
-            rate = learning_rate(state.step, total, peak=recipe.lr, kind=recipe.schedule, warmup=warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            done = state.step / total
-            generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, state.step))
-            images, labels = context.place(images), labels.to(context.device)
-            images, targets = vary(images, labels, size_at(done), context, generator)
-            outcome = _drawn(task.outcomes(done), generator)
-            set_fading(task.student, done / recipe.warm_start_window)
-            progress = torch.tensor(done, device=context.device)
-            with context.cast(), _explained_compilation(recipe):
-                result = run_step(images, targets, progress, **outcome)
-            optimizer.zero_grad(set_to_none=True)
-            with _explained_compilation(recipe):
-                result["loss"].backward()
-            if recipe.clip_norm:
-                for parameters in networks:
-                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            optimizer.step()
-            if averaged is not None:
-                averaged.update_parameters(task.student)
-
-            state.add(result, labels)
+        for images, labels in loader:
+            labels = labels.to(context.device)
+            step = take(state.step, images, labels)
+            state.add(step.result, labels)
             state.step += 1
             clock.images += len(labels)
+            means = None
             if state.step % CHECK_EVERY == 0 or context.stop.is_set():
                 means = state.means()
                 _check_finite(means, phase, state)
-                bar.set_postfix_str(_brief(means, clock.rate()))
+            context.view.step(state.step, clock.rate(), means)
             if context.stop.is_set() and state.step % per_epoch:
                 state.seconds = clock.total()
                 state.save()
                 _stop(context)
-        bar.close()
-        _end_epoch(phase, epoch + 1, rate, state, context, clock)
+        _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
 
 
@@ -236,6 +298,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     row["images_per_second"], row["seconds"] = speed, clock.total()
     state.seconds = row["seconds"]
     _log(row, context)
+    context.view.epoch(row)
     state.sums.clear()
     state.counts.clear()
     state.save()
@@ -295,8 +358,9 @@ class _State:
         """Higher validation accuracy; among equals the lower loss."""
         return (accuracy, -loss) > (self.best["val_accuracy"], -self.best["val_loss"])
 
-    def save(self) -> None:
-        values = {
+    def values(self) -> dict:
+        """What is saved."""
+        return {
             "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
@@ -306,7 +370,9 @@ class _State:
             "counts": dict(self.counts),
             "best": self.best,
         }
-        save_plain(self.path, values)
+
+    def save(self) -> None:
+        save_plain(self.path, self.values())
 
     def load(self, total: int) -> None:
         """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
@@ -345,16 +411,17 @@ def _stop(context: Context) -> None:
     raise Stopped(f"stopped; go on with: rd-train --resume {context.folder}", code=130)
 
 
-def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
+def student_checkpoint(network: Network, context: Context, best: dict) -> Checkpoint:
+    """A network of the run as it is kept."""
     dataset, recipe = context.dataset, context.recipe.to_dict()
-    checkpoint = Checkpoint(
+    return Checkpoint(
         network.arch, deployed_state(network), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
     )
-    save_checkpoint(context.folder / ("model.pt" if phase == "student" else "teacher.pt"), checkpoint)
 
 
-def _brief(means: dict[str, float], images_per_second: float) -> str:
-    return f"{_terms(means)} acc {means['train_accuracy']:.1%} {images_per_second:.0f} img/s"
+def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
+    path = context.folder / ("model.pt" if phase == "student" else "teacher.pt")
+    save_checkpoint(path, student_checkpoint(network, context, best))
 
 
 def _terms(means: dict) -> str:

@@ -13,7 +13,7 @@ PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
 RUN_FILES = (
     *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
-    *("curves.png", "audit.png", "report.md", "result.json"),
+    *("curves.png", "audit.png", "report.md", "report.html", "result.json"),
 )
 
 
@@ -36,8 +36,10 @@ class Recipe:
         init_noise: Weight of the Kaiming noise in a dirac or identity initialisation.
         reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
-        teacher: Teacher network; auto is the ResNet of arch's depth.
-        teacher_weights: A model.pt or a torchvision-style state_dict; without it the run trains the teacher first.
+        teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
+            timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
+        teacher_weights: A model.pt or a state_dict with torchvision's names (.safetensors too); without it the run
+            fetches a published teacher, and trains any other first.
         teacher_mode: frozen (pretrained), or joint (trained from scratch beside the student, by its own loss).
         teacher_epochs: Epochs of the teacher that the run trains first; as many as the student's when not given.
         teacher_bn: BN of the spliced teacher stages: eval (running statistics) or batch; batch in rd, else eval.
@@ -166,6 +168,10 @@ class Recipe:
                 "it goes neither with method=kd or rd nor with teacher_weights",
             ),
             (
+                joint and "/" in self.teacher,
+                f"teacher_mode=joint trains a teacher from scratch; {self.teacher} is a trained one",
+            ),
+            (
                 self.init == "identity" and self.reparam in ("identity", "branches"),
                 f"init=identity sets the BN of blocks without branches; with reparam={self.reparam} use init=dirac",
             ),
@@ -180,7 +186,8 @@ class Recipe:
         ce, jointrd, rd = (self.method == name for name in ("ce", "jointrd", "rd"))
         no_splices = not (jointrd or rd) or self.splice_weight == 0
         no_kd = not (self.method == "kd" or rd)
-        no_teacher_phase = ce or self.teacher_mode == "joint" or self.teacher_weights is not None
+        given = self.teacher_weights is not None or "/" in self.teacher
+        no_teacher_phase = ce or self.teacher_mode == "joint" or given
         warm = self.warm_start and not ce
         residual = self.arch.startswith("resnet") and self.shortcuts in (None, "all")  # no plain blocks
         without = {
@@ -216,6 +223,28 @@ class Recipe:
         return asdict(self)
 
 
+# What the authors' released code runs as its joint mode (docs/method.md), additions of ours off; see `as_released`.
+AS_RELEASED = {
+    "method": "jointrd",
+    "shortcuts": "projection",
+    "init": "kaiming",
+    "teacher_bn": "eval",
+    "splice_weight": 1.0,
+    "splice_window": 0.5,
+    "clip_norm": 0.0,
+    "reparam": "none",
+    "warm_start": False,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "resize_start": 1.0,
+    "recalibrate": 0,
+    "ema": 0.0,
+}
+# And by the student's stem: theirs for ImageNet, and that of their scripts for CIFAR.
+AS_RELEASED_BY_STEM = {
+    "imagenet": {"feature_weight": 1e-4, "feature_reduction": "sum", "splice_weight_end": 5e-3},
+    "small": {"feature_weight": 0.0, "splice_weight_end": 0.5},
+}
 # What entries that are not given become: (in every other method, in rd).
 BY_METHOD = {
     "teacher_bn": ("eval", "batch"),
@@ -273,6 +302,20 @@ def what_it_takes(annotation: object) -> str:
     if choices:  # optional
         return what_it_takes(choices[0])
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[annotation]
+
+
+def as_released(stem: str) -> dict:
+    """The entries that ``rd-train --as-released`` sets, for a student with this stem."""
+    return AS_RELEASED | AS_RELEASED_BY_STEM[stem]
+
+
+def check_as_released(values: dict, stem: str) -> None:
+    """Refuse entries (name: value) that contradict `as_released`; names that it does not set may be anything."""
+    for name, released in as_released(stem).items():
+        if name in values and values[name] not in (released, None):
+            raise UserError(
+                f"--as-released sets {name}={released}, this run {name}={values[name]}; leave one of the two away"
+            )
 
 
 def preset_names() -> list[str]:

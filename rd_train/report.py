@@ -1,25 +1,51 @@
-"""What a finished run leaves for its reader: ``curves.png`` and ``report.md``, made from ``metrics.jsonl``."""
+"""What a finished run leaves for its reader: ``curves.png``, ``report.md`` and ``report.html``."""
 
+import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rd_deploy.common import atomic_path, write_text
 from rd_train.audit import plot_audit
-from rd_train.loop import read_rows
+from rd_train.data import Dataset
+from rd_train.html_report import page
+from rd_train.loop import Predictions, read_rows
 from rd_train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "images_per_second", "seconds", "val_loss"}
 
 
-def write(folder: Path, recipe: Recipe, result: dict) -> None:
-    """Write both files of a finished run."""
+def write(folder: Path, recipe: Recipe, result: dict, dataset: Dataset, seen: Predictions) -> None:
+    """Write the files of a finished run; ``seen``: the student's predictions of the test split."""
     rows = read_rows(folder)
-    plot_curves(folder / "curves.png", rows, result)
-    audited = plot_audit(folder / "audit.png", rows)
-    write_text(folder / "report.md", _markdown(rows, recipe, result, audited))
+    figure = curves(rows, result)
+    with atomic_path(folder / "curves.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    audit = plot_audit(folder / "audit.png", rows)
+    write_text(folder / "report.md", _markdown(rows, recipe, result, audit is not None))
+    plots = {_in_words(rows): inline_svg(figure)}
+    if audit is not None:
+        plots["Gradients of each stage through the student and through the teacher, and their cosine"] = inline_svg(
+            audit
+        )
+    write_text(folder / "report.html", page(recipe, result, rows, dataset, seen, plots))
 
 
-def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
+def inline_svg(figure: "Figure") -> str:
+    """A figure as an SVG element whose black parts follow the colour of the text around it."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("#000000", "currentColor")
+
+
+def curves(rows: list[dict], result: dict) -> "Figure":
     """Loss terms on the left, accuracy of student and teacher on the right, over epochs."""
     from matplotlib.figure import Figure
 
@@ -57,10 +83,20 @@ def plot_curves(path: Path, rows: list[dict], result: dict) -> None:
         title += f" (teacher {result['teacher_test_accuracy']:.2%})"
     figure.suptitle(title)
     for axes in (losses, accuracies):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return figure
+
+
+def _in_words(rows: list[dict]) -> str:
+    """What the curves show, for those who cannot see them."""
+    student = [row for row in rows if row["phase"] == "student"]
+    loss, accuracy = ([row[name] for row in student] for name in ("loss", "val_accuracy"))
+    return (
+        f"Loss and accuracy over {len(student)} epochs of the student: loss from {loss[0]:.3f} to {loss[-1]:.3f}, "
+        f"validation accuracy from {accuracy[0]:.2%} to {accuracy[-1]:.2%}"
+    )
 
 
 def _terms(rows: list[dict]) -> list[str]:
@@ -95,6 +131,8 @@ def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> 
         "![curves](curves.png)",
         "",
         *(["![gradient audit](audit.png)", ""] if audited else []),
+        "Curves, mistakes and classes in a browser: `report.html`.",
+        "",
         "Again with exactly this recipe: `rd-train recipe.yaml`. Next: `rd-export model.pt`.",
         "",
     ]

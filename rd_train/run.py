@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rd_deploy.bench.environment import available_threads, cpu
 from rd_deploy.common import UserError, write_json, write_text
@@ -19,12 +20,15 @@ from rd_train.build import (
     teacher_arch,
 )
 from rd_train.checkpoint import load_checkpoint
-from rd_train.cost import macs_per_image, relative_cost
-from rd_train.data import Dataset, load_dataset
+from rd_train.cost import macs_per_image, mean_step_macs, relative_cost
+from rd_train.data import Dataset, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
-from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
+from rd_train.estimate import PhaseEstimate, measure, print_estimate
+from rd_train.live import View, shown
+from rd_train.loop import Context, evaluate, fit, predict, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
+from rd_train.teachers import is_published, load_published, settled_name
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -42,6 +46,8 @@ def settle(recipe: Recipe) -> Recipe:
     # Absolute, so that a run can be resumed from another folder.
     paths = {name: _absolute(path) for name in ("data_dir", "teacher_weights") if (path := getattr(recipe, name))}
     threads = recipe.threads or available_threads()
+    if fetched_teacher(recipe):
+        paths["teacher"] = settled_name(recipe.teacher)
     return replace(recipe, device=device, precision=precision, threads=threads, **paths)
 
 
@@ -58,22 +64,49 @@ def _cpu_multiplies_bf16() -> bool:
 
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
     """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
+    dataset, arch, teacher, plan = _planned(recipe)
+    if not resume:
+        _clear(folder)
+    write_text(folder / "recipe.yaml", dump_yaml(recipe))
+    writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
+    with stop_on_signals() as stop, shown(View()) as view:
+        context = Context(
+            recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer, view
+        )
+        if view.live is not None:
+            view.plan(_work(context, arch, teacher))
+        return _phases(context, arch, teacher, plan, resume)
+
+
+def _planned(recipe: Recipe) -> tuple[Dataset, Arch, Network | None, dict]:
+    """Data set, student, teacher if one is given, and the plan, which is printed."""
     torch.set_num_threads(recipe.threads)
     dataset = load_dataset(
         recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
     )
     arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
     teacher = _given_teacher(recipe, dataset, arch)
-    plan = print_plan(recipe, dataset, arch, teacher)
-    if not resume:
-        _clear(folder)
-    write_text(folder / "recipe.yaml", dump_yaml(recipe))
-    writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
+    return dataset, arch, teacher, print_plan(recipe, dataset, arch, teacher)
+
+
+def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
+    """Print the plan of a run, and what it will take by a few timed steps of each phase; nothing is written."""
+    dataset, arch, teacher, _ = _planned(recipe)
+    device, autocast = torch.device(recipe.device), recipe.precision == "bf16"
+    phases = []
     with stop_on_signals() as stop:
-        context = Context(
-            recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
-        )
-        return _phases(context, arch, teacher, plan, resume)
+        context = Context(recipe, dataset, folder, device, autocast, stop)
+        if needs_teacher(recipe) and teacher is None:
+            teacher = _new_teacher(context, arch)
+            if recipe.teacher_mode == "frozen":
+                task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
+                with torch.device("meta"):
+                    meta = CrossEntropy(Network(teacher.arch))
+                phases.append(measure("teacher", task, meta, recipe.teacher_epochs or recipe.epochs, context))
+        meta = meta_task(recipe, arch, None if teacher is None else teacher.arch)
+        phases.append(measure("student", _student_task(context, arch, teacher), meta, recipe.epochs, context))
+    print_estimate(phases, context)
+    return phases
 
 
 def _clear(folder: Path) -> None:
@@ -90,21 +123,41 @@ def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, r
     recipe, folder = context.recipe, context.folder
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
-        torch.manual_seed(recipe.seed)
-        teacher = context.place(Network(teacher_arch(recipe, arch)))
+        teacher = _new_teacher(context, arch)
         if recipe.teacher_mode == "frozen":
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
             best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
             teacher_seconds = best["seconds"]
             teacher = load_checkpoint(folder / "teacher.pt").network()
+    best = fit("student", _student_task(context, arch, teacher), recipe.epochs, context, resume=resume)
+    return _finish(context, best, plan, teacher, teacher_seconds)
+
+
+def _work(context: Context, arch: Arch, teacher: Network | None) -> dict[str, float]:
+    """Multiply-accumulates of each phase, but for the batch size: what the time that is left is shared out by."""
+    recipe, size = context.recipe, context.dataset.preprocessing.size
+    sizes, steps = sizes_of(recipe, size), steps_per_epoch(context.dataset.train, recipe.batch_size)
+    meta, work = meta_task(recipe, arch, None if teacher is None else teacher.arch), {}
+    if needs_teacher(recipe) and teacher is None and recipe.teacher_mode == "frozen":
+        epochs = recipe.teacher_epochs or recipe.epochs
+        work["teacher"] = epochs * steps * mean_step_macs(CrossEntropy(meta.teacher.requires_grad_()), size, sizes)
+    return work | {"student": recipe.epochs * steps * mean_step_macs(meta, size, sizes)}
+
+
+def _new_teacher(context: Context, arch: Arch) -> Network:
+    torch.manual_seed(context.recipe.seed)
+    return context.place(Network(teacher_arch(context.recipe, arch)))
+
+
+def _student_task(context: Context, arch: Arch, teacher: Network | None) -> nn.Module:
+    """The task of the student's phase, from the student's initialisation on."""
+    recipe = context.recipe
     teacher = None if teacher is None else context.place(teacher)
     torch.manual_seed(recipe.seed)
     student = context.place(build_student(recipe, arch, teacher))
     if recipe.init == "identity" and not recipe.warm_start:
         start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
-    task = build_task(recipe, student, teacher)
-    best = fit("student", task, recipe.epochs, context, resume=resume)
-    return _finish(context, best, plan, teacher, teacher_seconds)
+    return build_task(recipe, student, teacher)
 
 
 def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
@@ -119,8 +172,9 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
     student = context.place(load_checkpoint(folder / "model.pt").network())
     if recipe.teacher_mode == "joint" and teacher is not None:
         teacher = context.place(load_checkpoint(folder / "teacher.pt").network())
+    seen = predict(student, dataset.test, context)
     result = {
-        "test_accuracy": evaluate(student, dataset.test, context)[0],
+        "test_accuracy": seen.accuracy,
         "teacher_test_accuracy": None if teacher is None else evaluate(teacher, dataset.test, context)[0],
         "val_accuracy": best["val_accuracy"],
         "best_epoch": best["epoch"],
@@ -143,14 +197,16 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "threads": recipe.threads,
         "torch": str(torch.__version__),
     }
-    report.write(folder, recipe, result)
+    report.write(folder, recipe, result, dataset, seen)
     write_json(folder / "result.json", result)  # last: it says that the run is complete
     return result
 
 
 def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | None:
-    if not needs_teacher(recipe) or recipe.teacher_weights is None:
+    if not needs_teacher(recipe) or (recipe.teacher_weights is None and not fetched_teacher(recipe)):
         return None
+    if is_published(recipe.teacher):
+        return load_published(recipe.teacher, recipe.teacher_weights, dataset.preprocessing)
     named = recipe.teacher != "auto"
     return load_teacher(
         recipe.teacher_weights,
@@ -159,6 +215,11 @@ def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | No
         dataset.classes,
         named=named,
     )
+
+
+def fetched_teacher(recipe: Recipe) -> bool:
+    """Whether the teacher's weights come from a library's hub."""
+    return needs_teacher(recipe) and is_published(recipe.teacher) and recipe.teacher_weights is None
 
 
 def applied_init(arch: Arch, recipe: Recipe) -> str:
@@ -194,6 +255,8 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
     if needs_teacher(recipe):
         origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
+        if is_published(recipe.teacher):
+            origin = " from ".join(filter(None, (recipe.teacher, recipe.teacher_weights)))
         print(f"teacher  {task.teacher.arch.name} ({origin})")
     print(f"method   {recipe.method}: {cost}; {recipe.epochs} epochs of {recipe.batch_size} images, seed {recipe.seed}")
     if recipe.unused():

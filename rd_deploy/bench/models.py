@@ -184,7 +184,7 @@ def _square(like: Subject) -> int:
 def _foreign(library: str, name: str, like: Subject | None, size: int | None, seed: int) -> Subject:
     """A torchvision or timm network with random weights and calibrated BN, exported by torch."""
     torch = require("torch", "train")
-    package = require(library, "train") if library == "torchvision" else require_timm()
+    package = require(library, "train" if library == "torchvision" else "timm")
     names = LIBRARIES[library]()
     if name not in names:
         raise UserError(f"{library} has no network '{name}'{_close(name, names)}")
@@ -254,15 +254,6 @@ def _timm_names() -> list[str]:
     except ImportError:
         return []
     return timm.list_models()
-
-
-def require_timm():
-    """timm is in none of our extras: nothing but this option uses it."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError("timm is not installed: pip install timm, or leave 'timm:' away") from error
-    return timm
 
 
 LIBRARIES = {"torchvision": _torchvision_names, "timm": _timm_names}

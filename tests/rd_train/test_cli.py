@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from rd_deploy.common import run_command
-from rd_train.cli import command
-from rd_train.recipe import preset_names
+from rd_train.cli import _recipe, command
+from rd_train.recipe import AS_RELEASED, AS_RELEASED_BY_STEM, Recipe, preset_names, preset_values
 from rd_train.sources import DEBIAN_FASHION
 
 SMALL = ["--arch", "plain20", "--width", "0.25", "--train_limit", "200", "--threads", "1", "--batch_size", "50",
@@ -207,3 +207,56 @@ def test_the_default_method_is_ours(tmp_path, capsys):
     assert json.loads((tmp_path / "result.json").read_text())["method"] == "rd"
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
     assert "audit.png" in (tmp_path / "report.md").read_text()
+
+
+def released(monkeypatch, *arguments: str) -> Recipe:
+    """The recipe that a command would run with --as-released."""
+    seen = []
+
+    def start(options):
+        seen.append(_recipe(options))
+        return {"folder": "x", "teacher_test_accuracy": None, "test_accuracy": 0.5}
+
+    monkeypatch.setattr("rd_train.cli._start", start)
+    assert call(*arguments, "--as-released") == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stem"),
+    [(["imagenet-plain50"], "imagenet"), (["cifar10-plain18"], "small"), (["--arch", "plain34"], "imagenet")],
+)
+def test_as_released_sets_each_entry_and_nothing_else(arguments, stem, monkeypatch, capsys):
+    recipe = released(monkeypatch, *arguments)
+    table = AS_RELEASED | AS_RELEASED_BY_STEM[stem]
+    assert {name: getattr(recipe, name) for name in table} == table
+    plain34 = {**preset_values("digits"), "arch": "plain34"}
+    before = Recipe(**(preset_values(arguments[0]) if len(arguments) == 1 else plain34))
+    changed = {name for name, value in recipe.to_dict().items() if value != getattr(before, name)}
+    assert changed - {"summary"} <= {*table, "kd_weight"}  # kd_weight: of the method, and without effect in jointrd
+    assert recipe.unused() == []
+    # By hand, from the facts in docs/method.md.
+    assert (recipe.method, recipe.shortcuts, recipe.init, recipe.teacher_bn, recipe.clip_norm) == (
+        "jointrd", "projection", "kaiming", "eval", 0.0,
+    )  # fmt: skip
+    ends = {"imagenet": (1e-4, 0.005), "small": (0.0, 0.5)}
+    assert (recipe.feature_weight, recipe.splice_weight_end) == ends[stem]
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_as_released_refuses_what_contradicts_it(stem, monkeypatch, capsys):
+    monkeypatch.setattr("rd_train.cli._start", lambda options: pytest.fail("was started"))
+    others = {"method": "rd", "shortcuts": "none", "init": "dirac", "teacher_bn": "batch", "reparam": "dirac",
+              "feature_reduction": "mean", "warm_start": "true"}  # fmt: skip
+    for name in AS_RELEASED | AS_RELEASED_BY_STEM[stem]:
+        value = others.get(name, "1" if name == "recalibrate" else "0.25")
+        assert call("--arch", "plain18", "--stem", stem, "--as-released", f"--{name}", value) == 2
+        assert f"--as-released sets {name}=" in capsys.readouterr().err
+    assert call("fashion-plain20", "--arch", "resnet20", "--as-released") == 2
+    assert "for plain students" in capsys.readouterr().err
+
+
+def test_as_released_refuses_a_recipe_that_contradicts_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text("splice_window: 0.3")
+    assert call(str(tmp_path / "mine.yaml"), "--as-released") == 2
+    assert "sets splice_window=0.5, this run splice_window=0.3" in capsys.readouterr().err
