@@ -76,7 +76,9 @@ from rd_train.recipe import Recipe
 
 
 def phase(batch_size):
-    recipe = Recipe(arch="plain20", size=32, batch_size=batch_size, epochs=2, device="cpu", precision="fp32", threads=1)
+    recipe = Recipe(
+        arch="plain20", splices="all", size=32, batch_size=batch_size, epochs=2, device="cpu", precision="fp32", threads=1
+    )
     dataset = load_dataset("digits", size=32)
     context = Context(recipe, dataset, None, torch.device("cpu"), False, threading.Event())
     plain, resnet = (parse_arch(name, in_channels=1, classes=10) for name in ("plain20", "resnet20"))
