@@ -9,7 +9,16 @@ import torch
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain, load_strictly, save_checkpoint
+from rd_train.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    load_checkpoint,
+    load_plain,
+    load_strictly,
+    plain_size,
+    save_checkpoint,
+    save_plain,
+)
 from rd_train.networks import Network, parse_arch
 
 PREPROCESSING = Preprocessing(size=8, resize=8, channels=1, mean=(0.3,), std=(0.4,))
@@ -36,6 +45,12 @@ def test_round_trip(path, network):
     assert checkpoint.preprocessing == PREPROCESSING
     assert (checkpoint.classes, checkpoint.recipe) == (["a", "b", "c"], {"lr": 0.1})
     assert checkpoint.provenance["torch"] == str(torch.__version__)
+
+
+def test_the_size_of_a_file_is_known_before_it_is_written(path):
+    values = torch.load(path, weights_only=True)
+    save_plain(path, values)
+    assert plain_size(values) == path.stat().st_size
 
 
 def test_it_holds_tensors_and_plain_containers_only(path):

@@ -77,7 +77,7 @@ from rd_train.recipe import Recipe
 
 def phase(batch_size):
     recipe = Recipe(
-        arch="plain20", splices="all", size=32, batch_size=batch_size, epochs=2, device="cpu", precision="fp32", threads=1
+        arch="plain20", splices="all", size=32, batch_size=batch_size, epochs=2, device="cpu", precision="fp32"
     )
     dataset = load_dataset("digits", size=32)
     context = Context(recipe, dataset, None, torch.device("cpu"), False, threading.Event())
