@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
@@ -80,11 +80,11 @@ def _timed_steps(take: Stepper, meta: nn.Module, stream: Iterator) -> tuple[floa
     seconds, macs, timed = 0.0, 0.0, 0
     while timed < STEPS and (timed == 0 or seconds < LONGEST):
         number = int(take.total * (timed + 0.5) / STEPS)
-        start = time.monotonic()
+        start = monotonic()
         images, labels = next(stream)
         step = take(number, images, labels.to(context.device))
         _wait(context)
-        seconds += time.monotonic() - start
+        seconds += monotonic() - start
         macs += step_macs(meta, step.size, **step.kind)
         timed += 1
         if context.stop.is_set():
@@ -100,10 +100,10 @@ def _wait(context: Context) -> None:
 def _evaluation_seconds(task: nn.Module, context: Context) -> float:
     """Seconds an image of evaluation takes, by one batch of the validation split."""
     part = _First(context.dataset.val, min(500, 2 * context.recipe.batch_size))
-    start = time.monotonic()
+    start = monotonic()
     predict(task.student, part, context)
     task.train()
-    return (time.monotonic() - start) / len(part)
+    return (monotonic() - start) / len(part)
 
 
 class _First:

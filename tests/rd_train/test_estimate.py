@@ -138,7 +138,7 @@ def test_steps_that_differ_are_weighed_by_their_macs(monkeypatch, tmp_path):
     task = build_task(recipe, Network(arch), Network(replace(arch, shortcuts="all")))
     meta = meta_task(recipe, arch)
     take = Take(Stepper(task, 2, context), meta)
-    monkeypatch.setattr("rd_train.estimate.time.monotonic", lambda: take.clock)
+    monkeypatch.setattr("rd_train.estimate.monotonic", lambda: take.clock)
     seconds, macs, timed = _timed_steps(take, meta, _endless(context.dataset.train, recipe))
     # So that the mean over all steps can be told from these five, whichever kinds they were.
     assert (seconds, timed) == (pytest.approx(1e-6 * macs), 5)
@@ -152,7 +152,7 @@ def test_slow_steps_are_timed_until_a_limit(monkeypatch, tmp_path):
     with torch.device("meta"):
         meta = CrossEntropy(Network(student_arch(RECIPE, 1, 10)))
     clock = itertools.count(0, 100)
-    monkeypatch.setattr("rd_train.estimate.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("rd_train.estimate.monotonic", lambda: next(clock))
 
     def take(number, images, labels):
         return Step({}, 0.1, 8, {})
