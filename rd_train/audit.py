@@ -72,8 +72,9 @@ def plot_audit(path: Path, rows: list[dict]) -> "Figure | None":
     norms.set(xlabel="epoch", ylabel="norm of the gradient", yscale="log" if drawn else "linear")
     cosines.set(xlabel="epoch", ylabel="cosine of plain and teacher path", ylim=(-1, 1))
     for axes in (norms, cosines):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, frameon=False)  # a frame would be white in the report's dark mode
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return figure
