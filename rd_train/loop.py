@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from rd_deploy.common import Stopped, UserError, require, write_text
+from rd_train import distributed
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
@@ -51,7 +52,12 @@ class Context:
     writer: object | None = None  # TensorBoard's SummaryWriter
 
     def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
-        """Images or a network on the device, in the memory format; a network before a task aliases it."""
+        """Images or a network on the device, in the memory format; a network before a task aliases it.
+
+        With ``sync_bn``, its BN are those of all processes together.
+        """
+        if self.recipe.sync_bn and isinstance(what, nn.Module):
+            distributed.synchronise_bn(what)
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         return what.to(self.device, memory_format=layout)
 
@@ -80,17 +86,24 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, action)
 
 
+def _shares() -> dict:
+    """What of the batches is for this process."""
+    return {"rank": distributed.rank(), "world": distributed.world()}
+
+
 @torch.no_grad()
 def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
+    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split, which processes share among them."""
     network.eval()
     correct, loss = 0, 0.0
-    for images, labels in batches(split, min(500, 2 * context.recipe.batch_size), seed=0, epoch=0, train=False):
+    size = min(500, 2 * context.recipe.batch_size)
+    for images, labels in batches(split, size, seed=0, epoch=0, train=False, **_shares()):
         labels = labels.to(context.device)
         with context.cast():
             logits = network(context.place(images))
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+    correct, loss = distributed.totals([correct, loss])
     return correct / len(split), loss / len(split)
 
 
@@ -146,15 +159,19 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     state = _State(context, phase, task, optimizer, averaged)
     if resume:
         state.load(total)
-    _drop_rows_after(context.folder, phase, state.step)
-    run_step = torch.compile(task) if recipe.compile else task
+    if not distributed.same_everywhere(state.step):
+        raise UserError(f"the processes see different files in {context.folder}; all machines must share that folder")
+    if distributed.first():
+        _drop_rows_after(context.folder, phase, state.step)
+    run_step = distributed.data_parallel(task, torch.compile(task) if recipe.compile else task)
     size_at = sizes_of(recipe, context.dataset.preprocessing.size)
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
-        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
+        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done, **_shares())
         name = f"{phase} {epoch + 1}/{epochs}"
-        bar = tqdm(loader, name, total=per_epoch, initial=done, disable=None, leave=False, unit="step")
+        shown = None if distributed.first() else True  # None: where there is a terminal
+        bar = tqdm(loader, name, total=per_epoch, initial=done, disable=shown, leave=False, unit="step")
         task.train()
         clock = _Clock(state.seconds)
         for images, labels in bar:
@@ -182,18 +199,27 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
 
             state.add(result, labels)
             state.step += 1
-            clock.images += len(labels)
-            if state.step % CHECK_EVERY == 0 or context.stop.is_set():
+            clock.images += len(labels) * distributed.world()
+            stopping = _stopping(context, state.step)
+            if state.step % CHECK_EVERY == 0 or stopping:
                 means = state.means()
                 _check_finite(means, phase, state)
                 bar.set_postfix_str(_brief(means, clock.rate()))
-            if context.stop.is_set() and state.step % per_epoch:
+            if stopping and state.step % per_epoch:
                 state.seconds = clock.total()
+                state.agree()
                 state.save()
                 _stop(context)
         bar.close()
         _end_epoch(phase, epoch + 1, rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
+
+
+def _stopping(context: Context, step: int) -> bool:
+    """Whether all processes stop after this step; asked rarely where GPUs would have to wait for the answer."""
+    if distributed.world() > 1 and context.device.type == "cuda" and step % CHECK_EVERY:
+        return False
+    return distributed.any_process(context.stop.is_set())
 
 
 def _drawn(outcomes: list[tuple[float, dict]], generator: np.random.Generator) -> dict:
@@ -207,7 +233,9 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
     recipe = context.recipe
     if phase != "student" or not recipe.audit or not getattr(task, "splices", ()):
         return {}
-    loader = batches(context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, train=True)
+    loader = batches(
+        context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, train=True, **_shares()
+    )
     images, labels = next(loader)
     loader.close()
     task.train()
@@ -222,6 +250,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
     _check_finite(row, phase, state)
     row |= _audited(phase, task, epoch, context)
+    state.agree()
     student = recalibrated(state.averaged.module if state.averaged is not None else task.student, context)
     row["val_accuracy"], row["val_loss"] = evaluate(student, validation, context)
     joint = getattr(task, "train_teacher", False)
@@ -239,7 +268,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     state.sums.clear()
     state.counts.clear()
     state.save()
-    if context.stop.is_set():
+    if distributed.any_process(context.stop.is_set()):
         _stop(context)
 
 
@@ -288,14 +317,27 @@ class _State:
             self.counts[name] += 1
 
     def means(self) -> dict[str, float]:
-        """Means of the epoch so far, of each term over the steps that had it."""
+        """Means of the epoch so far over all processes, of each term over the steps that had it."""
+        distributed.average(self.sums.values())
         return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+
+    def agree(self) -> None:
+        """Make BN's running statistics those of all processes' images (their means); twice is as good as once."""
+        for module in (self.task, self.averaged):
+            if module is not None:
+                distributed.average_statistics(module)
 
     def improves(self, accuracy: float, loss: float) -> bool:
         """Higher validation accuracy; among equals the lower loss."""
         return (accuracy, -loss) > (self.best["val_accuracy"], -self.best["val_loss"])
 
     def save(self) -> None:
+        """Write everything; processes go on when the first one has."""
+        if distributed.first():
+            self._write()
+        distributed.barrier()
+
+    def _write(self) -> None:
         values = {
             "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -346,6 +388,8 @@ def _stop(context: Context) -> None:
 
 
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
+    if not distributed.first():
+        return
     dataset, recipe = context.dataset, context.recipe.to_dict()
     checkpoint = Checkpoint(
         network.arch, deployed_state(network), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
@@ -363,6 +407,8 @@ def _terms(means: dict) -> str:
 
 
 def _log(row: dict, context: Context) -> None:
+    if not distributed.first():
+        return
     with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     if context.writer is not None:
