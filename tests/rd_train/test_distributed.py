@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError
 from rd_train import distributed
 from rd_train.build import build_optimizer, build_task, meta_task, student_arch, teacher_arch
@@ -28,7 +29,7 @@ from rd_train.data import batches, derive_seed, load_dataset
 from rd_train.loop import STEP_SEED
 from rd_train.networks import Network
 from rd_train.recipe import Recipe
-from rd_train.run import run
+from rd_train.run import run, settle
 from rd_train.schedules import learning_rate
 from rd_train.vary import mixed
 
@@ -54,6 +55,7 @@ class Group:
 
     processes: list
     folder: Path
+    store: dist.TCPStore  # by which they find each other; torchrun has one of its own
 
     def join(self) -> list[int]:
         for process in self.processes:
@@ -78,9 +80,7 @@ def start(function, folder: Path, *arguments, world: int = 2, restarts: int = 0)
         process = FORK.Process(target=member, args=(values, folder, rank, function, arguments), daemon=True)
         process.start()
         processes.append(process)
-    group = Group(processes, folder)
-    group.store = store  # lives as long as the group
-    return group
+    return Group(processes, folder, store)
 
 
 def member(values: dict, folder: Path, rank: int, function, arguments: tuple) -> None:
@@ -314,6 +314,57 @@ def test_the_graph_is_static_where_all_steps_are_of_one_kind(options, static):
     assert distributed.has_one_kind_of_step(meta_task(recipe, student_arch(recipe, 1, 10))) == static
 
 
+def agreements(folder: Path) -> int:
+    """What each of the processes gets from what they have to agree on."""
+
+    def agree() -> int:
+        rank = distributed.rank()
+        same = torch.tensor([0.1, 1 / 3, 1e-30])
+        other = torch.tensor([float(rank)])
+        distributed.average([same, other])
+        with distributed.one_per_machine_first():
+            alone = not list(folder.glob("*.done"))
+            (folder / f"{rank}.done").touch()
+        found = {
+            "text": distributed.of_first(f"text of {rank}: é"),
+            "any": [distributed.any_process(rank == 2), distributed.any_process(False)],
+            "same": [distributed.same_everywhere(7), distributed.same_everywhere(rank == 1)],
+            "totals": distributed.totals([1, rank / 2]),
+            "average": [torch.equal(same, torch.tensor([0.1, 1 / 3, 1e-30])), other.item()],
+            "alone": alone,
+            "threads": settle(Recipe(data_dir=f"data{rank}")).threads,
+            "data_dir": Path(settle(Recipe(data_dir=f"data{rank}")).data_dir).name,
+        }
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+        return 0
+
+    return distributed.run_together("test", agree)
+
+
+def test_processes_agree(tmp_path):
+    group = start(agreements, tmp_path, tmp_path, world=3)
+    assert group.join() == [0, 0, 0], group.text("err", 0)
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "text": "text of 0: é",
+            "any": [True, False],
+            "same": [True, False],
+            "totals": [3, 1.5],
+            "average": [True, 1.0],
+            "alone": rank == 0,
+            "threads": max(1, available_threads() // 3),
+            "data_dir": "data0",
+        }
+
+
+def test_one_process_started_by_torchrun_trains_as_it_does_without(tmp_path):
+    recipe = replace(EPOCH, sync_bn=True)
+    assert train(recipe, tmp_path / "run", world=1).join() == [0]
+    run(recipe, tmp_path / "whole")
+    states = [state_of(tmp_path / name)["task"] for name in ("run", "whole")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 # --- stops, kills, restarts
 
 
@@ -402,9 +453,7 @@ def test_a_killed_worker_is_survived(two, tmp_path):
 
 
 def test_too_few_gpus_are_one_line(monkeypatch):
-    for name, value in {"RUN_ID": "test"}.items():
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    for name, value in {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="--nproc-per-node 2"):
