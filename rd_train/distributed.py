@@ -122,7 +122,9 @@ def _is_first_to_fail(store: dist.Store) -> bool:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, Stopped):
         return error.code
-    return {UserError: 2, MemoryError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UserError | MemoryError) else 1
 
 
 # --- what processes agree on
