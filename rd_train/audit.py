@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rd_deploy.common import atomic_path
+from rd_train import distributed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def gradient_audit(task: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
     """Per stage k (from 1; the last has no teacher path): ``audit{k}_plain``, ``_teacher`` (norms) and ``_cosine``.
 
     The task must offer ``gradient_paths``. One forward in training mode and two backwards; running statistics of BN
-    and gradients are left as they were.
+    and gradients are left as they were. Of several processes each gives its own images; the figures are of all of them.
     """
     buffers = {name: value.clone() for name, value in task.named_buffers()}
     own, spliced = task.gradient_paths(images, labels)
@@ -39,6 +40,7 @@ def gradient_audit(task: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
     for number, stage in enumerate(stages, start=1):
         part = slice(start, start + len(stage))
         one, other = (_flat(gradients[part], stage) for gradients in (plain, teacher))
+        distributed.average([one, other])
         cosine = F.cosine_similarity(one, other, dim=0)
         values = dict(zip(FIGURES, (one.norm(), other.norm(), cosine), strict=True))
         figures |= {f"audit{number}_{name}": float(value) for name, value in values.items()}

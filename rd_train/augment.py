@@ -29,17 +29,28 @@ class Augment:
             raise UserError(f"smallest_crop must be above 0 and at most 1, not {self.smallest_crop}")
 
 
-def shift_and_flip(images: np.ndarray, augment: Augment, generator: np.random.Generator) -> np.ndarray:
-    """Randomly shifted (up to ``crop_padding`` pixels each way) and mirrored copies of uint8 images (N, H, W, C)."""
-    count, height, width, _ = images.shape
+def shift_and_flip(
+    images: np.ndarray,
+    augment: Augment,
+    generator: np.random.Generator,
+    *,
+    batch: int | None = None,
+    part: slice = slice(None),
+) -> np.ndarray:
+    """Randomly shifted (up to ``crop_padding`` pixels each way) and mirrored copies of uint8 images (N, H, W, C).
+
+    Where the images are ``part`` of a ``batch`` of so many, they are varied as they are among all of it.
+    """
+    height, width = images.shape[1:3]
+    count = len(images) if batch is None else batch
     pad = augment.crop_padding
     if pad:
         padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        top, left = generator.integers(0, 2 * pad + 1, size=(2, count))
+        top, left = generator.integers(0, 2 * pad + 1, size=(2, count))[:, part]
         windows = sliding_window_view(padded, (height, width), axis=(1, 2))  # N, tops, lefts, C, H, W: no copy
-        images = windows[np.arange(count), top, left].transpose(0, 2, 3, 1)
+        images = windows[np.arange(len(images)), top, left].transpose(0, 2, 3, 1)
     if augment.flip:
-        mirrored = generator.random(count) < 0.5
+        mirrored = generator.random(count)[part] < 0.5
         images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     return images
 

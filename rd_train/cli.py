@@ -1,7 +1,10 @@
 """``rd-train``: train a network by a preset, flags override."""
 
+import json
+import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -135,14 +138,29 @@ def _released(arguments: list[str], preset: dict) -> Namespace:
 
 def _start(options: Namespace) -> dict | None:
     require("torch", "train")
-    from rd_train.run import dry_run, run, settle  # torch is slow to import; --list and --help do without
+    from rd_train import distributed  # torch is slow to import; --list and --help do without
+    from rd_train.run import dry_run, run, settle
 
     recipe = settle(_recipe(options))
+    if distributed.launched() and not options.out:
+        raise UserError("with torchrun, name the folder of the run with --out, so that restarted processes find it")
+    if distributed.restarted() and _holds_run(Path(options.out), recipe):
+        return _go_on(Path(options.out), options.tensorboard)
     folder = _new_folder(options)
+    if options.dry and distributed.launched():
+        raise UserError("--dry measures one process; run it without torchrun")
     if options.dry:
         dry_run(recipe, folder)
         return None
     return {"folder": folder, **run(recipe, folder, tensorboard=options.tensorboard)}
+
+
+def _holds_run(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a run of this recipe; what was settled on another machine may differ."""
+    if not (folder / "recipe.yaml").is_file():
+        return False
+    there = Recipe(**read_values(folder / "recipe.yaml"))
+    return replace(there, device=recipe.device, precision=recipe.precision, threads=recipe.threads) == recipe
 
 
 def _resume(arguments: list[str], options: Namespace) -> dict:
@@ -152,17 +170,23 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     if not options.resume:
         raise UserError("--resume is empty; name the folder of a run")
     require("torch", "train")
+    return _go_on(Path(options.resume), options.tensorboard)
+
+
+def _go_on(folder: Path, tensorboard: bool) -> dict:
+    from rd_train import distributed
     from rd_train.run import run, settle
 
-    folder = Path(options.resume)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")
     if (folder / "result.json").exists():
+        if distributed.restarted():  # a process died when everything was written
+            return {"folder": folder, **json.loads((folder / "result.json").read_text(encoding="utf-8"))}
         raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
     recipe = Recipe(**read_values(folder / "recipe.yaml"))
     if settle(recipe) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
-    return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=options.tensorboard)}
+    return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=tensorboard)}
 
 
 def command(arguments: list[str]) -> int:
@@ -187,7 +211,11 @@ def command(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    """Entry point of the console script."""
+    """Entry point of the console script, and of ``torchrun -m rd_train``."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; asked without torch, which is slow to import
+        from rd_train.distributed import run_together
+
+        return run_together("rd-train", lambda: command(sys.argv[1:]))
     return run_command("rd-train", lambda: command(sys.argv[1:]))
 
 

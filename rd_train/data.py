@@ -28,8 +28,11 @@ class Split(Protocol):
     def images(self, indices: Tensor) -> Tensor:
         """float32 (len(indices), C, size, size), preprocessed as for deployment, without augmentation."""
 
-    def augmented(self, indices: Tensor, seed: int) -> Tensor:
-        """The same with training augmentation; a pure function of ``indices`` and ``seed``."""
+    def augmented(self, indices: Tensor, seed: int, part: slice = slice(None)) -> Tensor:
+        """The same with training augmentation; a pure function of ``indices`` and ``seed``.
+
+        With ``part``, only ``[part]`` of the result, bit for bit: what one of several processes needs of a batch.
+        """
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ class MemorySplit:
     def images(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(self.preprocessing.apply(self.pixels[indices.numpy()]))
 
-    def augmented(self, indices: Tensor, seed: int) -> Tensor:
-        framed = self.preprocessing.frame(self.pixels[indices.numpy()])
-        varied = shift_and_flip(framed, self.augment, np.random.default_rng(seed))
+    def augmented(self, indices: Tensor, seed: int, part: slice = slice(None)) -> Tensor:
+        framed = self.preprocessing.frame(self.pixels[indices[part].numpy()])
+        generator = np.random.default_rng(seed)
+        varied = shift_and_flip(framed, self.augment, generator, batch=len(indices), part=part)
         return torch.from_numpy(self.preprocessing.normalise(varied))
 
 
@@ -181,28 +185,57 @@ def derive_seed(*numbers: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
+def check_shares(images: int, batch_size: int, world: int) -> None:
+    """Each of ``world`` processes needs the same number of a training batch's images, and BN 2 of them."""
+    if world == 1:
+        return
+    if batch_size % world or batch_size // world < 2:
+        raise UserError(
+            f"batch_size={batch_size} is of all processes together: with {world} it must be a multiple of {world} "
+            f"and at least {2 * world}"
+        )
+    if images < batch_size:
+        raise UserError(f"{images} training images are less than one batch of {batch_size}; use a smaller --batch-size")
+
+
 def batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, train: bool, start: int = 0
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    train: bool,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 (B, C, size, size), labels int64 (B,)) from batch number ``start`` on.
 
     Batch i is a pure function of (seed, epoch, i), so training resumes bit-exactly anywhere. ``train``: shuffled,
     augmented, the last incomplete batch dropped (unless it is the only one); otherwise everything in order, unvaried.
     One batch is prepared ahead in a thread, whose errors are raised here.
+
+    Process ``rank`` of ``world`` gets its slice of every training batch (an equal share, see `check_shares`), and
+    otherwise every ``world``-th whole batch, so that together they see each image once.
     """
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1, not {batch_size}")
+    if train:
+        check_shares(len(split), batch_size, world)
     count = steps_per_epoch(split, batch_size) if train else -(-len(split) // batch_size)
+    share = batch_size // world
+    part = slice(rank * share, (rank + 1) * share)
     order = torch.arange(len(split))
     if train:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = order[number * batch_size : (number + 1) * batch_size]
-        images = split.augmented(indices, derive_seed(seed, epoch, number)) if train else split.images(indices)
-        return images, split.labels[indices]
+        if train:
+            return split.augmented(indices, derive_seed(seed, epoch, number), part), split.labels[indices[part]]
+        return split.images(indices), split.labels[indices]
 
-    return _one_ahead(make, range(start, count))
+    return _one_ahead(make, range(start, count) if train else range(start + rank, count, world))
 
 
 def _one_ahead(make: Callable[[int], tuple[Tensor, Tensor]], numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,6 +244,6 @@ def _one_ahead(make: Callable[[int], tuple[Tensor, Tensor]], numbers: range) -> 
         upcoming = None
         for number in numbers:
             current, upcoming = upcoming or worker.submit(make, number), None
-            if number + 1 < numbers.stop:
-                upcoming = worker.submit(make, number + 1)
+            if number + numbers.step < numbers.stop:
+                upcoming = worker.submit(make, number + numbers.step)
             yield current.result()

@@ -211,12 +211,12 @@ def _worst(dataset: Dataset, seen: Predictions) -> str:
     chosen = most_confident_mistakes(seen)
     if not chosen:
         return "<p>No test image was classified wrongly.</p>"
-    images = dataset.test.images(seen.labels.new_tensor(chosen)).numpy()
+    images = dataset.test.images(seen.indices[chosen]).numpy()
     items = []
     for index, image in zip(chosen, images, strict=True):
         true, guess = (escaped(dataset.classes[int(numbers[index])]) for numbers in (seen.labels, seen.predicted))
         sure, truth = float(seen.confidence[index]), float(seen.truth[index])
-        alt = f"Test image {index}: {true}, taken for {guess}"
+        alt = f"Test image {int(seen.indices[index])}: {true}, taken for {guess}"
         items.append(
             f'<li><img alt="{alt}" src="{data_url(pixels_of(image, dataset.preprocessing))}">'
             f'{guess} <span class="soft">{sure:.1%}</span><br>is {true} <span class="soft">{truth:.1%}</span></li>'

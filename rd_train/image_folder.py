@@ -50,8 +50,8 @@ class FolderSplit:
     def images(self, indices: Tensor) -> Tensor:
         return self._batch(lambda index: centred(self._read(index), self.preprocessing), indices)
 
-    def augmented(self, indices: Tensor, seed: int) -> Tensor:
-        return self._batch(lambda index: self._varied(index, np.random.default_rng([seed, index])), indices)
+    def augmented(self, indices: Tensor, seed: int, part: slice = slice(None)) -> Tensor:
+        return self._batch(lambda index: self._varied(index, np.random.default_rng([seed, index])), indices[part])
 
     def _varied(self, index: int, generator: np.random.Generator) -> np.ndarray:
         image, size = self._read(index), self.preprocessing.size

@@ -6,6 +6,7 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rd_deploy.common import Stopped, UserError, require, write_text
+from rd_train import distributed
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
@@ -52,7 +54,12 @@ class Context:
     view: View = field(default_factory=View)
 
     def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
-        """Images or a network on the device, in the memory format; a network before a task aliases it."""
+        """Images or a network on the device, in the memory format; a network before a task aliases it.
+
+        With ``sync_bn``, its BN are those of all processes together.
+        """
+        if self.recipe.sync_bn and isinstance(what, nn.Module):
+            distributed.synchronise_bn(what)
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         return what.to(self.device, memory_format=layout)
 
@@ -81,14 +88,20 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, action)
 
 
+def _shares() -> dict:
+    """What of the batches is for this process."""
+    return {"rank": distributed.rank(), "world": distributed.world()}
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """What a network made of each image of a split, in the split's order, on the CPU.
+    """What a network made of the images of a split, in the split's order, on the CPU.
 
-    ``labels`` and ``predicted``: int64 (N,); ``confidence`` and ``truth``: probabilities of the predicted and of the
-    true class, float32 (N,); ``loss``: mean cross-entropy.
+    ``indices``: which images, int64 (N,); ``labels`` and ``predicted``: int64 (N,); ``confidence`` and ``truth``:
+    probabilities of the predicted and of the true class, float32 (N,); ``loss``: mean cross-entropy.
     """
 
+    indices: Tensor
     labels: Tensor
     predicted: Tensor
     confidence: Tensor
@@ -103,19 +116,28 @@ class Predictions:
 
 @torch.no_grad()
 def predict(network: Network, split: Split, context: Context) -> Predictions:
-    """Run a network over a whole split, once."""
+    """Run a network over a whole split, once. Processes share its images among them; each gets all predictions."""
     network.eval()
-    loss, parts = 0.0, []
-    for images, labels in batches(split, min(500, 2 * context.recipe.batch_size), seed=0, epoch=0, train=False):
+    size = min(500, 2 * context.recipe.batch_size)
+    loss, found = 0.0, torch.zeros((len(split), 4), dtype=torch.float64)  # looked at, predicted, confidence, truth
+    numbers = itertools.count(distributed.rank(), distributed.world())
+    for number, (images, labels) in zip(
+        numbers, batches(split, size, seed=0, epoch=0, train=False, **_shares()), strict=False
+    ):
         labels = labels.to(context.device)
         with context.cast():
             logits = network(context.place(images))
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        probabilities = logits.float().softmax(1)
-        predicted = logits.argmax(1)
+        probabilities, predicted = logits.float().softmax(1), logits.argmax(1)
         both = probabilities.gather(1, torch.stack([predicted, labels], 1))
-        parts.append([labels.cpu(), predicted.cpu(), *both.cpu().unbind(1)])
-    return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)), loss / len(split))
+        columns = torch.ones_like(predicted), predicted, *both.unbind(1)
+        found[number * size : (number + 1) * size] = torch.stack([column.double() for column in columns], 1).cpu()
+    [loss] = distributed.totals([loss])
+    found = distributed.total(found)
+    indices = found[:, 0].nonzero().flatten()
+    _, predicted, confidence, truth = found[indices].unbind(1)
+    labels = split.labels[indices]
+    return Predictions(indices, labels, predicted.long(), confidence.float(), truth.float(), loss / len(indices))
 
 
 def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
@@ -186,6 +208,10 @@ class Stepper:
         self.run_step = torch.compile(task) if recipe.compile else task
         self.size_at = sizes_of(recipe, context.dataset.preprocessing.size)
 
+    def share(self) -> None:
+        """From now on, let gradients be the means over all processes; once the weights are those to start from."""
+        self.run_step = distributed.data_parallel(self.task, self.run_step)
+
     def __call__(
         self, number: int, images: Tensor, labels: Tensor, *, size: int | None = None, kind: dict | None = None
     ) -> Step:
@@ -230,13 +256,17 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     state = _State(context, phase, task, take.optimizer, take.averaged)
     if resume:
         state.load(total)
-    _drop_rows_after(context.folder, phase, state.step)
-    rows = [row for row in read_rows(context.folder) if row["phase"] == phase]
-    context.view.start(phase, epochs, per_epoch, state.step, rows)
+    if not distributed.same_everywhere(state.step):
+        raise UserError(f"the processes see different files in {context.folder}; all machines must share that folder")
+    if distributed.first():
+        _drop_rows_after(context.folder, phase, state.step)
+        rows = [row for row in read_rows(context.folder) if row["phase"] == phase]
+        context.view.start(phase, epochs, per_epoch, state.step, rows)
+    take.share()
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
-        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
+        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done, **_shares())
         task.train()
         clock = _Clock(state.seconds)
         for images, labels in loader:
@@ -244,18 +274,27 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
             step = take(state.step, images, labels)
             state.add(step.result, labels)
             state.step += 1
-            clock.images += len(labels)
-            means = None
-            if state.step % CHECK_EVERY == 0 or context.stop.is_set():
+            clock.images += len(labels) * distributed.world()
+            stopping, means = _stopping(context, state.step), None
+            if state.step % CHECK_EVERY == 0 or stopping:
                 means = state.means()
                 _check_finite(means, phase, state)
-            context.view.step(state.step, clock.rate(), means)
-            if context.stop.is_set() and state.step % per_epoch:
+            if distributed.first():
+                context.view.step(state.step, clock.rate(), means)
+            if stopping and state.step % per_epoch:
                 state.seconds = clock.total()
+                state.agree()
                 state.save()
                 _stop(context)
         _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
+
+
+def _stopping(context: Context, step: int) -> bool:
+    """Whether all processes stop after this step; asked rarely where GPUs would have to wait for the answer."""
+    if distributed.world() > 1 and context.device.type == "cuda" and step % CHECK_EVERY:
+        return False
+    return distributed.any_process(context.stop.is_set())
 
 
 def _drawn(outcomes: list[tuple[float, dict]], generator: np.random.Generator) -> dict:
@@ -269,7 +308,9 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
     recipe = context.recipe
     if phase != "student" or not recipe.audit or not getattr(task, "splices", ()):
         return {}
-    loader = batches(context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, train=True)
+    loader = batches(
+        context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, train=True, **_shares()
+    )
     images, labels = next(loader)
     loader.close()
     task.train()
@@ -284,6 +325,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
     _check_finite(row, phase, state)
     row |= _audited(phase, task, epoch, context)
+    state.agree()
     student = recalibrated(state.averaged.module if state.averaged is not None else task.student, context)
     row["val_accuracy"], row["val_loss"] = evaluate(student, validation, context)
     joint = getattr(task, "train_teacher", False)
@@ -298,11 +340,12 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
     row["images_per_second"], row["seconds"] = speed, clock.total()
     state.seconds = row["seconds"]
     _log(row, context)
-    context.view.epoch(row)
+    if distributed.first():
+        context.view.epoch(row)
     state.sums.clear()
     state.counts.clear()
     state.save()
-    if context.stop.is_set():
+    if distributed.any_process(context.stop.is_set()):
         _stop(context)
 
 
@@ -351,12 +394,25 @@ class _State:
             self.counts[name] += 1
 
     def means(self) -> dict[str, float]:
-        """Means of the epoch so far, of each term over the steps that had it."""
+        """Means of the epoch so far over all processes, of each term over the steps that had it."""
+        distributed.average(self.sums.values())
         return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+
+    def agree(self) -> None:
+        """Make BN's running statistics those of all processes' images (their means); twice is as good as once."""
+        for module in (self.task, self.averaged):
+            if module is not None:
+                distributed.average_statistics(module)
 
     def improves(self, accuracy: float, loss: float) -> bool:
         """Higher validation accuracy; among equals the lower loss."""
         return (accuracy, -loss) > (self.best["val_accuracy"], -self.best["val_loss"])
+
+    def save(self) -> None:
+        """Write everything; processes go on when the first one has."""
+        if distributed.first():
+            save_plain(self.path, self.values())
+        distributed.barrier()
 
     def values(self) -> dict:
         """What is saved."""
@@ -370,9 +426,6 @@ class _State:
             "counts": dict(self.counts),
             "best": self.best,
         }
-
-    def save(self) -> None:
-        save_plain(self.path, self.values())
 
     def load(self, total: int) -> None:
         """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
@@ -421,7 +474,8 @@ def student_checkpoint(network: Network, context: Context, best: dict) -> Checkp
 
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
     path = context.folder / ("model.pt" if phase == "student" else "teacher.pt")
-    save_checkpoint(path, student_checkpoint(network, context, best))
+    if distributed.first():
+        save_checkpoint(path, student_checkpoint(network, context, best))
 
 
 def _terms(means: dict) -> str:
@@ -430,6 +484,8 @@ def _terms(means: dict) -> str:
 
 
 def _log(row: dict, context: Context) -> None:
+    if not distributed.first():
+        return
     with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     if context.writer is not None:

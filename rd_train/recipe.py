@@ -61,7 +61,7 @@ class Recipe:
         recalibrate: Recompute BN statistics on so many training images before each evaluation; 0 does not.
         audit: Log and draw, per stage, gradients of the plain and of the teacher path once an epoch.
         epochs: Passes over the training split.
-        batch_size: Images per step.
+        batch_size: Images per step, of all processes together.
         lr: Peak learning rate of SGD with Nesterov momentum.
         momentum: Momentum.
         weight_decay: L2 penalty.
@@ -71,6 +71,7 @@ class Recipe:
         label_smoothing: Label smoothing of every cross-entropy.
         clip_norm: Clip the norm of the gradient to this; 0 does not clip. 1 in rd, else 0.
         ema: Decay of an exponential moving average of the weights, which is then what is evaluated; 0 is none.
+        sync_bn: BN by the batch of all processes (torchrun), not by each one's slice; as if there were one.
         precision: fp32, bf16 (autocast), or auto (bf16 where the hardware multiplies it).
         channels_last: NHWC memory format.
         compile: Compile the step with torch.compile.
@@ -126,6 +127,7 @@ class Recipe:
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     ema: float = 0.0
+    sync_bn: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
     compile: bool = False
@@ -174,6 +176,10 @@ class Recipe:
             (
                 self.init == "identity" and self.reparam in ("identity", "branches"),
                 f"init=identity sets the BN of blocks without branches; with reparam={self.reparam} use init=dirac",
+            ),
+            (
+                self.sync_bn and self.compile,
+                "sync_bn communicates within a step, which torch.compile cannot compile; use one of the two",
             ),
             (
                 self.warm_start and (joint or self.reparam != "none"),

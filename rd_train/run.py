@@ -1,14 +1,16 @@
 """A whole run: plan, teacher phase if one is needed, student phase, test, report."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads, cpu
 from rd_deploy.common import UserError, write_json, write_text
-from rd_train import report
+from rd_train import distributed, report
 from rd_train.build import (
     build_student,
     build_task,
@@ -21,7 +23,7 @@ from rd_train.build import (
 )
 from rd_train.checkpoint import load_checkpoint
 from rd_train.cost import macs_per_image, mean_step_macs, relative_cost
-from rd_train.data import Dataset, load_dataset, steps_per_epoch
+from rd_train.data import Dataset, check_shares, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
 from rd_train.live import View, shown
@@ -32,7 +34,10 @@ from rd_train.teachers import is_published, load_published, settled_name
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """Replace every ``auto`` and unset entry that depends on the machine, so that a resume does the same sums."""
+    """Replace every ``auto`` and unset entry that depends on the machine, so that a resume does the same sums.
+
+    With several processes, all get what the first one has.
+    """
     device = recipe.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,10 +50,13 @@ def settle(recipe: Recipe) -> Recipe:
         )
     # Absolute, so that a run can be resumed from another folder.
     paths = {name: _absolute(path) for name in ("data_dir", "teacher_weights") if (path := getattr(recipe, name))}
-    threads = recipe.threads or available_threads()
+    threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
     if fetched_teacher(recipe):
         paths["teacher"] = settled_name(recipe.teacher)
-    return replace(recipe, device=device, precision=precision, threads=threads, **paths)
+    settled = replace(recipe, device=device, precision=precision, threads=threads, **paths)
+    if distributed.world() == 1:
+        return settled
+    return Recipe(**yaml.safe_load(distributed.of_first(dump_yaml(settled))))
 
 
 def _absolute(path: str) -> str:
@@ -65,14 +73,16 @@ def _cpu_multiplies_bf16() -> bool:
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
     """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
     dataset, arch, teacher, plan = _planned(recipe)
-    if not resume:
-        _clear(folder)
-    write_text(folder / "recipe.yaml", dump_yaml(recipe))
-    writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
-    with stop_on_signals() as stop, shown(View()) as view:
-        context = Context(
-            recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer, view
-        )
+    distributed.barrier()  # every process has looked into the folder
+    writer = None
+    if distributed.first():
+        if not resume:
+            _clear(folder)
+        write_text(folder / "recipe.yaml", dump_yaml(recipe))
+        writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
+    device, autocast = distributed.device(recipe.device), recipe.precision == "bf16"
+    with stop_on_signals() as stop, shown(View()) if distributed.first() else contextlib.nullcontext(View()) as view:
+        context = Context(recipe, dataset, folder, device, autocast, stop, writer, view)
         if view.live is not None:
             view.plan(_work(context, arch, teacher))
         return _phases(context, arch, teacher, plan, resume)
@@ -81,9 +91,12 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
 def _planned(recipe: Recipe) -> tuple[Dataset, Arch, Network | None, dict]:
     """Data set, student, teacher if one is given, and the plan, which is printed."""
     torch.set_num_threads(recipe.threads)
-    dataset = load_dataset(
-        recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
-    )
+    distributed.device(recipe.device)  # too few GPUs are told first
+    with distributed.one_per_machine_first() if recipe.download else contextlib.nullcontext():
+        dataset = load_dataset(
+            recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
+        )
+    check_shares(len(dataset.train), recipe.batch_size, distributed.world())
     arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
     teacher = _given_teacher(recipe, dataset, arch)
     return dataset, arch, teacher, print_plan(recipe, dataset, arch, teacher)
@@ -157,7 +170,11 @@ def _student_task(context: Context, arch: Arch, teacher: Network | None) -> nn.M
     student = context.place(build_student(recipe, arch, teacher))
     if recipe.init == "identity" and not recipe.warm_start:
         start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
-    return build_task(recipe, student, teacher)
+    task = build_task(recipe, student, teacher)
+    for name, part in task.named_children():
+        if name not in ("student", "teacher"):  # connectors; the networks were placed before the task aliased them
+            context.place(part)
+    return task
 
 
 def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
@@ -195,10 +212,12 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "teacher_seconds": teacher_seconds,
         "precision": recipe.precision,
         "threads": recipe.threads,
+        "processes": distributed.world(),
         "torch": str(torch.__version__),
     }
-    report.write(folder, recipe, result, dataset, seen)
-    write_json(folder / "result.json", result)  # last: it says that the run is complete
+    if distributed.first():
+        report.write(folder, recipe, result, dataset, seen)
+        write_json(folder / "result.json", result)  # last: it says that the run is complete
     return result
 
 
@@ -263,5 +282,6 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         print(f"note     without effect here: {', '.join(recipe.unused())}")
     if recipe.method in ("jointrd", "rd") and arch.shortcuts == "all":
         print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
-    print(f"machine  {recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
+    processes = f"{distributed.world()} processes, " if distributed.world() > 1 else ""
+    print(f"machine  {processes}{recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
     return plan

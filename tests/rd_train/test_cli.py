@@ -1,6 +1,9 @@
 """rd-train as its users call it: errors of one line with exit code 2, and the files of a run."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +109,14 @@ def test_mistakes_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, 
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_as_a_module_it_is_the_same_command(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-m", "rd_train", "digit"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rd-train: error: unknown preset 'digit'")
+    assert done.stderr.count("\n") == 1
 
 
 def test_unwritable_output(tmp_path, capsys):

@@ -171,6 +171,40 @@ def test_every_batch_is_augmented_with_a_seed_of_its_own(digits):
     assert len(set(split.seeds)) == split.calls == 38
 
 
+def all_of(split, train, rank=0, world=1):
+    shares = {"seed": 5, "epoch": 2, "train": train, "rank": rank, "world": world}
+    return list(batches(split, 60, **shares))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_slices_of_processes_make_up_the_batches_of_one(world):
+    split = load_dataset("digits", augment=Augment(crop_padding=1, flip=True)).train
+    whole = all_of(split, True)
+    shares = [all_of(split, True, rank, world) for rank in range(world)]
+    assert len(whole) == 20
+    for (images, labels), *parts_of_it in zip(whole, *shares, strict=True):
+        assert all(len(part[1]) == 60 // world for part in parts_of_it)
+        assert torch.equal(images, torch.cat([part[0] for part in parts_of_it]))
+        assert torch.equal(labels, torch.cat([part[1] for part in parts_of_it]))
+
+
+def test_processes_evaluate_every_image_once(digits):
+    whole, shares = all_of(digits.test, False), [all_of(digits.test, False, rank, 4) for rank in range(4)]
+    assert [len(share) for share in shares] == [2, 2, 1, 1]
+    for number, (images, labels) in enumerate(whole):
+        part = shares[number % 4][number // 4]
+        assert torch.equal(images, part[0])
+        assert torch.equal(labels, part[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "reason"), [(64, 3, "multiple of 3"), (4, 4, "at least 8"), (1258, 2, "less than one")]
+)
+def test_shares_must_be_equal(digits, size, world, reason):
+    with pytest.raises(UserError, match=reason):
+        batches(digits.train, size, seed=0, epoch=0, train=True, world=world)
+
+
 def test_evaluation_is_complete_in_order_and_unvaried(digits):
     found = list(batches(digits.test, 100, seed=0, epoch=0, train=False))
     assert [len(labels) for _, labels in found] == [100, 100, 100, 60]
@@ -194,12 +228,12 @@ class Counting:
     def __len__(self):
         return len(self.split)
 
-    def augmented(self, indices, seed):
+    def augmented(self, indices, seed, part=slice(None)):
         self.calls += 1
         self.seeds.append(seed)
         if self.calls == self.fail_at:
             raise UserError("image 3 is bad")
-        return self.split.augmented(indices, seed)
+        return self.split.augmented(indices, seed, part)
 
 
 def test_one_batch_is_prepared_ahead_and_no_more(digits):

@@ -85,7 +85,7 @@ def made(classes: list[str], images: int = 200, channels: int = 3) -> tuple[Data
     confidence = torch.from_numpy(generator.random(images, dtype=np.float32))
     split = MemorySplit(pixels, labels, preprocessing, Augment())
     return Dataset("made", split, split, split, classes, preprocessing), Predictions(
-        labels, predicted, confidence, 1 - confidence, 0.5
+        torch.arange(images), labels, predicted, confidence, 1 - confidence, 0.5
     )
 
 

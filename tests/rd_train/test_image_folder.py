@@ -107,6 +107,7 @@ def test_augmentation_depends_on_index_and_seed_only(flat):
     together = split.augmented(torch.tensor([0, 1, 2]), seed=5)
     assert torch.equal(together, split.augmented(torch.tensor([0, 1, 2]), seed=5))
     assert torch.equal(together[2], split.augmented(torch.tensor([2]), seed=5)[0])
+    assert torch.equal(together[1:], split.augmented(torch.tensor([0, 1, 2]), 5, slice(1, 3)))
     assert not torch.equal(together, split.augmented(torch.tensor([0, 1, 2]), seed=6))
     assert together.shape == (3, 3, 16, 16)
 

@@ -1,0 +1,462 @@
+"""Several processes against one: the same result, from torchrun's environment, through kills, stops and errors.
+
+Most tests start processes by a fork server that has torch loaded, with the environment that torchrun sets; torchrun
+itself starts those that are killed.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rd_deploy.bench.environment import available_threads
+from rd_deploy.common import UserError
+from rd_train import distributed
+from rd_train.build import build_optimizer, build_task, meta_task, student_arch, teacher_arch
+from rd_train.checkpoint import load_checkpoint
+from rd_train.data import batches, derive_seed, load_dataset
+from rd_train.loop import STEP_SEED
+from rd_train.networks import Network
+from rd_train.recipe import Recipe
+from rd_train.run import run, settle
+from rd_train.schedules import learning_rate
+from rd_train.vary import mixed
+
+SMALL = Recipe(
+    init="dirac", init_noise=0.5,
+    method="ce", arch="plain20", width=0.25, epochs=2, teacher_epochs=1, batch_size=40, lr=0.05, warmup_epochs=0.5,
+    train_limit=120, precision="fp32", device="cpu", threads=1,
+)  # fmt: skip
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["rd_train.run", "sklearn.datasets", "pytest"])
+
+
+# --- starting processes
+
+
+def flags(recipe: Recipe) -> list[str]:
+    values = {name: value for name, value in recipe.to_dict().items() if value not in (None, "")}
+    return [f"--{name}={value}" for name, value in values.items() if value != getattr(Recipe, name)]
+
+
+@dataclass
+class Group:
+    """Processes that were started together, as torchrun does, and what they wrote."""
+
+    processes: list
+    folder: Path
+    store: dist.TCPStore  # by which they find each other; torchrun has one of its own
+
+    def join(self) -> list[int]:
+        for process in self.processes:
+            process.join(120)
+        return [process.exitcode for process in self.processes]
+
+    def text(self, stream: str, rank: int) -> str:
+        return (self.folder / f"{stream}{rank}").read_text()
+
+
+def start(function, folder: Path, *arguments, world: int = 2, restarts: int = 0) -> Group:
+    """Run ``function(*arguments)``, which returns an exit code, in ``world`` processes that can find each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restarts,
+    }  # fmt: skip
+    processes = []
+    for rank in range(world):
+        values = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        process = FORK.Process(target=member, args=(values, folder, rank, function, arguments), daemon=True)
+        process.start()
+        processes.append(process)
+    return Group(processes, folder, store)
+
+
+def member(values: dict, folder: Path, rank: int, function, arguments: tuple) -> None:
+    os.environ.update({name: str(value) for name, value in values.items()})
+    for stream, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / f"{stream}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    sys.exit(function(*arguments))
+
+
+def train(recipe: Recipe, out: Path, *arguments: str, mishap: str = "", **options) -> Group:
+    """rd-train in a group; ``mishap`` happens to the second process in its fourth step."""
+    streams = out.parent / f"{out.name}-streams"
+    return start(command, streams, mishap, "digits", *flags(recipe), "--out", str(out), *arguments, **options)
+
+
+def command(mishap: str, *arguments: str) -> int:
+    from rd_train import cli, loop
+
+    def rate(step: int, total: int, **options) -> float:
+        if step == 3 and os.environ["RANK"] == "1":
+            if mishap == "user error":
+                raise UserError("image 7 is bad")
+            if mishap:
+                os.kill(os.getpid(), getattr(signal, mishap))
+        return learning_rate(step, total, **options)
+
+    loop.learning_rate = rate
+    sys.argv = ["rd-train", *arguments]
+    return cli.main()
+
+
+def train_all(recipes: dict[str, Recipe], folder: Path) -> int:
+    """Train several recipes one after the other, which saves starting processes."""
+
+    def all_of_them() -> int:
+        for name, recipe in recipes.items():
+            run(recipe, folder / name)
+        return 0
+
+    return distributed.run_together("test", all_of_them)
+
+
+def state_of(folder: Path) -> dict:
+    return torch.load(folder / "student-state.pt", weights_only=True)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def furthest(one: dict, other: dict) -> float:
+    """The largest difference of two sets of tensors, relative to the norm of each tensor."""
+    assert set(one) == set(other)
+    floats = [name for name, value in one.items() if value.is_floating_point()]
+    return max(float((one[name] - other[name]).norm() / (1e-3 + other[name].norm())) for name in floats)
+
+
+# --- two processes equal one
+
+EPOCH = replace(SMALL, epochs=1)  # three steps
+RD = replace(EPOCH, method="rd", clip_norm=1.0, teacher_bn="batch", kd_weight=0.0, ema=0.9, splices="one")
+# BN by the whole batch: equal to one process.
+SYNCED = {
+    "rd": replace(RD, sync_bn=True, recalibrate=60, audit=True),
+    "jointrd": replace(EPOCH, method="jointrd", sync_bn=True, teacher_mode="joint", clip_norm=1.0),
+}
+# BN by each process's slice: equal to one process that forwards the slices one after the other.
+SLICED = {
+    "rd, sliced": replace(RD, splice_probability=0.6, mixup=0.2, cutmix=1.0, kd_weight=0.3),
+    "jointrd, sliced": replace(SYNCED["jointrd"], sync_bn=False),
+}
+WHOLE = replace(SMALL, epochs=12, batch_size=60, ema=0.9)
+TOLERANCE = 2e-4  # of float32 sums in another order, after three steps
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    run(replace(EPOCH, arch="resnet20"), folder)
+    return str(folder / "model.pt")
+
+
+def taught(recipe: Recipe, teacher: str) -> Recipe:
+    return (
+        recipe if recipe.method == "ce" or recipe.teacher_mode == "joint" else replace(recipe, teacher_weights=teacher)
+    )
+
+
+@pytest.fixture(scope="module")
+def two(teacher, tmp_path_factory):
+    """Every recipe above, trained by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    recipes = {name: taught(recipe, teacher) for name, recipe in {**SYNCED, **SLICED, "whole": WHOLE}.items()}
+    group = start(train_all, folder, recipes, folder)
+    assert group.join() == [0, 0], group.text("err", 0) + group.text("err", 1)
+    return folder
+
+
+@pytest.mark.parametrize("name", SYNCED)
+def test_two_processes_equal_one_with_the_same_global_batch(name, two, teacher, tmp_path):
+    run(taught(SYNCED[name], teacher), tmp_path)
+    ours, expected = state_of(two / name), state_of(tmp_path)
+    assert furthest(ours["task"], expected["task"]) < TOLERANCE
+    if expected["averaged"] is not None:
+        assert furthest(ours["averaged"], expected["averaged"]) < TOLERANCE
+    for mine, theirs in zip(rows_of(two / name), rows_of(tmp_path), strict=True):
+        assert mine.pop("phase") == theirs.pop("phase")
+        assert mine["val_accuracy"] == theirs["val_accuracy"]
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    # Without sync_bn it is another result: the tolerance is narrow enough to tell.
+    if name == "jointrd":
+        assert furthest(state_of(two / "jointrd, sliced")["task"], expected["task"]) > 10 * TOLERANCE
+
+
+def by_slices(recipe: Recipe, teacher: str, world: int = 2) -> tuple[dict, dict]:
+    """Task and moving average (or {}) of one process that forwards the slices of a batch one after the other.
+
+    Each slice has running statistics of its own, whose means are returned.
+    """
+    dataset = load_dataset("digits", limit=recipe.train_limit)
+    arch = student_arch(recipe, 1, 10)
+    torch.manual_seed(recipe.seed)
+    network = (
+        Network(teacher_arch(recipe, arch)) if recipe.teacher_mode == "joint" else load_checkpoint(teacher).network()
+    )
+    torch.manual_seed(recipe.seed)
+    task = build_task(recipe, Network(arch, recipe.init, recipe.init_noise), network).train()
+    optimizer, total, average = build_optimizer(recipe, task), recipe.train_limit // recipe.batch_size, {}
+    buffers = [{name: value.clone() for name, value in task.named_buffers()} for _ in range(world)]
+    for step, (images, labels) in enumerate(batches(dataset.train, recipe.batch_size, seed=0, epoch=0, train=True)):
+        optimizer.zero_grad()
+        for rank, (x, y) in enumerate(zip(images.chunk(world), labels.chunk(world), strict=True)):
+            generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, step))
+            if recipe.mixup:
+                x, y = mixed(x, y, 10, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator)
+            outcomes = task.outcomes(step / total)
+            outcome = outcomes[generator.choice(len(outcomes), p=[p for p, _ in outcomes])][1]
+            for name, value in task.named_buffers():
+                value.copy_(buffers[rank][name])
+            (task(x, y, torch.tensor(step / total), **outcome)["loss"] / world).backward()
+            buffers[rank] = {name: value.clone() for name, value in task.named_buffers()}
+        for part in task.children():
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, peak=recipe.lr, kind="cosine", warmup=round(total / 2))
+        optimizer.step()
+        for name, value in task.named_buffers():
+            value.copy_(torch.stack([own[name].double() for own in buffers]).mean(0))
+        for name, value in task.student.state_dict().items():
+            before = average.get(name, value)
+            average[name] = (recipe.ema * before + (1 - recipe.ema) * value).to(value.dtype)
+    return task.state_dict(), average
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_without_sync_bn_two_processes_equal_one_that_normalises_by_slices(name, two, teacher):
+    task, average = by_slices(SLICED[name], teacher)
+    ours = state_of(two / name)
+    assert furthest(ours["task"], task) < TOLERANCE
+    if SLICED[name].ema:
+        averaged = {name.removeprefix("module."): value for name, value in ours["averaged"].items()}
+        averaged.pop("n_averaged")
+        assert furthest(averaged, average) < TOLERANCE
+
+
+def test_the_first_process_alone_prints_and_writes(two):
+    assert "2 processes, cpu" in (two / "out0").read_text()
+    assert (two / "out1").read_text() == ""
+    written = {path.name for path in (two / "rd").iterdir()}
+    assert written >= {"model.pt", "result.json", "report.md", "curves.png", "audit.png", "recipe.yaml"}
+    assert not [name for name in written if name.startswith(".")]
+    assert json.loads((two / "rd" / "result.json").read_text())["processes"] == 2
+
+
+def bn_by_slices(folder: Path) -> int:
+    """Forward, running statistics and gradients of a `SyncBatchNorm2d` on this process's half of a batch."""
+
+    def halves() -> int:
+        x, weights, bn = bn_and_batch()
+        mine = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
+        distributed.synchronise_bn(bn)
+        x = x[mine].requires_grad_()
+        y = bn(x)
+        (y * weights[mine]).sum().backward()
+        distributed.average([bn.weight.grad, bn.bias.grad])
+        values = [y.detach(), x.grad, bn.weight.grad, bn.bias.grad, bn.running_mean, bn.running_var]
+        torch.save([*values, bn.eval()(x.detach())], folder / f"{distributed.rank()}.pt")
+        return 0
+
+    return distributed.run_together("test", halves)
+
+
+def bn_and_batch() -> tuple[torch.Tensor, torch.Tensor, nn.BatchNorm2d]:
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn((2, 6, 4, 3, 5), generator=generator, dtype=torch.float64)
+    bn = nn.BatchNorm2d(4).double()
+    with torch.no_grad():
+        bn.weight.copy_(torch.rand(4, generator=generator)), bn.bias.copy_(torch.rand(4, generator=generator))
+    return 3 * x + 100, weights, bn
+
+
+def test_bn_of_all_processes_is_bn_of_the_whole_batch(tmp_path):
+    group = start(bn_by_slices, tmp_path, tmp_path)
+    assert group.join() == [0, 0], group.text("err", 0)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    x, weights, bn = bn_and_batch()
+    y = bn(x.requires_grad_())
+    (y * weights).sum().backward()
+    both = [torch.cat([one, other]) for one, other in zip(first[:2], second[:2], strict=True)]
+    torch.testing.assert_close(both, [y.detach(), x.grad], rtol=1e-9, atol=1e-9)
+    expected = [bn.weight.grad / 2, bn.bias.grad / 2, bn.running_mean, bn.running_var]
+    for ours in (first, second):
+        torch.testing.assert_close(ours[2:6], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat([first[6], second[6]]), bn.eval()(x.detach()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "static"),
+    [
+        ({"method": "ce"}, True),
+        ({"method": "jointrd", "teacher_mode": "joint"}, True),
+        ({"method": "rd", "splices": "all", "splice_weight_end": 0.1}, True),
+        ({"method": "rd", "splices": "all", "splice_weight_end": 0.0}, False),
+        ({"method": "rd", "splices": "one"}, False),
+    ],
+)
+def test_the_graph_is_static_where_all_steps_are_of_one_kind(options, static):
+    recipe = replace(SMALL, **options)
+    assert distributed.has_one_kind_of_step(meta_task(recipe, student_arch(recipe, 1, 10))) == static
+
+
+def agreements(folder: Path) -> int:
+    """What each of the processes gets from what they have to agree on."""
+
+    def agree() -> int:
+        rank = distributed.rank()
+        same = torch.tensor([0.1, 1 / 3, 1e-30])
+        other = torch.tensor([float(rank)])
+        distributed.average([same, other])
+        with distributed.one_per_machine_first():
+            alone = not list(folder.glob("*.done"))
+            (folder / f"{rank}.done").touch()
+        found = {
+            "text": distributed.of_first(f"text of {rank}: é"),
+            "any": [distributed.any_process(rank == 2), distributed.any_process(False)],
+            "same": [distributed.same_everywhere(7), distributed.same_everywhere(rank == 1)],
+            "totals": distributed.totals([1, rank / 2]),
+            "average": [torch.equal(same, torch.tensor([0.1, 1 / 3, 1e-30])), other.item()],
+            "alone": alone,
+            "threads": settle(Recipe(data_dir=f"data{rank}")).threads,
+            "data_dir": Path(settle(Recipe(data_dir=f"data{rank}")).data_dir).name,
+        }
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+        return 0
+
+    return distributed.run_together("test", agree)
+
+
+def test_processes_agree(tmp_path):
+    group = start(agreements, tmp_path, tmp_path, world=3)
+    assert group.join() == [0, 0, 0], group.text("err", 0)
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "text": "text of 0: é",
+            "any": [True, False],
+            "same": [True, False],
+            "totals": [3, 1.5],
+            "average": [True, 1.0],
+            "alone": rank == 0,
+            "threads": max(1, available_threads() // 3),
+            "data_dir": "data0",
+        }
+
+
+def test_one_process_started_by_torchrun_trains_as_it_does_without(tmp_path):
+    recipe = replace(EPOCH, sync_bn=True)
+    assert train(recipe, tmp_path / "run", world=1).join() == [0]
+    run(recipe, tmp_path / "whole")
+    states = [state_of(tmp_path / name)["task"] for name in ("run", "whole")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+# --- stops, kills, restarts
+
+
+def one_line(group: Group) -> str:
+    """What both processes said on stderr, which must be one line."""
+    said = [line for rank in range(2) for line in group.text("err", rank).splitlines()]
+    assert len(said) == 1, said
+    return said[0]
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step_and_one_process_can_go_on(two, tmp_path):
+    recipe = replace(WHOLE, epochs=2, batch_size=20, lr=1e-3, sync_bn=True)
+    group = train(recipe, tmp_path / "run", mishap="SIGTERM")
+    assert group.join() == [130, 130]
+    assert "rd-train --resume" in one_line(group)
+    assert state_of(tmp_path / "run")["step"] == 4
+    run(recipe, tmp_path / "run", resume=True)  # now one process
+    run(recipe, tmp_path / "whole")
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    states = [state_of(tmp_path / name)["task"] for name in ("run", "whole")]
+    assert furthest(*states) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("mishap", "codes", "says"),
+    [("user error", [1, 2], "image 7 is bad"), ("SIGKILL", [1, -9], "another process ended")],
+)
+def test_what_happens_to_one_process_is_said_once_and_ends_all(mishap, codes, says, tmp_path):
+    group = train(SMALL, tmp_path / "run", mishap=mishap)
+    assert group.join() == codes
+    assert says in one_line(group)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--batch-size", "41"], "must be a multiple of 2"),
+        (["--epochs", "many"], "epochs=many is not a whole number"),
+        (["--out", ""], "--out"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2_in_all_processes(arguments, says, tmp_path):
+    group = train(SMALL, tmp_path / "run", *arguments)
+    assert group.join() == [2, 2]
+    assert says in one_line(group)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_there_is_refused_at_first_and_gone_on_with_after_a_restart(two):
+    group = train(WHOLE, two / "whole")
+    assert group.join() == [2, 2]
+    assert "already holds recipe.yaml" in one_line(group)
+    group = train(WHOLE, two / "whole", restarts=1)  # everything was written when a process died
+    assert group.join() == [0, 0]
+    assert "test accuracy" in group.text("out", 0)
+
+
+def worker(launcher: subprocess.Popen, rank: int) -> int:
+    """Process id of torchrun's worker of this rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher.pid and f"\0RANK={rank}\0" in (path / "environ").read_text():
+                return int(path.name)
+        except OSError:  # it has ended meanwhile
+            continue
+    raise AssertionError(f"no worker of rank {rank}")
+
+
+def test_a_killed_worker_is_survived(two, tmp_path):
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    arguments += ["-m", "rd_train", "digits", *flags(WHOLE), "--out", str(tmp_path / "run")]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
+        while not (tmp_path / "run" / "student-state.pt").exists() and launcher.poll() is None:
+            time.sleep(0.002)
+        os.kill(worker(launcher, 1), signal.SIGKILL)
+        assert not (tmp_path / "run" / "result.json").exists()
+        assert launcher.wait(200) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("machine  2 processes") == 2
+    states = [state_of(folder) for folder in (tmp_path / "run", two / "whole")]
+    assert all(torch.equal(value, states[1]["task"][name]) for name, value in states[0]["task"].items())
+    assert rows_of(tmp_path / "run") == rows_of(two / "whole")
+
+
+def test_too_few_gpus_are_one_line(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="--nproc-per-node 2"):
+        distributed.device("cuda")
