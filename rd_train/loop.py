@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from rd_deploy.common import Stopped, UserError, require, write_text
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
-from rd_train.data import Dataset, Split, batches, derive_seed, steps_per_epoch
+from rd_train.data import Dataset, Meter, Split, batches, derive_seed, steps_per_epoch
 from rd_train.networks import Network, deployed_state, set_fading
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
@@ -82,16 +82,19 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 @torch.no_grad()
 def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
+    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split, without its corrupt images."""
     network.eval()
-    correct, loss = 0, 0.0
+    correct, loss, count = 0, 0.0, 0
     for images, labels in batches(split, min(500, 2 * context.recipe.batch_size), seed=0, epoch=0, train=False):
+        if not len(labels):
+            continue
         labels = labels.to(context.device)
         with context.cast():
             logits = network(context.place(images))
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-    return correct / len(split), loss / len(split)
+        count += len(labels)
+    return correct / count, loss / count
 
 
 @torch.no_grad()
@@ -152,12 +155,22 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
-        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done)
+        meter = Meter()
+        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done, meter=meter)
         name = f"{phase} {epoch + 1}/{epochs}"
-        bar = tqdm(loader, name, total=per_epoch, initial=done, disable=None, leave=False, unit="step")
+        bar = tqdm(
+            _until_stopped(loader, context.stop),
+            name,
+            total=per_epoch,
+            initial=done,
+            disable=None,
+            leave=False,
+            unit="step",
+        )
         task.train()
-        clock = _Clock(state.seconds)
+        clock = _Clock(state.seconds, meter, context.device)
         for images, labels in bar:
+            clock.begin_step()
             rate = learning_rate(state.step, total, peak=recipe.lr, kind=recipe.schedule, warmup=warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -182,7 +195,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
 
             state.add(result, labels)
             state.step += 1
-            clock.images += len(labels)
+            clock.end_step(len(labels))
             if state.step % CHECK_EVERY == 0 or context.stop.is_set():
                 means = state.means()
                 _check_finite(means, phase, state)
@@ -192,8 +205,21 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
                 state.save()
                 _stop(context)
         bar.close()
+        if state.step < (epoch + 1) * per_epoch:
+            state.seconds = clock.total()
+            state.save()
+            _stop(context)
         _end_epoch(phase, epoch + 1, rate, state, context, clock)
     return {**state.best, "seconds": state.seconds}
+
+
+def _until_stopped(loader: Iterator[tuple[Tensor, Tensor]], stop: threading.Event) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; they end early where the signal that stops the run ended its workers before."""
+    try:
+        yield from loader
+    except UserError:
+        if not stop.wait(1.0):  # the signal may reach us last
+            raise
 
 
 def _drawn(outcomes: list[tuple[float, dict]], generator: np.random.Generator) -> dict:
@@ -218,7 +244,7 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
 def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Context, clock: "_Clock") -> None:
     """Validate, keep the student if it is the best so far, log, save."""
     task, validation = state.task, context.dataset.val
-    speed = clock.rate()
+    speeds = clock.speeds()
     row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
     _check_finite(row, phase, state)
     row |= _audited(phase, task, epoch, context)
@@ -233,7 +259,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
         _save_student(phase, student, context, state.best)
         if joint:
             _save_student("teacher", task.teacher, context, state.best)
-    row["images_per_second"], row["seconds"] = speed, clock.total()
+    row |= {"corrupt_images": len(context.dataset.skipped), **speeds, "seconds": clock.total()}
     state.seconds = row["seconds"]
     _log(row, context)
     state.sums.clear()
@@ -244,10 +270,49 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
 
 
 class _Clock:
-    """Seconds of a phase over its interruptions, and images per second of the epoch."""
+    """Seconds of a phase over its interruptions; images per second of the epoch, of its loader and of its steps."""
 
-    def __init__(self, before: float):
+    def __init__(self, before: float, meter: Meter, device: torch.device):
         self.before, self.started, self.images = before, time.monotonic(), 0
+        self.meter, self.cuda = meter, device.type == "cuda"
+        self.stepped = 0.0  # seconds of finished steps
+        self.begun: float | torch.cuda.Event | None = None
+        self.running: deque[tuple] = deque()  # CUDA events around steps that may not be finished yet
+
+    def begin_step(self) -> None:
+        """When a batch has come. A GPU works behind the Python code, so its own clock is read."""
+        self.begun = self._now()
+
+    def end_step(self, images: int) -> None:
+        self.images += images
+        if not self.cuda:
+            self.stepped += time.monotonic() - self.begun
+            return
+        self.running.append((self.begun, self._now()))
+        while self.running and self.running[0][1].query():
+            self._finish_step()
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self.cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _finish_step(self) -> None:
+        begun, ended = self.running.popleft()
+        ended.synchronize()
+        self.stepped += begun.elapsed_time(ended) / 1000
+
+    def speeds(self) -> dict[str, float]:
+        """Images per second of the epoch, that the loader could have made, and that the steps alone could have."""
+        while self.running:
+            self._finish_step()
+        return {
+            "images_per_second": self.rate(),
+            "loader_images_per_second": self.meter.rate(),
+            "model_images_per_second": self.images / max(1e-9, self.stepped),
+        }
 
     def total(self) -> float:
         return self.before + time.monotonic() - self.started
@@ -370,11 +435,20 @@ def _log(row: dict, context: Context) -> None:
             if isinstance(value, float):
                 context.writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
         context.writer.flush()
+    left_out = len(context.dataset.val.corrupt)
     print(
         f"{row['phase']} epoch {row['epoch']}: {_terms(row)} train {row['train_accuracy']:.2%} "
-        f"val {row['val_accuracy']:.2%} {row['images_per_second']:.0f} img/s",
+        f"val {row['val_accuracy']:.2%}{f' ({left_out} corrupt images left out)' if left_out else ''} "
+        f"{row['images_per_second']:.0f} img/s; {_bottleneck(row)}",
         flush=True,
     )
+
+
+def _bottleneck(row: dict) -> str:
+    """Which of loader and model is the slower, in words."""
+    loader, model = row["loader_images_per_second"], row["model_images_per_second"]
+    slower = "loader" if loader < model else "model"
+    return f"loader {loader:.0f} img/s, model {model:.0f} img/s: the {slower} is the bottleneck"
 
 
 def read_rows(folder: Path) -> list[dict]:

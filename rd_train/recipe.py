@@ -12,7 +12,7 @@ from rd_deploy.common import UserError, check_file, nearest
 PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
 RUN_FILES = (
-    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
+    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt", "skipped.txt"),
     *("curves.png", "audit.png", "report.md", "result.json"),
 )
 
@@ -23,11 +23,15 @@ class Recipe:
 
     Args:
         summary: What the preset is for; shown by --list.
-        data: Data set: digits, fashion-mnist, idx, cifar10, cifar100 or folder (of images).
+        data: Data set: digits, fashion-mnist, idx, cifar10, cifar100, folder, webdataset, mit67 or caltech101.
         data_dir: Folder of the data set; not needed for digits, nor for an installed Debian package of Fashion-MNIST.
         download: Let torchvision download the data set into data_dir when it is not there.
         size: Image size in pixels; the data set's own when not given.
         train_limit: Train on this many images of the training split only.
+        split_seed: Which division of Caltech101 into training and test images; its protocol averages over several.
+        workers: Processes that decode image files; by default the CPUs, at most 16. They do not change the result.
+        max_corrupt: So many images that cannot be read are skipped, and named in skipped.txt; one more is an error.
+        start_weights: A model.pt whose network, but for its classifier, training starts from (rd-train finetune).
         arch: Network to train, e.g. plain20, plain56, plain50, resnet20.
         shortcuts: Override the shortcuts of arch: all, projection (the released variant of the paper) or none.
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).
@@ -83,6 +87,10 @@ class Recipe:
     download: bool = False
     size: int | None = None
     train_limit: int | None = None
+    split_seed: int = 0
+    workers: int | None = None
+    max_corrupt: int = 10
+    start_weights: str | None = None
     arch: str = "plain20"
     shortcuts: Literal["all", "projection", "none"] | None = None
     stem: Literal["imagenet", "small"] | None = None
@@ -173,6 +181,15 @@ class Recipe:
                 self.warm_start and (joint or self.reparam != "none"),
                 "warm_start copies a trained teacher: it goes neither with teacher_mode=joint nor with reparam",
             ),
+            (
+                self.start_weights is not None and self.warm_start,
+                "start_weights and warm_start are two different starts; give one",
+            ),
+            (
+                self.start_weights is not None and self.method != "ce" and self.teacher_weights is None,
+                f"method={self.method} with start_weights needs a teacher that knows these classes: "
+                "fine-tune a ResNet first (rd-train finetune RESNET.pt) and give its model.pt as teacher_weights",
+            ),
         ]
 
     def unused(self) -> list[str]:
@@ -181,7 +198,7 @@ class Recipe:
         no_splices = not (jointrd or rd) or self.splice_weight == 0
         no_kd = not (self.method == "kd" or rd)
         no_teacher_phase = ce or self.teacher_mode == "joint" or self.teacher_weights is not None
-        warm = self.warm_start and not ce
+        warm, started = self.warm_start and not ce, self.start_weights is not None
         without = {
             "teacher": ce,
             "teacher_weights": ce,
@@ -201,9 +218,12 @@ class Recipe:
             "kd_temperature": no_kd or self.kd_weight == 0,
             "resize_window": self.resize_start == 1,
             "audit": no_splices,
-            "init": warm,
-            "init_noise": self.init == "kaiming" or warm,
+            "init": warm or started,
+            "init_noise": self.init == "kaiming" or warm or started,
             "data_dir": self.data == "digits",
+            "split_seed": self.data != "caltech101",
+            "workers": self.data in IN_MEMORY,
+            "max_corrupt": self.data in IN_MEMORY,
         }
         defaults = {name: getattr(Recipe, name) for name in without}
         defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
@@ -216,10 +236,15 @@ class Recipe:
 
 # What entries that are not given become: (in every other method, in rd).
 BY_METHOD = {"teacher_bn": ("eval", "batch"), "kd_weight": (0.5, 0.0), "clip_norm": (0.0, 1.0)}
+# Data sets that are read at once: no files to decode later, by workers.
+IN_MEMORY = ("digits", "fashion-mnist", "idx", "cifar10", "cifar100")
 # Inclusive; the smallest positive values stand for "more than 0".
 BOUNDS = {
     "size": (1, 4096),
     "train_limit": (2, 10**9),
+    "split_seed": (0, 2**62),
+    "workers": (0, 256),
+    "max_corrupt": (0, 10**9),
     "width": (1 / 64, 16),
     "init_noise": (0, 100),
     "teacher_epochs": (1, 10**6),

@@ -8,7 +8,8 @@ from rd_train.audit import plot_audit
 from rd_train.loop import read_rows
 from rd_train.recipe import Recipe
 
-NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "images_per_second", "seconds", "val_loss"}
+NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "seconds", "val_loss", "corrupt_images"}
+NOT_TERMS |= {"images_per_second", "loader_images_per_second", "model_images_per_second"}
 
 
 def write(folder: Path, recipe: Recipe, result: dict) -> None:
@@ -88,7 +89,8 @@ def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> 
         f"| cost of a step | {result['step_cost']:.2f} x a plain cross-entropy step |",
         f"| time | {result['seconds']:.0f} s, the teacher's own training {result['teacher_seconds']:.0f} s "
         f"({recipe.device}, {recipe.threads} threads, {recipe.precision}, torch {result['torch']}) |",
-        f"| speed at the end | {last['images_per_second']:.0f} images/s |",
+        f"| speed at the end | {last['images_per_second']:.0f} images/s (loader alone "
+        f"{last['loader_images_per_second']:.0f}, model alone {last['model_images_per_second']:.0f}) |",
         "",
         "One run with one seed: differences of a point or two between such runs mean nothing.",
         "",

@@ -11,6 +11,7 @@ from rd_train import report
 from rd_train.build import (
     build_student,
     build_task,
+    from_start,
     load_teacher,
     meta_task,
     needs_teacher,
@@ -18,13 +19,14 @@ from rd_train.build import (
     student_arch,
     teacher_arch,
 )
-from rd_train.checkpoint import load_checkpoint
+from rd_train.checkpoint import Checkpoint, load_checkpoint
 from rd_train.cost import macs_per_image, relative_cost
 from rd_train.data import Dataset, load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.loop import Context, evaluate, fit, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
+from rd_train.workers import default_workers
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -40,9 +42,11 @@ def settle(recipe: Recipe) -> Recipe:
             "bf16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()) else "fp32"
         )
     # Absolute, so that a run can be resumed from another folder.
-    paths = {name: _absolute(path) for name in ("data_dir", "teacher_weights") if (path := getattr(recipe, name))}
+    names = ("data_dir", "teacher_weights", "start_weights")
+    paths = {name: _absolute(path) for name in names if (path := getattr(recipe, name))}
     threads = recipe.threads or available_threads()
-    return replace(recipe, device=device, precision=precision, threads=threads, **paths)
+    settled = replace(recipe, device=device, precision=precision, threads=threads, **paths)
+    return settled if settled.start_weights is None else from_start(settled)
 
 
 def _absolute(path: str) -> str:
@@ -59,21 +63,40 @@ def _cpu_multiplies_bf16() -> bool:
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
     """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
     torch.set_num_threads(recipe.threads)
+    start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
     dataset = load_dataset(
-        recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
+        recipe.data,
+        recipe.data_dir,
+        size=recipe.size,
+        limit=recipe.train_limit,
+        download=recipe.download,
+        like=None if start is None else start.preprocessing,
+        split_seed=recipe.split_seed,
+        workers=default_workers() if recipe.workers is None else recipe.workers,
+        max_corrupt=recipe.max_corrupt,
     )
+    try:
+        return _run(recipe, dataset, start, folder, resume, tensorboard)
+    finally:
+        dataset.workers.close()
+
+
+def _run(
+    recipe: Recipe, dataset: Dataset, start: Checkpoint | None, folder: Path, resume: bool, tensorboard: bool
+) -> dict:
     arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
     teacher = _given_teacher(recipe, dataset, arch)
     plan = print_plan(recipe, dataset, arch, teacher)
     if not resume:
         _clear(folder)
     write_text(folder / "recipe.yaml", dump_yaml(recipe))
+    dataset.skipped.record(folder / "skipped.txt", resume=resume)
     writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
     with stop_on_signals() as stop:
         context = Context(
             recipe, dataset, folder, torch.device(recipe.device), recipe.precision == "bf16", stop, writer
         )
-        return _phases(context, arch, teacher, plan, resume)
+        return _phases(context, arch, teacher, start, plan, resume)
 
 
 def _clear(folder: Path) -> None:
@@ -86,7 +109,9 @@ def _clear(folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 
 
-def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, resume: bool) -> dict:
+def _phases(
+    context: Context, arch: Arch, teacher: Network | None, start: Checkpoint | None, plan: dict, resume: bool
+) -> dict:
     recipe, folder = context.recipe, context.folder
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
@@ -99,8 +124,8 @@ def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, r
             teacher = load_checkpoint(folder / "teacher.pt").network()
     teacher = None if teacher is None else context.place(teacher)
     torch.manual_seed(recipe.seed)
-    student = context.place(build_student(recipe, arch, teacher))
-    if recipe.init == "identity" and not recipe.warm_start:
+    student = context.place(build_student(recipe, arch, teacher, start))
+    if applied_init(arch, recipe) == "identity":
         start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
     task = build_task(recipe, student, teacher)
     best = fit("student", task, recipe.epochs, context, resume=resume)
@@ -129,13 +154,15 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "method": recipe.method,
         "init": applied_init(student.arch, recipe),
         "arch": student.arch.name,
+        "start_weights": recipe.start_weights,
         "teacher_weights": recipe.teacher_weights,
         "feature_weight": recipe.feature_weight if recipe.method == "jointrd" else None,
         "ema": recipe.ema,
         "reparam": student.arch.reparam,
         "data": dataset.name,
         "train_images": len(dataset.train),
-        "test_images": len(dataset.test),
+        "test_images": len(dataset.test) - len(dataset.test.corrupt),
+        "corrupt_images": len(dataset.skipped),
         **plan,
         "seconds": best["seconds"],
         "teacher_seconds": teacher_seconds,
@@ -165,6 +192,8 @@ def applied_init(arch: Arch, recipe: Recipe) -> str:
     """The initialisation that takes effect: blocks with shortcuts are Kaiming either way."""
     if recipe.warm_start and needs_teacher(recipe):
         return "teacher"
+    if recipe.start_weights is not None:
+        return "start_weights"
     return "kaiming" if arch.shortcuts == "all" else recipe.init
 
 
@@ -192,6 +221,8 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         f"init {applied_init(arch, recipe)}"
     )
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
+    if recipe.start_weights is not None:
+        print(f"start    {recipe.start_weights}, with a new classifier of {len(dataset.classes)} classes")
     if needs_teacher(recipe):
         origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
         print(f"teacher  {task.teacher.arch.name} ({origin})")
