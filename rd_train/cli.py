@@ -159,6 +159,8 @@ def command(arguments: list[str]) -> int:
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"
     print(f"test accuracy {result['test_accuracy']:.2%}{versus}")
+    if result["corrupt_images"]:
+        print(f"left out {result['corrupt_images']} corrupt images, named in {folder}/skipped.txt")
     print(f"wrote {folder}/model.pt, result.json, report.md, curves.png, metrics.jsonl, recipe.yaml")
     return 0
 

@@ -75,7 +75,7 @@ def _label(who: str, name: str) -> str:
 
 def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> str:
     teacher = result["teacher_test_accuracy"]
-    last = rows[-1]
+    last, corrupt = rows[-1], result["corrupt_images"]
     lines = [
         f"# {result['arch']} by {result['method']} on {result['data']}",
         "",
@@ -86,6 +86,7 @@ def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> 
         f"| validation accuracy | {result['val_accuracy']:.2%}, epoch {result['best_epoch']} of {result['epochs']} |",
         f"| initialisation, seed | {result['init']}, {result['seed']} |",
         f"| parameters, MACs per image | {result['parameters']:,}, {result['macs_per_image']:,} |",
+        *([f"| corrupt images left out | {corrupt}, see skipped.txt |"] if corrupt else []),
         f"| cost of a step | {result['step_cost']:.2f} x a plain cross-entropy step |",
         f"| time | {result['seconds']:.0f} s, the teacher's own training {result['teacher_seconds']:.0f} s "
         f"({recipe.device}, {recipe.threads} threads, {recipe.precision}, torch {result['torch']}) |",

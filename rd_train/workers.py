@@ -1,7 +1,7 @@
 """Worker processes that stay for a whole run, and work that is a pure function of what they are sent.
 
-They are forked by a server that never had a thread, a GPU or torch (multiprocessing's ``forkserver``): a fork of the
-training process itself, with its threads, can hang. They end with the process that started them, however that ends.
+They are new processes (multiprocessing's ``spawn``), which import no torch: a fork of the training process, with its
+threads, can hang. They end with the process that started them, however that ends.
 """
 
 import multiprocessing
@@ -30,8 +30,8 @@ def default_workers() -> int:
 class Workers:
     """``count`` processes, started when there is work; with 0 the caller does it.
 
-    Everything is sent to them by one thread. Ctrl-C is blocked in it, and so in the server and the workers that it
-    starts: it is for the process that trains, and is raised in the main thread, which must not lose it halfway.
+    Everything is sent to them by one thread. Ctrl-C is blocked in it, and so in the workers that it starts: it is for
+    the process that trains, and raised in the main thread, where it cannot leave the pool half changed.
     """
 
     def __init__(self, count: int = 0):
@@ -57,8 +57,7 @@ class Workers:
         if self._pool is None:
             resource_tracker.ensure_running()  # before: starting it would unblock Ctrl-C
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["rd_train.decode"])
+            context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.count, context, initializer=_start)
         return [self._pool.submit(function, item) for item in items]
 
@@ -72,7 +71,6 @@ class Workers:
 
 def _start() -> None:
     """In a new worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a server ran already that did not block it
     warnings.simplefilter("ignore")  # of decoders about files that they could read nevertheless
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

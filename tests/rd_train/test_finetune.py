@@ -95,10 +95,13 @@ def test_its_size_can_be_changed_and_its_normalisation_stays(data, tmp_path):
     assert record == replace(RECORD, size=48, resize=55)
 
 
-def test_resume_is_bit_equal(data, tmp_path, monkeypatch):
+def test_resume_is_bit_equal_with_workers_around_a_corrupt_image(tmp_path, monkeypatch):
     write_model(tmp_path / "model.pt")
+    write_imagenet(tmp_path / "data")
+    for file in sorted((tmp_path / "data" / "train" / "n01440764").iterdir())[:2]:
+        file.write_bytes(file.read_bytes()[:300])
     recipe = settle(
-        Recipe(data="folder", data_dir=str(data / "folder"), method="ce", batch_size=12, epochs=2, lr=0.01, workers=0,
+        Recipe(data="folder", data_dir=str(tmp_path / "data"), method="ce", batch_size=12, epochs=2, lr=0.01, workers=1,
                warmup_epochs=0.5, precision="fp32", device="cpu", threads=1, start_weights=str(tmp_path / "model.pt"))
     )  # fmt: skip
     assert settle(recipe) == recipe
@@ -111,6 +114,9 @@ def test_resume_is_bit_equal(data, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert call("--resume", str(tmp_path / "run")) == 0
     assert_same(tmp_path / "whole", tmp_path / "run")
+    skipped = [set((tmp_path / name / "skipped.txt").read_text().splitlines()) for name in ("whole", "run")]
+    assert skipped[0] == skipped[1]
+    assert len(skipped[0]) == 2
 
 
 def test_a_fine_tuned_teacher_teaches_a_fine_tuned_student(data, tmp_path, capsys):

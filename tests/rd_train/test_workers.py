@@ -98,7 +98,7 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     process = started([str(tmp_path / "script.py")])
     assert process.stdout.readline() == "ready\n"
-    assert len(members(process.pid)) >= 3  # itself, the fork server, one worker or two
+    assert len(members(process.pid)) >= 3  # itself, multiprocessing's resource tracker, one worker or two
     process.kill()
     process.communicate(timeout=60)
     assert_gone(process.pid)
