@@ -205,12 +205,12 @@ def load_dataset(
     processes, skipped = Workers(workers), Skipped(max_corrupt)
     try:
         classes, listings = ENCODED[name](folder, processes, split_seed)
+        for listing, part in zip(listings, ("training", "validation", "test"), strict=True):
+            check_labels(listing.labels, len(classes), f"{folder}: the {part} split", every=part == "training")
+        listings[0] = listings[0].select(limited(listings[0].labels, limit))
     except BaseException:  # Ctrl-C, too
         processes.close()
         raise
-    for listing, part in zip(listings, ("training", "validation", "test"), strict=True):
-        check_labels(listing.labels, len(classes), f"{folder}: the {part} split", every=part == "training")
-    listings[0] = listings[0].select(limited(listings[0].labels, limit))
     splits = [
         EncodedSplit(part, torch.from_numpy(part.labels), preprocessing, augment, processes, skipped)
         for part in listings

@@ -62,6 +62,8 @@ def make(job: Job) -> tuple[np.ndarray, dict[int, str]]:
     for position, (place, name) in enumerate(zip(job.places, job.names, strict=True)):
         try:
             with opened(read_bytes(place, name), name) as image:
+                # An image that evaluation refuses is corrupt in training, too: it is or is not, whoever asks first.
+                resized_shape(image.height, image.width, job.preprocessing.resize)
                 if job.seeds is None:
                     pixels[position] = centred(image.convert("RGB"), job.preprocessing)
                 else:

@@ -209,7 +209,12 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
             state.seconds = clock.total()
             state.save()
             _stop(context)
-        _end_epoch(phase, epoch + 1, rate, state, context, clock)
+        try:
+            _end_epoch(phase, epoch + 1, rate, state, context, clock)
+        except UserError:
+            if context.stop.wait(1.0):  # likewise; the epoch is repeated from what is saved
+                _stop(context)
+            raise
     return {**state.best, "seconds": state.seconds}
 
 

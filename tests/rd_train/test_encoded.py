@@ -204,6 +204,7 @@ def test_the_meter_counts_time_once_however_many_threads(monkeypatch):
 def test_an_image_too_elongated_to_be_resized_is_corrupt(tmp_path):
     write_photographs(tmp_path, [f"{name}/{number}.png" for name in "ab" for number in range(20)])
     dataset = load_dataset("folder", tmp_path, size=16)
-    Image.fromarray(np.zeros((1, 1 << 22), np.uint8)).save(tmp_path / dataset.test.listing.files[0])
-    dataset.test.images(torch.arange(1))
-    assert "too elongated" in dataset.test.corrupt[0]
+    for split, look in ((dataset.test, dataset.test.images), (dataset.train, lambda i: dataset.train.augmented(i, 0))):
+        Image.fromarray(np.zeros((1, 1 << 22), np.uint8)).save(tmp_path / split.listing.files[0])
+        look(torch.arange(1))
+        assert "too elongated" in split.corrupt[0]
