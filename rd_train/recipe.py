@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from rd_deploy.common import UserError, check_file, nearest
+from rd_train.skipped import MAX_CORRUPT
 
 PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
@@ -89,7 +90,7 @@ class Recipe:
     train_limit: int | None = None
     split_seed: int = 0
     workers: int | None = None
-    max_corrupt: int = 10
+    max_corrupt: int = MAX_CORRUPT
     start_weights: str | None = None
     arch: str = "plain20"
     shortcuts: Literal["all", "projection", "none"] | None = None

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from rd_deploy.common import UserError
 from rd_train.augment import Augment
-from rd_train.data import DATASETS, batches, load_dataset, steps_per_epoch
+from rd_train.data import DATASETS, READERS, batches, load_dataset, steps_per_epoch
 from rd_train.recipe import IN_MEMORY
 from rd_train.sources import DEBIAN_FASHION
 
@@ -294,4 +294,4 @@ def test_downloaded_fashion_is_found_in_torchvisions_layout(tmp_path, monkeypatc
 def test_every_name_is_listed():
     memory, encoded = {"digits", "fashion-mnist", "idx", "cifar10", "cifar100"}, {"folder", "webdataset"}
     assert set(DATASETS) == memory | encoded | {"mit67", "caltech101"}
-    assert set(IN_MEMORY) == memory
+    assert set(IN_MEMORY) == set(READERS)
