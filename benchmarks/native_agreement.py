@@ -15,6 +15,7 @@ import numpy as np
 
 from rd_deploy.bench.environment import capture
 from rd_deploy.common import write_json
+from rd_deploy.export.images import trained_on
 from rd_deploy.export.native import PRECISIONS, to_rdp
 from rd_deploy.export.source import source_from_checkpoint
 from rd_deploy.native import Flag, Network
@@ -28,10 +29,7 @@ def test_images(checkpoint, data_dir: str | None) -> tuple[np.ndarray, np.ndarra
     """All test images of the data that the checkpoint was trained on, (n, C, size, size) float32, and their classes."""
     import torch
 
-    from rd_train.data import load_dataset
-
-    recipe = checkpoint.recipe
-    test = load_dataset(recipe["data"], data_dir or recipe.get("data_dir"), size=recipe.get("size")).test
+    test = trained_on(checkpoint, data_dir, "no test images", "use another checkpoint", "pass --data-dir").test
     every = torch.arange(len(test))
     return test.images(every).numpy(), np.asarray(test.labels)
 

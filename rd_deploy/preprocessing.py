@@ -68,7 +68,9 @@ class Preprocessing:
         """uint8 pixels (N, H, W, C) as contiguous float32 (N, C, H, W): (pixel / 255 - mean) / std."""
         scale = (1 / (255 * np.array(self.std))).astype(np.float32)[:, None, None]
         shift = (np.array(self.mean) / np.array(self.std)).astype(np.float32)[:, None, None]
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) * scale - shift
+        values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) * scale
+        values -= shift  # in place: a loader's main process does this for every image
+        return values
 
     def apply(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (N, H, W, C), or one (H, W, C), of any size as float32 (N, C, size, size)."""

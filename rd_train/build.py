@@ -49,8 +49,37 @@ def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
     )
 
 
-def build_student(recipe: Recipe, arch: Arch, teacher: Network | None) -> Network:
-    """The student as it starts: initialised, or with ``warm_start`` the teacher with shortcuts that will fade."""
+def from_start(recipe: Recipe) -> Recipe:
+    """The recipe with the architecture of its ``start_weights``; another one asked for is a `UserError`."""
+    arch = load_checkpoint(recipe.start_weights).arch
+    kind = "resnet" if arch.shortcuts == "all" else "plain"
+    own = {"arch": f"{kind}{arch.depth}", "shortcuts": arch.shortcuts, "stem": arch.stem}
+    own |= {"width": float(arch.width), "reparam": arch.reparam}
+    for name, value in own.items():
+        if getattr(recipe, name) not in (value, getattr(Recipe, name)):
+            raise UserError(
+                f"{name}={getattr(recipe, name)}, but the network of {recipe.start_weights} has {name}={value}; "
+                f"leave --{name} away"
+            )
+    return replace(recipe, **own)
+
+
+def start_from(checkpoint: Checkpoint, arch: Arch) -> Network:
+    """A network with the checkpoint's weights and a new classifier for the classes of ``arch``."""
+    network = Network(arch)
+    state = {name: value for name, value in checkpoint.state_dict.items() if not name.startswith("fc.")}
+    fresh = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
+    load_strictly(network, {**state, **fresh}, "start_weights")
+    return network
+
+
+def build_student(recipe: Recipe, arch: Arch, teacher: Network | None, start: Checkpoint | None = None) -> Network:
+    """The student as it starts: initialised, with the weights of ``start``, or with ``warm_start`` as the teacher.
+
+    The shortcuts of the latter will fade.
+    """
+    if start is not None:
+        return start_from(start, arch)
     if not recipe.warm_start or teacher is None:
         return Network(arch, recipe.init, recipe.init_noise)
     if teacher.arch != replace(arch, shortcuts="all") or arch.shortcuts == "all":

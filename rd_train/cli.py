@@ -30,7 +30,8 @@ def _parser(defaults: dict) -> ArgumentParser:
         prog="rd-train",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train a plain CNN by residual distillation. Without arguments: the digits preset.",
+        description="Train a plain CNN by residual distillation. Without arguments: the digits preset. "
+        "rd-train finetune MODEL.pt --data-dir DIR starts from a trained network instead.",
     )
     parser.add_argument("preset", nargs="?", default="digits", help="a preset's name (see --list) or a recipe.yaml")
     parser.add_argument("--list", action="store_true", help="name the presets and stop")
@@ -58,6 +59,20 @@ def _parse(arguments: list[str], defaults: dict) -> Namespace:
         return parser.parse_args(_normalised(arguments))
     except ArgumentError as error:
         raise UserError(f"{_explained(str(error))} (see rd-train --help)") from error
+
+
+def _finetune(arguments: list[str]) -> list[str]:
+    """``finetune MODEL.pt ...`` as options; other arguments as they are."""
+    if arguments[:1] != ["finetune"] or {"--help", "-h"} & set(arguments):
+        return arguments
+    for argument in arguments:
+        if argument.partition("=")[0] in ("--arch", "--shortcuts", "--stem", "--width", "--reparam"):
+            raise UserError(f"the network of a fine-tuning is that of its model.pt; leave {argument} away")
+    if len(arguments) > 1 and not arguments[1].startswith("-"):
+        return ["finetune", f"--start-weights={arguments[1]}", *arguments[2:]]
+    if any(argument.replace("_", "-").startswith("--start-weights") for argument in arguments):
+        return arguments
+    raise UserError("name the network to start from: rd-train finetune MODEL.pt --data folder --data-dir DIR")
 
 
 def _normalised(arguments: list[str]) -> list[str]:
@@ -113,10 +128,9 @@ def _new_folder(options: Namespace) -> Path:
     present = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if present and not options.overwrite:
         raise UserError(f"{folder} already holds {present[0].name}; --resume {folder}, --overwrite, or another --out")
-    if options.teacher_weights and Path(options.teacher_weights).expanduser().resolve() in [
-        path.resolve() for path in present
-    ]:
-        raise UserError(f"--overwrite would delete the teacher {options.teacher_weights}; choose another --out")
+    for what, file in (("teacher", options.teacher_weights), ("start_weights", options.start_weights)):
+        if file and Path(file).expanduser().resolve() in [path.resolve() for path in present]:
+            raise UserError(f"--overwrite would delete the {what} {file}; choose another --out")
     return folder
 
 
@@ -191,6 +205,7 @@ def _go_on(folder: Path, tensorboard: bool) -> dict:
 
 def command(arguments: list[str]) -> int:
     """Parse, train, and say where everything is."""
+    arguments = _finetune(arguments)
     options = _parse(arguments, {})
     if options.list:
         print(list_presets())
@@ -206,6 +221,8 @@ def command(arguments: list[str]) -> int:
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"
     print(f"test accuracy {result['test_accuracy']:.2%}{versus}")
+    if result["corrupt_images"]:
+        print(f"left out {result['corrupt_images']} corrupt images, named in {folder}/skipped.txt")
     print(f"wrote {folder}/model.pt, result.json, report.html, report.md, curves.png, metrics.jsonl, recipe.yaml")
     return 0
 

@@ -1,10 +1,16 @@
 """Data sets as three disjoint splits, and the batches of an epoch as a pure function of (seed, epoch, number)."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,15 +19,26 @@ from torch import Tensor
 from rd_deploy.common import UserError, nearest
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.augment import Augment, shift_and_flip
-from rd_train.image_folder import folder_splits
+from rd_train.encoded import EncodedSplit, encoded_preprocessing
+from rd_train.image_folder import caltech101_layout, folder_layout, mit67_layout
+from rd_train.listing import Listing
+from rd_train.shards import shard_layout
+from rd_train.skipped import MAX_CORRUPT, Skipped
 from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fashion, read_given_idx, read_npz_set
 from rd_train.splits import check_labels, limited, stratified_order
+from rd_train.workers import Workers
 
 
 class Split(Protocol):
-    """One of train, validation and test; ``labels`` is int64 (N,) on the CPU."""
+    """One of train, validation and test; ``labels`` is int64 (N,) on the CPU.
+
+    ``corrupt``: the indices, of those that were asked for, of images that cannot be read; another of their class stands
+    in their place. ``ahead``: how many batches are worth preparing at a time.
+    """
 
     labels: Tensor
+    corrupt: Mapping[int, str]
+    ahead: int
 
     def __len__(self) -> int: ...
 
@@ -45,6 +62,8 @@ class Dataset:
     test: Split
     classes: list[str]
     preprocessing: Preprocessing
+    skipped: Skipped = field(default_factory=Skipped)  # the corrupt images of all splits
+    workers: Workers = field(default_factory=Workers)
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,9 @@ class MemorySplit:
     The work is done by NumPy and not by torch: it runs in a background thread, where torch would start a second pool of
     threads that fights with the training step for the cores.
     """
+
+    corrupt: ClassVar[Mapping[int, str]] = MappingProxyType({})
+    ahead: ClassVar[int] = 1
 
     pixels: np.ndarray
     labels: Tensor
@@ -87,8 +109,13 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def memory_dataset(name: str, data: Pixels, size: int | None, limit: int | None, augment: Augment) -> Dataset:
-    """Split, normalise by the training split's statistics (before ``limit``), and pad to ``size`` if it is larger."""
+def memory_dataset(
+    name: str, data: Pixels, size: int | None, limit: int | None, augment: Augment, like: Preprocessing | None = None
+) -> Dataset:
+    """Split, normalise by the training split's statistics (before ``limit``), and pad to ``size`` if it is larger.
+
+    With ``like``, its mean and deviation instead: those that a network to start from was trained with.
+    """
     if augment.smallest_crop != 1:
         raise UserError("smallest_crop is for image folders; the images of this data set are shifted by crop_padding")
     check_labels(data.labels, len(data.classes), f"{name}'s training set", every=True)
@@ -103,7 +130,9 @@ def memory_dataset(name: str, data: Pixels, size: int | None, limit: int | None,
     size = native if size is None else size
     if not native <= size <= 1024:
         raise UserError(f"size must be from {native} (the images' own) to 1024 for {name}, not {size}")
-    statistics = channel_statistics(data.images[kept])
+    statistics = channel_statistics(data.images[kept]) if like is None else (like.mean, like.std)
+    if like is not None and like.channels != channels:
+        raise UserError(f"the network to start from takes {like.channels} channel(s), images of {name} have {channels}")
     preprocessing = Preprocessing(size, native, channels, *statistics, pad=(size - native + 1) // 2)
     kept = kept[limited(data.labels[kept], limit)]
 
@@ -128,6 +157,13 @@ READERS: dict[str, Callable[[Path | None, bool], Pixels]] = {
     "cifar10": lambda folder, download: read_cifar(folder, download, 10),
     "cifar100": lambda folder, download: read_cifar(folder, download, 100),
 }
+# Data sets of encoded images; their layouts give class names and the listings of the splits.
+ENCODED: dict[str, Callable[[Path, Workers, int], tuple[list[str], list[Listing]]]] = {
+    "folder": lambda root, workers, split_seed: folder_layout(root),
+    "webdataset": lambda root, workers, split_seed: shard_layout(root, workers),
+    "mit67": lambda root, workers, split_seed: mit67_layout(root),
+    "caltech101": lambda root, workers, split_seed: caltech101_layout(root, split_seed),
+}
 AUGMENTS = {
     "digits": Augment(crop_padding=1),
     "fashion-mnist": Augment(crop_padding=2, flip=True),
@@ -135,7 +171,7 @@ AUGMENTS = {
     "npz": Augment(crop_padding=2),
     "cifar10": Augment(crop_padding=4, flip=True),
     "cifar100": Augment(crop_padding=4, flip=True),
-    "folder": Augment(flip=True, smallest_crop=0.08),  # Szegedy et al. 2015
+    **dict.fromkeys(ENCODED, Augment(flip=True, smallest_crop=0.08)),  # Szegedy et al. 2015
 }
 DATASETS = tuple(AUGMENTS)
 
@@ -148,12 +184,19 @@ def load_dataset(
     limit: int | None = None,
     download: bool = False,
     augment: Augment | None = None,
+    like: Preprocessing | None = None,
+    split_seed: int = 0,
+    workers: int = 0,
+    max_corrupt: int = MAX_CORRUPT,
 ) -> Dataset:
     """Read a data set; anything wrong with it is a `UserError`.
 
     ``folder``: where its files are (digits need none; npz is one file). ``size``: pixels of the square the network
     sees, by default the images' own. ``limit``: train on the first so many images only. ``augment``: by default the
     data set's own.
+    ``like``: preprocess as for a network to start from. ``split_seed``: which of Caltech101's divisions. ``workers``:
+    processes that decode files (0: none but this one), until ``workers.close()`` of the data set or the program's end.
+    ``max_corrupt``: how many images may be unreadable.
     """
     if name not in DATASETS:
         raise UserError(f"data set '{name}' is unknown{nearest(name, DATASETS)}")
@@ -163,12 +206,25 @@ def load_dataset(
     if folder is not None and not folder.is_dir() and not download and name != "npz":
         raise UserError(f"data folder {folder} does not exist; give an existing one with --data-dir")
     augment = augment or AUGMENTS[name]
-    if name == "folder":
-        if folder is None:
-            raise UserError("data set 'folder' needs the folder of its images: give --data-dir")
-        classes, preprocessing, splits = folder_splits(folder, 224 if size is None else size, limit, augment)
-        return Dataset(name, *splits, classes, preprocessing)
-    return memory_dataset(name, READERS[name](folder, download), size, limit, augment)
+    if name not in ENCODED:
+        return memory_dataset(name, READERS[name](folder, download), size, limit, augment, like)
+    if folder is None:
+        raise UserError(f"data set '{name}' needs the folder of its images: give --data-dir")
+    preprocessing = encoded_preprocessing(size, like)
+    processes, skipped = Workers(workers), Skipped(max_corrupt)
+    try:
+        classes, listings = ENCODED[name](folder, processes, split_seed)
+        for listing, part in zip(listings, ("training", "validation", "test"), strict=True):
+            check_labels(listing.labels, len(classes), f"{folder}: the {part} split", every=part == "training")
+        listings[0] = listings[0].select(limited(listings[0].labels, limit))
+    except BaseException:  # Ctrl-C, too
+        processes.close()
+        raise
+    splits = [
+        EncodedSplit(part, torch.from_numpy(part.labels), preprocessing, augment, processes, skipped)
+        for part in listings
+    ]
+    return Dataset(name, *splits, classes, preprocessing, skipped, processes)
 
 
 # --- batches
@@ -198,6 +254,36 @@ def check_shares(images: int, batch_size: int, world: int) -> None:
         raise UserError(f"{images} training images are less than one batch of {batch_size}; use a smaller --batch-size")
 
 
+class Meter:
+    """How fast batches are made: their images, and the seconds in which at least one batch was being made."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds = 0, 0.0
+        self._lock, self._active, self._since = threading.Lock(), 0, 0.0
+
+    @contextlib.contextmanager
+    def making(self, images: int) -> Iterator[None]:
+        """Around the making of a batch."""
+        with self._lock:
+            if not self._active:
+                self._since = time.monotonic()
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active -= 1
+                self.images += images
+                if not self._active:
+                    self.seconds += time.monotonic() - self._since
+
+    def rate(self) -> float:
+        """Images per second that can be made."""
+        with self._lock:
+            running = time.monotonic() - self._since if self._active else 0.0
+            return self.images / max(1e-9, self.seconds + running)
+
+
 def batches(
     split: Split,
     batch_size: int,
@@ -208,12 +294,14 @@ def batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    meter: Meter | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 (B, C, size, size), labels int64 (B,)) from batch number ``start`` on.
 
     Batch i is a pure function of (seed, epoch, i), so training resumes bit-exactly anywhere. ``train``: shuffled,
-    augmented, the last incomplete batch dropped (unless it is the only one); otherwise everything in order, unvaried.
-    One batch is prepared ahead in a thread, whose errors are raised here.
+    augmented, the last incomplete batch dropped (unless it is the only one), corrupt images replaced by others of their
+    class; otherwise everything in order, unvaried, without corrupt images (a batch may be empty). ``split.ahead``
+    batches are prepared ahead in threads, whose errors are raised here; ``meter`` measures them.
 
     Process ``rank`` of ``world`` gets its slice of every training batch (an equal share, see `check_shares`), and
     otherwise every ``world``-th whole batch, so that together they see each image once.
@@ -228,22 +316,35 @@ def batches(
     order = torch.arange(len(split))
     if train:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
+    meter = meter or Meter()
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = order[number * batch_size : (number + 1) * batch_size]
         if train:
-            return split.augmented(indices, derive_seed(seed, epoch, number), part), split.labels[indices[part]]
-        return split.images(indices), split.labels[indices]
+            with meter.making(len(indices[part])):
+                images = split.augmented(indices, derive_seed(seed, epoch, number), part)
+            return images, split.labels[indices[part]]
+        with meter.making(len(indices)):
+            images = split.images(indices)
+        if split.corrupt:
+            good = torch.tensor([index not in split.corrupt for index in indices.tolist()])
+            images, indices = images[good], indices[good]
+        return images, split.labels[indices]
 
-    return _one_ahead(make, range(start, count) if train else range(start + rank, count, world))
+    numbers = range(start, count) if train else range(start + rank, count, world)
+    return _ahead(make, numbers, split.ahead)
 
 
-def _one_ahead(make: Callable[[int], tuple[Tensor, Tensor]], numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ``make(number)`` in order, computing the next while the caller works; closing it ends the thread."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-        upcoming = None
-        for number in numbers:
-            current, upcoming = upcoming or worker.submit(make, number), None
-            if number + numbers.step < numbers.stop:
-                upcoming = worker.submit(make, number + numbers.step)
-            yield current.result()
+def _ahead(make: Callable[[int], tuple[Tensor, Tensor]], numbers: range, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``make(number)`` in order, ``depth`` of them ahead of the caller, in threads; closing it ends them."""
+    coming, waiting = iter(numbers), deque()
+    with ThreadPoolExecutor(depth, thread_name_prefix="batches") as threads:
+        try:
+            while True:
+                waiting += [threads.submit(make, number) for number in islice(coming, 1 + depth - len(waiting))]
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

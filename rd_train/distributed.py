@@ -155,14 +155,24 @@ def same_everywhere(number: int) -> bool:
 
 def of_first(text: str) -> str:
     """The text that the first process has."""
+    return _text_of(0, text)
+
+
+def of_each(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    return [_text_of(number, text) for number in range(world())]
+
+
+def _text_of(number: int, text: str) -> str:
     if world() == 1:
         return text
     characters = torch.tensor(list(text.encode()), dtype=torch.uint8)
     length = torch.tensor([len(characters)])
-    dist.broadcast(length, 0)
-    if not first():
+    dist.broadcast(length, number)
+    if rank() != number:
         characters = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(characters, 0)
+    if int(length):
+        dist.broadcast(characters, number)
     return bytes(characters.tolist()).decode()
 
 

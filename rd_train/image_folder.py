@@ -1,98 +1,20 @@
-"""Any folder of image files, one folder per class, decoded in threads when a batch needs them."""
+"""Image files in one folder per class: any folder, and the layouts of ImageNet, MIT67 and Caltech101."""
 
+import hashlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from rd_deploy.common import UserError, check_file
-from rd_deploy.preprocessing import MAX_PIXELS, Preprocessing, crop_offset, resized_shape
-from rd_train.augment import Augment, random_resized_box, shift_and_flip
-from rd_train.splits import check_labels, hashed_share, limited
+from rd_train.decode import SUFFIXES
+from rd_train.listing import Listing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm")
-DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-# Of ImageNet's training images; the constants of torchvision's pretrained networks.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Image files relative to ``root``, as CLASS/FILE, and their class numbers int64 (N,)."""
-
-    root: Path
-    files: list[str]
-    labels: np.ndarray
-
-    def select(self, chosen: np.ndarray) -> "Listing":
-        """Those at the given indices."""
-        return Listing(self.root, [self.files[index] for index in chosen], self.labels[chosen])
-
-
-@dataclass(frozen=True)
-class FolderSplit:
-    """Images decoded, cropped and resized on demand."""
-
-    listing: Listing
-    labels: Tensor
-    preprocessing: Preprocessing
-    augment: Augment
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices: Tensor) -> Tensor:
-        return self._batch(lambda index: centred(self._read(index), self.preprocessing), indices)
-
-    def augmented(self, indices: Tensor, seed: int, part: slice = slice(None)) -> Tensor:
-        return self._batch(lambda index: self._varied(index, np.random.default_rng([seed, index])), indices[part])
-
-    def _varied(self, index: int, generator: np.random.Generator) -> np.ndarray:
-        image, size = self._read(index), self.preprocessing.size
-        if self.augment.smallest_crop < 1:
-            box = random_resized_box(*image.size, self.augment.smallest_crop, generator)
-            pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
-        else:
-            pixels = centred(image, self.preprocessing)
-        return shift_and_flip(pixels[None], self.augment, generator)[0]
-
-    def _batch(self, make: Callable[[int], np.ndarray], indices: Tensor) -> Tensor:
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:  # Pillow decodes without Python's lock
-            pixels = np.stack(list(pool.map(make, indices.tolist())))
-        return torch.from_numpy(self.preprocessing.normalise(pixels))
-
-    def _read(self, index: int) -> Image.Image:
-        return read_image(self.listing.root / self.listing.files[index])
-
-
-def read_image(path: Path) -> Image.Image:
-    """An RGB image of at most 67 million pixels; whatever is wrong with the file is a `UserError` naming it."""
-    check_file(path, "image", max_bytes=1 << 28)
-    try:
-        with Image.open(path, formats=DECODERS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"image {path} has {image.width} x {image.height} pixels; make it smaller")
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"image {path} has more than 8 bits per channel; convert it to 8 bits")
-            return image.convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # decoders of a damaged file raise anything
-        raise UserError(f"image {path} cannot be decoded ({error}); replace or remove it") from error
-
-
-def centred(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """`Preprocessing.frame` of one RGB image by Pillow, which is faster: uint8 (size, size, 3)."""
-    height, width = resized_shape(image.height, image.width, preprocessing.resize)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = crop_offset(width, preprocessing.size), crop_offset(height, preprocessing.size)
-    return np.asarray(resized.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
+ARRANGE = (
+    "one folder per class is needed, e.g. val/n01440764/ILSVRC2012_val_00000293.JPEG. For ImageNet's validation "
+    "images, torchvision arranges them: torchvision.datasets.ImageNet(FOLDER, split='val'), with "
+    "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz in FOLDER"
+)
 
 
 def list_classes(root: Path) -> list[str]:
@@ -101,7 +23,7 @@ def list_classes(root: Path) -> list[str]:
 
 
 def list_images(root: Path, classes: list[str]) -> Listing:
-    """The image files (by suffix) directly in the class folders of ``root``, sorted."""
+    """The image files (by suffix, in any case) directly in the class folders of ``root``, sorted."""
     unknown = set(list_classes(root)) - set(classes)
     if unknown:
         raise UserError(f"{root} has class folder '{min(unknown)}', unknown in training; rename or remove it")
@@ -115,37 +37,110 @@ def list_images(root: Path, classes: list[str]) -> Listing:
     return Listing(root, files, np.array(labels, np.int64))
 
 
-def split_listings(root: Path) -> tuple[list[str], Listing, Listing, Listing]:
-    """Class names and train, validation and test images, from the layouts that `folder_splits` names."""
-    if not (root / "train").is_dir():
-        classes = list_classes(root)
-        return classes, *_divide(list_images(root, classes), (0.8, 0.9))
-    classes = list_classes(root / "train")
-    train = list_images(root / "train", classes)
-    present = [name for name in ("val", "test") if (root / name).is_dir()]
-    if not present:
-        raise UserError(f"{root} has a folder 'train' but neither 'val' nor 'test' beside it; add one")
-    others = [list_images(root / name, classes) for name in present]
-    return classes, *(_divide(train, (0.9,)) if len(others) == 1 else (train,)), *others
-
-
-def _divide(listing: Listing, bounds: tuple[float, ...]) -> list[Listing]:
-    part = np.searchsorted(bounds, [hashed_share(file) for file in listing.files], side="right")
-    return [listing.select(np.flatnonzero(part == number)) for number in range(len(bounds) + 1)]
-
-
-def folder_splits(
-    root: Path, size: int, limit: int | None, augment: Augment
-) -> tuple[list[str], Preprocessing, list[FolderSplit]]:
-    """Class names, preprocessing, and the train, validation and test splits of an image folder.
+def folder_layout(root: Path) -> tuple[list[str], list[Listing]]:
+    """Class names and train, validation and test images of an image folder, of ImageNet too.
 
     Layouts: ``{train,val,test}/CLASS/*``; ``{train,val}/CLASS/*`` (or test for val), where a tenth of the training
     images is for validation; or ``CLASS/*``, divided 80/10/10. Files are divided by a hash of CLASS/FILE.
     """
-    preprocessing = Preprocessing(size, round(size * 256 / 224), 3, IMAGENET_MEAN, IMAGENET_STD)
-    classes, *listings = split_listings(root)
-    for listing, part in zip(listings, ("training", "validation", "test"), strict=True):
-        check_labels(listing.labels, len(classes), f"{root}: the {part} split", every=part == "training")
-    listings[0] = listings[0].select(limited(listings[0].labels, limit))
-    splits = [FolderSplit(part, torch.from_numpy(part.labels), preprocessing, augment) for part in listings]
-    return classes, preprocessing, splits
+    if not (root / "train").is_dir():
+        classes = list_classes(root)
+        return classes, list_images(root, classes).divide((0.8, 0.9))
+    present = [name for name in ("val", "test") if (root / name).is_dir()]
+    for name in ("train", *present):
+        _check_arranged(root / name)
+    classes = list_classes(root / "train")
+    train = list_images(root / "train", classes)
+    if not present:
+        raise UserError(f"{root} has a folder 'train' but neither 'val' nor 'test' beside it; add one")
+    others = [list_images(root / name, classes) for name in present]
+    return classes, [*(train.divide((0.9,)) if len(others) == 1 else (train,)), *others]
+
+
+def _check_arranged(folder: Path) -> None:
+    """ImageNet as it is downloaded: images without class folders, or a tar for each class."""
+    files = [entry.name.lower() for entry in os.scandir(folder) if entry.is_file()]
+    if list_classes(folder) or not files:
+        return
+    if any(name.endswith(".tar") for name in files):
+        raise UserError(
+            f"{folder} holds tar files: extract each into a folder of its name (for f in *.tar; do mkdir ${{f%.tar}}; "
+            "tar -xf $f -C ${f%.tar}; done), or, if they are WebDataset shards, use --data webdataset"
+        )
+    if any(name.endswith(SUFFIXES) for name in files):
+        unlabelled = "; if they have no labels, move them elsewhere" if folder.name == "test" else ""
+        raise UserError(f"{folder} holds images without class folders: {ARRANGE}{unlabelled}")
+
+
+# --- transfer: MIT67 and Caltech101
+
+TRAIN_PER_CLASS, MOST_TEST_PER_CLASS = 30, 50  # Caltech101's protocol (Fei-Fei et al. 2004; its authors' page)
+
+
+def mit67_layout(root: Path) -> tuple[list[str], list[Listing]]:
+    """MIT67 (indoor scenes): ``Images/CLASS/*.jpg`` and the official TrainImages.txt and TestImages.txt beside it.
+
+    A tenth of the training images (by a hash of CLASS/FILE) validates.
+    """
+    names = {part: _read_list(root / f"{part}Images.txt") for part in ("Train", "Test")}
+    if not (root / "Images").is_dir():
+        raise UserError(f"{root} has no folder 'Images'; extract indoorCVPR_09.tar there")
+    both = set(names["Train"]) & set(names["Test"])
+    if both:
+        raise UserError(f"{root}: {min(both)} is in TrainImages.txt and in TestImages.txt; download both again")
+    classes = sorted({name.split("/")[0] for name in names["Train"]})
+    number = {name: label for label, name in enumerate(classes)}
+    listings = []
+    for part, files in names.items():
+        for name in files:
+            if name.split("/")[0] not in number:
+                raise UserError(f"{root / part}Images.txt names class '{name.split('/')[0]}', unknown in training")
+            if not (root / "Images" / name).is_file():
+                raise UserError(f"{root / 'Images' / name} is missing, but {part}Images.txt names it; extract it again")
+        labels = np.array([number[name.split("/")[0]] for name in files], np.int64)
+        listings.append(Listing(root / "Images", files, labels))
+    return classes, [*listings[0].divide((0.9,)), listings[1]]
+
+
+def _read_list(path: Path) -> list[str]:
+    """The CLASS/FILE lines of an official list, sorted."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; download TrainImages.txt and TestImages.txt of MIT67 to {path.parent}")
+    text = check_file(path, "list", max_bytes=1 << 22).read_text(encoding="utf-8", errors="surrogateescape")
+    names = sorted({line.strip() for line in text.splitlines() if line.strip()})
+    for name in names:
+        parts = name.split("/")
+        if len(parts) != 2 or {"", ".", ".."} & set(parts) or "\0" in name:
+            raise UserError(f"{path}: '{name[:100]}' is not CLASS/FILE; download it again")
+    return names
+
+
+def caltech101_layout(root: Path, split_seed: int) -> tuple[list[str], list[Listing]]:
+    """Caltech101: ``101_ObjectCategories/CLASS/*.jpg``, there or ``root`` itself; BACKGROUND_Google is left out.
+
+    Its protocol: of each class, 30 random images train and at most 50 of the others test. Which, ``split_seed`` says
+    (by a hash of it and CLASS/FILE). Three of the 30 validate.
+    """
+    inner = root / "101_ObjectCategories"
+    root = inner if inner.is_dir() else root
+    if (root / "train").is_dir():
+        raise UserError(f"{root} is divided already; use --data folder")
+    classes = [name for name in list_classes(root) if name != "BACKGROUND_Google"]
+    everything = _without_background(root, classes)
+    share = [hashlib.sha256(os.fsencode(f"{split_seed}/{file}")).digest() for file in everything.files]
+    parts: tuple[list[int], ...] = ([], [], [])
+    for label, name in enumerate(classes):
+        members = sorted(np.flatnonzero(everything.labels == label).tolist(), key=share.__getitem__)
+        if len(members) <= TRAIN_PER_CLASS:
+            raise UserError(f"{root / name} has {len(members)} images, not more than {TRAIN_PER_CLASS}: incomplete")
+        held_out = TRAIN_PER_CLASS // 10
+        bounds = (0, TRAIN_PER_CLASS - held_out, TRAIN_PER_CLASS, TRAIN_PER_CLASS + MOST_TEST_PER_CLASS)
+        for part, start, stop in zip(parts, bounds, bounds[1:], strict=False):
+            part += members[start:stop]
+    return classes, [everything.select(np.sort(np.array(part, np.int64))) for part in parts]
+
+
+def _without_background(root: Path, classes: list[str]) -> Listing:
+    known = [*classes, "BACKGROUND_Google"]
+    listing = list_images(root, known)
+    return listing.select(np.flatnonzero(listing.labels < len(classes)))

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from rd_train import distributed
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
-from rd_train.data import Dataset, Split, batches, derive_seed, steps_per_epoch
+from rd_train.data import Dataset, Meter, Split, batches, derive_seed, steps_per_epoch
 from rd_train.live import View
 from rd_train.networks import Network, deployed_state, set_fading
 from rd_train.recipe import Recipe
@@ -116,7 +116,10 @@ class Predictions:
 
 @torch.no_grad()
 def predict(network: Network, split: Split, context: Context) -> Predictions:
-    """Run a network over a whole split, once. Processes share its images among them; each gets all predictions."""
+    """Run a network over a whole split but for its corrupt images, once.
+
+    Processes share the images among them; each gets all predictions.
+    """
     network.eval()
     size = min(500, 2 * context.recipe.batch_size)
     loss, found = 0.0, torch.zeros((len(split), 4), dtype=torch.float64)  # looked at, predicted, confidence, truth
@@ -124,6 +127,10 @@ def predict(network: Network, split: Split, context: Context) -> Predictions:
     for number, (images, labels) in zip(
         numbers, batches(split, size, seed=0, epoch=0, train=False, **_shares()), strict=False
     ):
+        whole = range(number * size, min(len(split), (number + 1) * size))
+        indices = [index for index in whole if index not in split.corrupt]
+        if not indices:
+            continue
         labels = labels.to(context.device)
         with context.cast():
             logits = network(context.place(images))
@@ -131,7 +138,7 @@ def predict(network: Network, split: Split, context: Context) -> Predictions:
         probabilities, predicted = logits.float().softmax(1), logits.argmax(1)
         both = probabilities.gather(1, torch.stack([predicted, labels], 1))
         columns = torch.ones_like(predicted), predicted, *both.unbind(1)
-        found[number * size : (number + 1) * size] = torch.stack([column.double() for column in columns], 1).cpu()
+        found[indices] = torch.stack([column.double() for column in columns], 1).cpu()
     [loss] = distributed.totals([loss])
     found = distributed.total(found)
     indices = found[:, 0].nonzero().flatten()
@@ -266,15 +273,18 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
 
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
-        loader = batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True, start=done, **_shares())
+        meter = Meter()
+        options = {"seed": recipe.seed, "epoch": epoch, "train": True, "start": done, "meter": meter}
+        loader = batches(split, recipe.batch_size, **options, **_shares())
         task.train()
-        clock = _Clock(state.seconds)
-        for images, labels in loader:
+        clock = _Clock(state.seconds, meter, context.device)
+        for images, labels in _until_stopped(loader, context.stop):
+            clock.begin_step()
             labels = labels.to(context.device)
             step = take(state.step, images, labels)
             state.add(step.result, labels)
             state.step += 1
-            clock.images += len(labels) * distributed.world()
+            clock.end_step(len(labels) * distributed.world())
             stopping, means = _stopping(context, state.step), None
             if state.step % CHECK_EVERY == 0 or stopping:
                 means = state.means()
@@ -286,7 +296,17 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
                 state.agree()
                 state.save()
                 _stop(context)
-        _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
+        if state.step < (epoch + 1) * per_epoch:
+            if distributed.world() == 1:  # others may be anywhere in their steps: all go on from the last epoch
+                state.seconds = clock.total()
+                state.save()
+            _stop(context)
+        try:
+            _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
+        except UserError:
+            if context.stop.wait(1.0):  # likewise; the epoch is repeated from what is saved
+                _stop(context)
+            raise
     return {**state.best, "seconds": state.seconds}
 
 
@@ -295,6 +315,15 @@ def _stopping(context: Context, step: int) -> bool:
     if distributed.world() > 1 and context.device.type == "cuda" and step % CHECK_EVERY:
         return False
     return distributed.any_process(context.stop.is_set())
+
+
+def _until_stopped(loader: Iterator[tuple[Tensor, Tensor]], stop: threading.Event) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; they end early where the signal that stops the run ended its workers before."""
+    try:
+        yield from loader
+    except UserError:
+        if not stop.wait(1.0):  # the signal may reach us last
+            raise
 
 
 def _drawn(outcomes: list[tuple[float, dict]], generator: np.random.Generator) -> dict:
@@ -321,13 +350,14 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
 def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Context, clock: "_Clock") -> None:
     """Validate, keep the student if it is the best so far, log, save."""
     task, validation = state.task, context.dataset.val
-    speed = clock.rate()
+    speeds = clock.speeds()
     row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
     _check_finite(row, phase, state)
     row |= _audited(phase, task, epoch, context)
     state.agree()
     student = recalibrated(state.averaged.module if state.averaged is not None else task.student, context)
-    row["val_accuracy"], row["val_loss"] = evaluate(student, validation, context)
+    seen = predict(student, validation, context)
+    row["val_accuracy"], row["val_loss"] = seen.accuracy, seen.loss
     joint = getattr(task, "train_teacher", False)
     if joint:
         row["teacher_val_accuracy"], _ = evaluate(task.teacher, validation, context)
@@ -337,9 +367,10 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
         _save_student(phase, student, context, state.best)
         if joint:
             _save_student("teacher", task.teacher, context, state.best)
-    row["images_per_second"], row["seconds"] = speed, clock.total()
+    context.dataset.skipped.agree()
+    row |= {"corrupt_images": len(context.dataset.skipped), **speeds, "seconds": clock.total()}
     state.seconds = row["seconds"]
-    _log(row, context)
+    _log(row, context, left_out=len(validation) - len(seen.indices))
     if distributed.first():
         context.view.epoch(row)
     state.sums.clear()
@@ -350,10 +381,52 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Co
 
 
 class _Clock:
-    """Seconds of a phase over its interruptions, and images per second of the epoch."""
+    """Seconds of a phase over its interruptions; images per second of the epoch, of its loader and of its steps.
 
-    def __init__(self, before: float):
+    Images are those of all processes.
+    """
+
+    def __init__(self, before: float, meter: Meter, device: torch.device):
         self.before, self.started, self.images = before, time.monotonic(), 0
+        self.meter, self.cuda = meter, device.type == "cuda"
+        self.stepped = 0.0  # seconds of finished steps
+        self.begun: float | torch.cuda.Event | None = None
+        self.running: deque[tuple] = deque()  # CUDA events around steps that may not be finished yet
+
+    def begin_step(self) -> None:
+        """When a batch has come. A GPU works behind the Python code, so its own clock is read."""
+        self.begun = self._now()
+
+    def end_step(self, images: int) -> None:
+        self.images += images
+        if not self.cuda:
+            self.stepped += time.monotonic() - self.begun
+            return
+        self.running.append((self.begun, self._now()))
+        while self.running and self.running[0][1].query():
+            self._finish_step()
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self.cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _finish_step(self) -> None:
+        begun, ended = self.running.popleft()
+        ended.synchronize()
+        self.stepped += begun.elapsed_time(ended) / 1000
+
+    def speeds(self) -> dict[str, float]:
+        """Images per second of the epoch, that the loader could have made, and that the steps alone could have."""
+        while self.running:
+            self._finish_step()
+        return {
+            "images_per_second": self.rate(),
+            "loader_images_per_second": self.meter.rate() * distributed.world(),
+            "model_images_per_second": self.images / max(1e-9, self.stepped),
+        }
 
     def total(self) -> float:
         return self.before + time.monotonic() - self.started
@@ -483,7 +556,7 @@ def _terms(means: dict) -> str:
     return f"loss {means['loss']:.3f} ({terms})"
 
 
-def _log(row: dict, context: Context) -> None:
+def _log(row: dict, context: Context, left_out: int) -> None:
     if not distributed.first():
         return
     with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -495,9 +568,17 @@ def _log(row: dict, context: Context) -> None:
         context.writer.flush()
     print(
         f"{row['phase']} epoch {row['epoch']}: {_terms(row)} train {row['train_accuracy']:.2%} "
-        f"val {row['val_accuracy']:.2%} {row['images_per_second']:.0f} img/s",
+        f"val {row['val_accuracy']:.2%}{f' ({left_out} corrupt images left out)' if left_out else ''} "
+        f"{row['images_per_second']:.0f} img/s; {_bottleneck(row)}",
         flush=True,
     )
+
+
+def _bottleneck(row: dict) -> str:
+    """Which of loader and model is the slower, in words."""
+    loader, model = row["loader_images_per_second"], row["model_images_per_second"]
+    slower = "loader" if loader < model else "model"
+    return f"loader {loader:.0f} img/s, model {model:.0f} img/s: the {slower} is the bottleneck"
 
 
 def read_rows(folder: Path) -> list[dict]:

@@ -8,11 +8,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from rd_deploy.common import UserError, check_file, nearest
+from rd_train.skipped import MAX_CORRUPT
 
 PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
 RUN_FILES = (
-    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt"),
+    *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt", "skipped.txt"),
     *("curves.png", "audit.png", "report.md", "report.html", "result.json"),
 )
 
@@ -23,11 +24,15 @@ class Recipe:
 
     Args:
         summary: What the preset is for; shown by --list.
-        data: Data set: digits, fashion-mnist, idx, npz, cifar10, cifar100 or folder (of images).
+        data: Data set: digits, fashion-mnist, idx, npz, cifar10, cifar100, folder, webdataset, mit67 or caltech101.
         data_dir: Folder of the data set, or npz's file; not needed for digits and Debian's Fashion-MNIST.
         download: Let torchvision download the data set into data_dir when it is not there.
         size: Image size in pixels; the data set's own when not given.
         train_limit: Train on this many images of the training split only.
+        split_seed: Which division of Caltech101 into training and test images; its protocol averages over several.
+        workers: Processes that decode image files; by default the CPUs, at most 16. They do not change the result.
+        max_corrupt: So many images that cannot be read are skipped, and named in skipped.txt; one more is an error.
+        start_weights: A model.pt whose network, but for its classifier, training starts from (rd-train finetune).
         arch: Network to train, e.g. plain20, plain56, plain50, resnet20.
         shortcuts: Override the shortcuts of arch: all, projection (the released variant of the paper) or none.
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).
@@ -86,6 +91,10 @@ class Recipe:
     download: bool = False
     size: int | None = None
     train_limit: int | None = None
+    split_seed: int = 0
+    workers: int | None = None
+    max_corrupt: int = MAX_CORRUPT
+    start_weights: str | None = None
     arch: str = "plain20"
     shortcuts: Literal["all", "projection", "none"] | None = None
     stem: Literal["imagenet", "small"] | None = None
@@ -174,7 +183,7 @@ class Recipe:
                 f"teacher_mode=joint trains a teacher from scratch; {self.teacher} is a trained one",
             ),
             (
-                self.init == "identity" and self.reparam in ("identity", "branches"),
+                self.init == "identity" and self.start_weights is None and self.reparam in ("identity", "branches"),
                 f"init=identity sets the BN of blocks without branches; with reparam={self.reparam} use init=dirac",
             ),
             (
@@ -185,6 +194,15 @@ class Recipe:
                 self.warm_start and (joint or self.reparam != "none"),
                 "warm_start copies a trained teacher: it goes neither with teacher_mode=joint nor with reparam",
             ),
+            (
+                self.start_weights is not None and self.warm_start,
+                "start_weights and warm_start are two different starts; give one",
+            ),
+            (
+                self.start_weights is not None and self.method != "ce" and self.teacher_weights is None,
+                f"method={self.method} with start_weights needs a teacher that knows these classes: "
+                "fine-tune a ResNet first (rd-train finetune RESNET.pt) and give its model.pt as teacher_weights",
+            ),
         ]
 
     def unused(self) -> list[str]:
@@ -194,7 +212,7 @@ class Recipe:
         no_kd = not (self.method == "kd" or rd)
         given = self.teacher_weights is not None or "/" in self.teacher
         no_teacher_phase = ce or self.teacher_mode == "joint" or given
-        warm = self.warm_start and not ce
+        warm, started = self.warm_start and not ce, self.start_weights is not None
         residual = self.arch.startswith("resnet") and self.shortcuts in (None, "all")  # no plain blocks
         without = {
             "teacher": ce,
@@ -215,10 +233,13 @@ class Recipe:
             "kd_temperature": no_kd or self.kd_weight == 0,
             "resize_window": self.resize_start == 1,
             "audit": no_splices,
-            "init": warm or residual,
-            "init_noise": self.init == "kaiming" or warm or residual,
+            "init": warm or started or residual,
+            "init_noise": self.init == "kaiming" or warm or started or residual,
             "reparam": residual,
             "data_dir": self.data == "digits",
+            "split_seed": self.data != "caltech101",
+            "workers": self.data in IN_MEMORY,
+            "max_corrupt": self.data in IN_MEMORY,
         }
         defaults = {name: getattr(Recipe, name) for name in without}
         defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
@@ -258,10 +279,15 @@ BY_METHOD = {
     "kd_weight": (0.5, 0.0),
     "clip_norm": (0.0, 1.0),
 }
+# Data sets that are read at once: no files to decode later, by workers.
+IN_MEMORY = ("digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100")
 # Inclusive; the smallest positive values stand for "more than 0".
 BOUNDS = {
     "size": (1, 4096),
     "train_limit": (2, 10**9),
+    "split_seed": (0, 2**62),
+    "workers": (0, 256),
+    "max_corrupt": (0, 10**9),
     "width": (1 / 64, 16),
     "init_noise": (0, 100),
     "teacher_epochs": (1, 10**6),

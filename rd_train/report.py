@@ -15,7 +15,8 @@ from rd_train.recipe import Recipe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "images_per_second", "seconds", "val_loss"}
+NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "seconds", "val_loss", "corrupt_images"}
+NOT_TERMS |= {"images_per_second", "loader_images_per_second", "model_images_per_second"}
 
 
 def write(folder: Path, recipe: Recipe, result: dict, dataset: Dataset, seen: Predictions) -> None:
@@ -110,7 +111,7 @@ def _label(who: str, name: str) -> str:
 
 def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> str:
     teacher = result["teacher_test_accuracy"]
-    last = rows[-1]
+    last, corrupt = rows[-1], result["corrupt_images"]
     lines = [
         f"# {result['arch']} by {result['method']} on {result['data']}",
         "",
@@ -121,10 +122,12 @@ def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> 
         f"| validation accuracy | {result['val_accuracy']:.2%}, epoch {result['best_epoch']} of {result['epochs']} |",
         f"| initialisation, seed | {result['init']}, {result['seed']} |",
         f"| parameters, MACs per image | {result['parameters']:,}, {result['macs_per_image']:,} |",
+        *([f"| corrupt images left out | {corrupt}, see skipped.txt |"] if corrupt else []),
         f"| cost of a step | {result['step_cost']:.2f} x a plain cross-entropy step |",
         f"| time | {result['seconds']:.0f} s, the teacher's own training {result['teacher_seconds']:.0f} s "
         f"({recipe.device}, {recipe.threads} threads, {recipe.precision}, torch {result['torch']}) |",
-        f"| speed at the end | {last['images_per_second']:.0f} images/s |",
+        f"| speed at the end | {last['images_per_second']:.0f} images/s (loader alone "
+        f"{last['loader_images_per_second']:.0f}, model alone {last['model_images_per_second']:.0f}) |",
         "",
         "One run with one seed: differences of a point or two between such runs mean nothing.",
         "",

@@ -1,7 +1,9 @@
 """A whole run: plan, teacher phase if one is needed, student phase, test, report."""
 
 import contextlib
-from dataclasses import replace
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from rd_train import distributed, report
 from rd_train.build import (
     build_student,
     build_task,
+    from_start,
     load_teacher,
     meta_task,
     needs_teacher,
@@ -21,7 +24,7 @@ from rd_train.build import (
     student_arch,
     teacher_arch,
 )
-from rd_train.checkpoint import load_checkpoint
+from rd_train.checkpoint import Checkpoint, load_checkpoint
 from rd_train.cost import macs_per_image, mean_step_macs, relative_cost
 from rd_train.data import Dataset, check_shares, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
@@ -31,6 +34,7 @@ from rd_train.loop import Context, evaluate, fit, predict, stop_on_signals, tens
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.teachers import is_published, load_published, settled_name
+from rd_train.workers import default_workers
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -49,11 +53,14 @@ def settle(recipe: Recipe) -> Recipe:
             "bf16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()) else "fp32"
         )
     # Absolute, so that a run can be resumed from another folder.
-    paths = {name: _absolute(path) for name in ("data_dir", "teacher_weights") if (path := getattr(recipe, name))}
+    names = ("data_dir", "teacher_weights", "start_weights")
+    paths = {name: _absolute(path) for name in names if (path := getattr(recipe, name))}
     threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
     if fetched_teacher(recipe):
         paths["teacher"] = settled_name(recipe.teacher)
     settled = replace(recipe, device=device, precision=precision, threads=threads, **paths)
+    if settled.start_weights is not None:
+        settled = from_start(settled)
     if distributed.world() == 1:
         return settled
     return Recipe(**yaml.safe_load(distributed.of_first(dump_yaml(settled))))
@@ -70,55 +77,87 @@ def _cpu_multiplies_bf16() -> bool:
     return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(cpu()["flags"]))  # "bf16" is Arm's name
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be trained, by what, on what: everything that can be wrong with it was checked.
+
+    ``teacher`` where one is given; ``start``: the checkpoint to fine-tune; ``figures`` go into the result.
+    """
+
+    dataset: Dataset
+    arch: Arch
+    teacher: Network | None
+    start: Checkpoint | None
+    figures: dict
+
+
 def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
     """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
-    dataset, arch, teacher, plan = _planned(recipe)
-    distributed.barrier()  # every process has looked into the folder
-    writer = None
-    if distributed.first():
-        if not resume:
-            _clear(folder)
-        write_text(folder / "recipe.yaml", dump_yaml(recipe))
-        writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
-    device, autocast = distributed.device(recipe.device), recipe.precision == "bf16"
-    with stop_on_signals() as stop, shown(View()) if distributed.first() else contextlib.nullcontext(View()) as view:
-        context = Context(recipe, dataset, folder, device, autocast, stop, writer, view)
-        if view.live is not None:
-            view.plan(_work(context, arch, teacher))
-        return _phases(context, arch, teacher, plan, resume)
+    with _planned(recipe) as plan:
+        distributed.barrier()  # every process has looked into the folder
+        writer = None
+        if distributed.first():
+            if not resume:
+                _clear(folder)
+            write_text(folder / "recipe.yaml", dump_yaml(recipe))
+            plan.dataset.skipped.record(folder / "skipped.txt", resume=resume)
+            writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
+        view = shown(View()) if distributed.first() else contextlib.nullcontext(View())
+        with stop_on_signals() as stop, view as shown_view:
+            context = _context(recipe, plan, folder, stop, writer=writer, view=shown_view)
+            if shown_view.live is not None:
+                shown_view.plan(_work(context, plan))
+            return _phases(context, plan, resume)
 
 
-def _planned(recipe: Recipe) -> tuple[Dataset, Arch, Network | None, dict]:
-    """Data set, student, teacher if one is given, and the plan, which is printed."""
+@contextlib.contextmanager
+def _planned(recipe: Recipe) -> Iterator[_Plan]:
+    """The plan of a run, which is printed; its data set's workers end with it."""
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
+    start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
     with distributed.one_per_machine_first() if recipe.download else contextlib.nullcontext():
         dataset = load_dataset(
-            recipe.data, recipe.data_dir, size=recipe.size, limit=recipe.train_limit, download=recipe.download
+            recipe.data,
+            recipe.data_dir,
+            size=recipe.size,
+            limit=recipe.train_limit,
+            download=recipe.download,
+            like=None if start is None else start.preprocessing,
+            split_seed=recipe.split_seed,
+            workers=default_workers() if recipe.workers is None else recipe.workers,
+            max_corrupt=recipe.max_corrupt,
         )
-    check_shares(len(dataset.train), recipe.batch_size, distributed.world())
-    arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
-    teacher = _given_teacher(recipe, dataset, arch)
-    return dataset, arch, teacher, print_plan(recipe, dataset, arch, teacher)
+    try:
+        check_shares(len(dataset.train), recipe.batch_size, distributed.world())
+        arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
+        teacher = _given_teacher(recipe, dataset, arch)
+        yield _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
+    finally:
+        dataset.workers.close()
+
+
+def _context(recipe: Recipe, plan: _Plan, folder: Path, stop: threading.Event, **options) -> Context:
+    device = distributed.device(recipe.device)
+    return Context(recipe, plan.dataset, folder, device, recipe.precision == "bf16", stop, **options)
 
 
 def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
     """Print the plan of a run, and what it will take by a few timed steps of each phase; nothing is written."""
-    dataset, arch, teacher, _ = _planned(recipe)
-    device, autocast = torch.device(recipe.device), recipe.precision == "bf16"
     phases = []
-    with stop_on_signals() as stop:
-        context = Context(recipe, dataset, folder, device, autocast, stop)
+    with _planned(recipe) as plan, stop_on_signals() as stop:
+        context, teacher = _context(recipe, plan, folder, stop), plan.teacher
         if needs_teacher(recipe) and teacher is None:
-            teacher = _new_teacher(context, arch)
+            teacher = _new_teacher(context, plan.arch)
             if recipe.teacher_mode == "frozen":
                 task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
                 with torch.device("meta"):
                     meta = CrossEntropy(Network(teacher.arch))
                 phases.append(measure("teacher", task, meta, recipe.teacher_epochs or recipe.epochs, context))
-        meta = meta_task(recipe, arch, None if teacher is None else teacher.arch)
-        phases.append(measure("student", _student_task(context, arch, teacher), meta, recipe.epochs, context))
-    print_estimate(phases, context)
+        meta = meta_task(recipe, plan.arch, None if teacher is None else teacher.arch)
+        task = _student_task(context, replace(plan, teacher=teacher))
+        phases.append(measure("student", task, meta, recipe.epochs, context))
+        print_estimate(phases, context)
     return phases
 
 
@@ -132,26 +171,27 @@ def _clear(folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 
 
-def _phases(context: Context, arch: Arch, teacher: Network | None, plan: dict, resume: bool) -> dict:
-    recipe, folder = context.recipe, context.folder
+def _phases(context: Context, plan: _Plan, resume: bool) -> dict:
+    recipe, folder, teacher = context.recipe, context.folder, plan.teacher
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
-        teacher = _new_teacher(context, arch)
+        teacher = _new_teacher(context, plan.arch)
         if recipe.teacher_mode == "frozen":
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
             best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
             teacher_seconds = best["seconds"]
             teacher = load_checkpoint(folder / "teacher.pt").network()
-    best = fit("student", _student_task(context, arch, teacher), recipe.epochs, context, resume=resume)
-    return _finish(context, best, plan, teacher, teacher_seconds)
+    plan = replace(plan, teacher=teacher)
+    best = fit("student", _student_task(context, plan), recipe.epochs, context, resume=resume)
+    return _finish(context, best, plan, teacher_seconds)
 
 
-def _work(context: Context, arch: Arch, teacher: Network | None) -> dict[str, float]:
+def _work(context: Context, plan: _Plan) -> dict[str, float]:
     """Multiply-accumulates of each phase, but for the batch size: what the time that is left is shared out by."""
     recipe, size = context.recipe, context.dataset.preprocessing.size
     sizes, steps = sizes_of(recipe, size), steps_per_epoch(context.dataset.train, recipe.batch_size)
-    meta, work = meta_task(recipe, arch, None if teacher is None else teacher.arch), {}
-    if needs_teacher(recipe) and teacher is None and recipe.teacher_mode == "frozen":
+    meta, work = meta_task(recipe, plan.arch, None if plan.teacher is None else plan.teacher.arch), {}
+    if needs_teacher(recipe) and plan.teacher is None and recipe.teacher_mode == "frozen":
         epochs = recipe.teacher_epochs or recipe.epochs
         work["teacher"] = epochs * steps * mean_step_macs(CrossEntropy(meta.teacher.requires_grad_()), size, sizes)
     return work | {"student": recipe.epochs * steps * mean_step_macs(meta, size, sizes)}
@@ -162,13 +202,13 @@ def _new_teacher(context: Context, arch: Arch) -> Network:
     return context.place(Network(teacher_arch(context.recipe, arch)))
 
 
-def _student_task(context: Context, arch: Arch, teacher: Network | None) -> nn.Module:
+def _student_task(context: Context, plan: _Plan) -> nn.Module:
     """The task of the student's phase, from the student's initialisation on."""
     recipe = context.recipe
-    teacher = None if teacher is None else context.place(teacher)
+    teacher = None if plan.teacher is None else context.place(plan.teacher)
     torch.manual_seed(recipe.seed)
-    student = context.place(build_student(recipe, arch, teacher))
-    if recipe.init == "identity" and not recipe.warm_start:
+    student = context.place(build_student(recipe, plan.arch, teacher, plan.start))
+    if applied_init(plan.arch, recipe) == "identity":
         start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
     task = build_task(recipe, student, teacher)
     for name, part in task.named_children():
@@ -183,16 +223,18 @@ def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
     return dataset.train.images(order[: recipe.batch_size])
 
 
-def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, teacher_seconds: float) -> dict:
+def _finish(context: Context, best: dict, plan: _Plan, teacher_seconds: float) -> dict:
     """Read the test split, once, and write the results."""
-    recipe, dataset, folder = context.recipe, context.dataset, context.folder
+    recipe, dataset, folder, teacher = context.recipe, context.dataset, context.folder, plan.teacher
     student = context.place(load_checkpoint(folder / "model.pt").network())
     if recipe.teacher_mode == "joint" and teacher is not None:
         teacher = context.place(load_checkpoint(folder / "teacher.pt").network())
     seen = predict(student, dataset.test, context)
+    taught = None if teacher is None else evaluate(teacher, dataset.test, context)[0]
+    dataset.skipped.agree()
     result = {
         "test_accuracy": seen.accuracy,
-        "teacher_test_accuracy": None if teacher is None else evaluate(teacher, dataset.test, context)[0],
+        "teacher_test_accuracy": taught,
         "val_accuracy": best["val_accuracy"],
         "best_epoch": best["epoch"],
         "epochs": recipe.epochs,
@@ -200,14 +242,16 @@ def _finish(context: Context, best: dict, plan: dict, teacher: Network | None, t
         "method": recipe.method,
         "init": applied_init(student.arch, recipe),
         "arch": student.arch.name,
+        "start_weights": recipe.start_weights,
         "teacher_weights": recipe.teacher_weights,
         "feature_weight": recipe.feature_weight if recipe.method == "jointrd" else None,
         "ema": recipe.ema,
         "reparam": student.arch.reparam,
         "data": dataset.name,
         "train_images": len(dataset.train),
-        "test_images": len(dataset.test),
-        **plan,
+        "test_images": len(seen.indices),
+        "corrupt_images": len(dataset.skipped),
+        **plan.figures,
         "seconds": best["seconds"],
         "teacher_seconds": teacher_seconds,
         "precision": recipe.precision,
@@ -245,6 +289,8 @@ def applied_init(arch: Arch, recipe: Recipe) -> str:
     """The initialisation that takes effect: blocks with shortcuts are Kaiming either way."""
     if recipe.warm_start and needs_teacher(recipe):
         return "teacher"
+    if recipe.start_weights is not None:
+        return "start_weights"
     return "kaiming" if arch.shortcuts == "all" else recipe.init
 
 
@@ -272,6 +318,8 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         f"init {applied_init(arch, recipe)}"
     )
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
+    if recipe.start_weights is not None:
+        print(f"start    {recipe.start_weights}, with a new classifier of {len(dataset.classes)} classes")
     if needs_teacher(recipe):
         origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
         if is_published(recipe.teacher):

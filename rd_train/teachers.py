@@ -15,7 +15,7 @@ from torch import Tensor
 from rd_deploy.common import UserError, check_file, one_line, require
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.checkpoint import load_plain, load_strictly
-from rd_train.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.networks import IMAGENET_DEPTHS, Arch, Network, parse_arch
 
 LIBRARIES = ("torchvision", "timm")

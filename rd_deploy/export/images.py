@@ -61,13 +61,28 @@ def trained_on(checkpoint, data_dir: str | None, missing: str, unnamed: str, els
     checkpoint names no data, ``elsewhere`` when they are not here.
     """
     from rd_train.data import load_dataset
+    from rd_train.skipped import MAX_CORRUPT
+    from rd_train.workers import default_workers
 
     recipe = checkpoint.recipe if isinstance(checkpoint.recipe, dict) else {}
     name, folder, size = recipe.get("data"), data_dir or recipe.get("data_dir"), recipe.get("size")
     if not isinstance(name, str) or not isinstance(folder, str | None) or not isinstance(size, int | None):
         raise UserError(f"the checkpoint does not say which data it was trained on; {unnamed}")
+    # Older checkpoints lack these entries.
+    like = checkpoint.preprocessing if recipe.get("start_weights") is not None else None
+    split_seed, limit = recipe.get("split_seed", 0), recipe.get("max_corrupt", MAX_CORRUPT)
+    if type(split_seed) is not int or type(limit) is not int:
+        raise UserError(f"the checkpoint's recipe holds wrong values; {unnamed}")
     try:
-        dataset = load_dataset(name, folder, size=size)
+        dataset = load_dataset(
+            name,
+            folder,
+            size=size,
+            like=like,
+            split_seed=split_seed,
+            workers=default_workers(),
+            max_corrupt=limit,
+        )
     except UserError as error:
         raise UserError(f"{missing} ({error}); {elsewhere}") from error
     if not _same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
@@ -91,7 +106,7 @@ def folder_images(folder: str | Path, preprocessing: Preprocessing, count: int) 
 
 def image_files(folder: Path, least: int, purpose: str) -> list[Path]:
     """The image files (by suffix) anywhere below a folder, sorted; `UserError` when there are fewer than ``least``."""
-    from rd_train.image_folder import SUFFIXES
+    from rd_train.decode import SUFFIXES
 
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder; name one with image files")
@@ -109,7 +124,7 @@ def load_images(files: list[Path], preprocessing: Preprocessing) -> np.ndarray:
 
 def _decode(path: Path, channels: int) -> np.ndarray:
     """uint8 (H, W, channels) of an image file; one channel is luminance."""
-    from rd_train.image_folder import read_image
+    from rd_train.decode import read_image
 
     image = read_image(path)
     if channels not in (1, 3):

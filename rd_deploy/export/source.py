@@ -71,7 +71,9 @@ def source_from_checkpoint(path: str | Path) -> Source:
 def _without_folders(recipe: dict) -> dict:
     """The recipe with names in place of paths: where somebody keeps files does not travel with a network."""
     paths = {
-        name: Path(recipe[name]).name for name in ("data_dir", "teacher_weights") if isinstance(recipe.get(name), str)
+        name: Path(recipe[name]).name
+        for name in ("data_dir", "teacher_weights", "start_weights")
+        if isinstance(recipe.get(name), str)
     }
     return {**recipe, **paths}
 

@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 
 from rd_deploy.common import UserError
 from rd_train.augment import Augment
-from rd_train.data import DATASETS, batches, load_dataset, steps_per_epoch
+from rd_train.data import DATASETS, READERS, batches, load_dataset, steps_per_epoch
+from rd_train.recipe import IN_MEMORY
 from rd_train.sources import DEBIAN_FASHION
 
 needs_fashion = pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="the package dataset-fashion-mnist is missing")
@@ -223,6 +224,7 @@ class Counting:
 
     def __init__(self, split, fail_at=None):
         self.split, self.labels, self.fail_at = split, split.labels, fail_at
+        self.corrupt, self.ahead = split.corrupt, split.ahead
         self.calls, self.seeds = 0, []
 
     def __len__(self):
@@ -324,4 +326,6 @@ def test_downloaded_fashion_is_found_in_torchvisions_layout(tmp_path, monkeypatc
 
 
 def test_every_name_is_listed():
-    assert set(DATASETS) == {"digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100", "folder"}
+    memory, encoded = {"digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100"}, {"folder", "webdataset"}
+    assert set(DATASETS) == memory | encoded | {"mit67", "caltech101"}
+    assert set(IN_MEMORY) == set(READERS)

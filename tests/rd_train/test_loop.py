@@ -16,8 +16,8 @@ import torch
 
 from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import load_checkpoint
-from rd_train.data import load_dataset
-from rd_train.loop import Context, evaluate, recalibrated
+from rd_train.data import Meter, load_dataset
+from rd_train.loop import Context, _bottleneck, _Clock, evaluate, recalibrated
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
@@ -68,7 +68,7 @@ def assert_same(one: Path, other: Path) -> None:
         result = json.loads((folder / "result.json").read_text())
         results.append({name: value for name, value in result.items() if "seconds" not in name})
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows])
+        logs.append([{k: v for k, v in row.items() if k != "seconds" and "per_second" not in k} for row in rows])
     assert results[0] == results[1]
     assert logs[0] == logs[1]
 
@@ -209,6 +209,43 @@ def test_recalibration_takes_the_statistics_of_clean_training_images(tmp_path):
     torch.testing.assert_close(copy.bn1.running_var, first.var((0, 2, 3)), rtol=0.02, atol=1e-3)
     assert evaluate(copy, dataset.val, context)[0] >= 0
     assert recalibrated(network, replace_recipe(context, recalibrate=0)) is network
+
+
+def test_on_a_gpu_steps_are_timed_by_its_own_clock(monkeypatch):
+    """Python is two steps ahead of a GPU that takes 40 ms for a step."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.number = len(recorded)
+            recorded.append(self)
+
+        def query(self) -> bool:
+            return self.number < len(recorded) - 4
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 40.0 * (other.number - self.number)
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    meter = Meter()
+    clock = _Clock(0.0, meter, torch.device("cuda"))
+    for _ in range(10):
+        clock.begin_step()
+        clock.end_step(32)
+    assert len(clock.running) == 2  # the others were added up on the way
+    assert clock.speeds()["model_images_per_second"] == pytest.approx(32 / 0.04)
+
+
+@pytest.mark.parametrize(("loader", "slower"), [(812.0, "model"), (500.0, "loader")])
+def test_the_slower_one_is_the_bottleneck(loader, slower):
+    line = _bottleneck({"loader_images_per_second": loader, "model_images_per_second": 640.4})
+    assert line == f"loader {loader:.0f} img/s, model 640 img/s: the {slower} is the bottleneck"
 
 
 def replace_recipe(context: Context, **changes) -> Context:

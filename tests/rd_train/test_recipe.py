@@ -63,6 +63,10 @@ def test_every_entry_is_documented():
         ({"method": "jointrd", "warm_start": True, "teacher_mode": "joint"}, "neither with teacher_mode=joint"),
         ({"method": "kd", "teacher_mode": "joint"}, "neither with method=kd"),
         ({"method": "jointrd", "teacher_weights": "x.pt", "teacher_mode": "joint"}, "nor with teacher_weights"),
+        ({"start_weights": "x.pt"}, "method=rd with start_weights needs a teacher that knows these classes"),
+        ({"start_weights": "x.pt", "method": "kd", "warm_start": True}, "two different starts"),
+        ({"workers": -1}, "workers"),
+        ({"max_corrupt": -1}, "max_corrupt"),
         ({"clip_norm": "much"}, "clip_norm=much is not a number"),
         ({"epochs": "three"}, "epochs=three is not a whole number"),
         ({"epochs": 3.5}, "not a whole number"),
@@ -136,6 +140,9 @@ def test_options_without_effect_are_named():
     assert Recipe(splice_probability=0.5).unused() == []
     assert Recipe(method="jointrd", splices="all").unused() == ["splices"]
     assert Recipe(resize_window=0.2).unused() == ["resize_window"]
+    assert Recipe(workers=2, max_corrupt=0, split_seed=1).unused() == ["split_seed", "workers", "max_corrupt"]
+    assert Recipe(data="caltech101", workers=2, max_corrupt=0, split_seed=1).unused() == []
+    assert Recipe(start_weights="x.pt", method="ce", init="kaiming", init_noise=0.2).unused() == ["init", "init_noise"]
 
 
 def test_options_that_presets_name_exist():

@@ -13,7 +13,7 @@ from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.build import load_teacher, meta_task, teacher_arch
 from rd_train.distill import LogitDistillation, ResidualDistillation
-from rd_train.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import settle

@@ -1,0 +1,66 @@
+"""Corrupt images of a run: counted, named, and too many of them an error."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+from rd_deploy.common import UserError, one_line, write_text
+
+SHOWN = 5  # on the terminal; all are in the file
+MAX_CORRUPT = 10
+
+
+class Skipped:
+    """The corrupt images found so far, over all splits; ``limit`` of them are tolerated. Used by several threads."""
+
+    def __init__(self, limit: int = MAX_CORRUPT):
+        self.limit = limit
+        self.path: Path | None = None
+        self._reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def record(self, path: Path, *, resume: bool) -> None:
+        """Name them in this file from now on, and with ``resume`` count those it names already."""
+        with self._lock:
+            self.path = path
+            if resume and path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                self._reasons = dict(line.partition("\t")[::2] for line in lines) | self._reasons
+            if self._reasons:
+                write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in self._reasons.items()))
+
+    def agree(self) -> None:
+        """Count what the other processes found, too; all of them call this together."""
+        from rd_train import distributed  # torch is slow to import, and workers do without
+
+        if distributed.world() > 1:
+            for text in distributed.of_each(json.dumps(self._reasons)):
+                for name, reason in json.loads(text).items():
+                    self.add(name, reason, told=True)
+
+    def add(self, name: str, reason: str, *, told: bool = False) -> None:
+        """Count an image that was not counted yet; one more than ``limit`` is a `UserError`.
+
+        ``told``: another process has said so on the terminal.
+        """
+        name, reason = one_line(name), one_line(reason)
+        with self._lock:
+            if name in self._reasons:
+                return
+            if len(self._reasons) >= self.limit:
+                more = f"; the others are in {self.path}" if self._reasons and self.path else ""
+                raise UserError(f"more corrupt images than --max-corrupt {self.limit}: {reason}{more}")
+            self._reasons[name] = reason
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{name}\t{reason}\n")
+            if told:
+                return
+            if len(self._reasons) <= SHOWN:
+                print(f"skipped  {reason}", file=sys.stderr)
+            elif len(self._reasons) == SHOWN + 1 and self.path is not None:
+                print(f"skipped  more; all are named in {self.path}", file=sys.stderr)
