@@ -117,7 +117,7 @@ def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot.py", *flags])
     plot.command()
     assert "wrote" in capsys.readouterr().out
-    assert Image.open(tmp_path / "accuracy.png").size == (1650, 660)
+    assert Image.open(tmp_path / "accuracy.png").size == (1950, 660)
     curves = plot.series(results())
     assert [(row["depth"], round(row["mean"], 3)) for row in curves["ours"]] == [(20, 0.899), (56, 0.899)]
     assert set(curves) == {"resnet", "plain", "ours"}
