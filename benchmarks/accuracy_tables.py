@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from committed import find, markdown, newest
 
-EXPERIMENTS = ("main", "full", "depth", "ablation", "bottleneck", "glyphs")
+EXPERIMENTS = ("main", "full", "depth", "ablation", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "plain", "published", "ours")  # rows of the README's table
 OTHERS = {"resnet": "the ResNet", "plain": "plain cross-entropy", "published": "the method as published"}
 
@@ -25,7 +25,8 @@ def experiment(name: str) -> Callable[[], str]:
     def table() -> str:
         document = find(f"*-accuracy-{name}.json")
         if document is None:
-            return f"Not run yet: `python benchmarks/accuracy/table.py {name}`."
+            script = "gpu.py" if name == "gpu" else f"table.py {name}"
+            return f"Not run yet: `python benchmarks/accuracy/{script}`."
         verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
         parts = (_unfinished(document), _by_depth(document["rows"], seconds=True), verdicts, _source(document))
         return "\n\n".join(part for part in parts if part)
@@ -96,12 +97,13 @@ def _source(document: dict) -> str:
     """What the columns mean and where they come from."""
     settings = sorted({(run["epochs"], run["precision"]) for run in document["results"]})
     trained = " and ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
+    machine = document.get("card") or document["machine"]["cpu"]
+    seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
     parts = (
         f"{document['what']}; {trained}. Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: ",
         "multiply-accumulates of the training in units of training the plain network by cross-entropy; the teacher's ",
         "own training comes besides. Intervals are Student's t, which takes the few differences to be normal. Seconds ",
-        "are of one thread and depend on what else ran. ",
-        f"{document['machine']['cpu']}, {document['date']}, commit {document['commit']}. {document['note']} ",
+        f"are {seconds}. {machine}, {document['date']}, commit {document['commit']}. {document['note']} ",
         f"From `{document['path']}`, made by `{document['command']}`.",
     )
     return " ".join("".join(parts).split())

@@ -84,13 +84,16 @@ PUBLISHED = Row(
 )
 PUBLISHED_OPTIONS = Row(
     "plain{}-jointrd-options",
-    "the same with Dirac start, batch statistics, mean of features, recalibration",
+    "plain, the published loss with Dirac start, batch statistics and recalibration",
     {
         **{"method": "jointrd", "init": "dirac", "feature_weight": 1.0, "feature_reduction": "mean"},
         **{"teacher_bn": "batch", "recalibrate": 2000},
     },
 )
 OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
+
+
+MUST = (RESNET, OUR_ROW, PLAIN, PUBLISHED)  # in the order in which their runs come
 
 
 def ablations(ours: dict = OURS) -> list[Row]:
@@ -119,7 +122,7 @@ def ablations(ours: dict = OURS) -> list[Row]:
 class Experiment:
     """Rows at some depths on one data set, over seeds.
 
-    ``network`` and ``data``: settings of all rows; ``tag`` names them in every run, after the depth.
+    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth.
     """
 
     what: str
@@ -127,8 +130,7 @@ class Experiment:
     depths: tuple[int, ...]
     epochs: int = 10
     train_images: int = 20_000
-    network: dict = field(default_factory=dict)
-    data: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
     tag: str = ""
 
     def with_epochs(self, epochs: int | None) -> "Experiment":
@@ -147,40 +149,45 @@ class Experiment:
 
         kind = "resnet" if row.residual else "plain"
         shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs, "seed": seed}
-        settings = shared | {"arch": f"{kind}{depth}"} | self.network | self.data | row.settings
+        settings = shared | {"arch": f"{kind}{depth}"} | self.settings | row.settings
         teacher = folder(RESNET) if row.has_teacher else None
         return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.must)
 
     def jobs(self, seeds: tuple[int, ...], out: Path) -> list[Job]:
         """All runs, those that the comparisons need first, and of these a seed after the other."""
+        first = [row for row in MUST if row in self.rows]
+        others = [row for row in self.rows if row not in first]
         return [
             self.job(row, depth, seed, out)
-            for must in (True, False)
+            for rows in (first, others)
             for seed in seeds
-            for row in self.rows
-            if row.must == must
+            for row in rows
             for depth in self.depths
         ]
 
 
 FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
-MUST = (RESNET, OUR_ROW, PLAIN, PUBLISHED)
-EVERY = (*MUST, RESNET_KD, PLAIN_KD, PUBLISHED_OPTIONS)
+EVERY = (RESNET, RESNET_KD, PLAIN, PLAIN_KD, PUBLISHED, PUBLISHED_OPTIONS, OUR_ROW)  # as tables have them
 
 
 def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
     """All experiments; the one on glyphs only where their file is given (`glyphs.py` makes it)."""
     found = {
         "main": Experiment(SUBSET, EVERY, (20, 56)),
-        "full": Experiment(FASHION.format("all 55,000 training images"), MUST, (20, 56), train_images=55_000),
+        "full": Experiment(
+            FASHION.format("all 55,000 training images"),
+            (RESNET, PLAIN, PUBLISHED, OUR_ROW),
+            (20, 56),
+            train_images=55_000,
+        ),
         "ablation": Experiment(f"{SUBSET}; ours with one lever out", (RESNET, OUR_ROW, *ablations()), (56,)),
-        "depth": Experiment(f"{SUBSET}; by depth", (RESNET, OUR_ROW, PLAIN), (20, 32, 44, 56, 110)),
+        "depth": Experiment(f"{SUBSET}; by depth", (RESNET, PLAIN, OUR_ROW), (20, 32, 44, 56, 110)),
         "bottleneck": Experiment(
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",
             EVERY,
             (50,),
-            network={"stem": "small", "width": 0.25},
+            settings={"stem": "small", "width": 0.25},
             tag="-small-w0.25",
         ),
     }
@@ -193,11 +200,16 @@ NAMES = (*experiments(), "glyphs")
 
 
 def _on_glyphs(path: Path) -> Experiment:
-    """The second data set; which one, the first digits of its file's digest say in the name of every run."""
-    digest = hashlib.sha256(check_file(path, "glyphs").read_bytes()).hexdigest()
-    what = f"coloured glyphs of fonts that training has not seen, 32x32 ({path.name}, sha256 {digest[:8]})"
-    data = {"data": "npz", "data_dir": str(path)}
-    return Experiment(what, MUST, (20, 56), data=data, tag=f"-glyphs-{digest[:8]}")
+    """The second data set."""
+    what = f"coloured glyphs of fonts that training has not seen, 32x32 ({path.name}, {digest_of(path)})"
+    rows, settings = (RESNET, PLAIN, PUBLISHED, OUR_ROW), {"data": "npz", "data_dir": str(path)}
+    return Experiment(what, rows, (20, 56), settings=settings, tag=f"-glyphs-{digest_of(path)}")
+
+
+def digest_of(path: Path) -> str:
+    """The first digits of a data file's SHA-256, which name it in every run."""
+    with check_file(path, "data file").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 def check_names(names: list[str]) -> None:

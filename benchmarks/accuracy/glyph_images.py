@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 SIZE = 32
 SCALE = 4  # drawn so much larger, then averaged down
 CANVAS = SIZE * SCALE
-CONTRAST = 75.0  # least distance of the two mean colours, root of the mean square over channels, of 255
+CONTRAST = 90.0  # least distance of the two mean colours, root of the mean square over channels, of 255
 # EMNIST's classes "by merge" (Cohen et al. 2017): these letters have one class for both cases. Of the rest 0 and O, and
 # 1, I and L (which has l), remain alike in many fonts.
 MERGED = "CIJKLMOPSUVWXYZ"
@@ -40,14 +40,14 @@ def image(face: Face, character: str, generator: np.random.Generator) -> np.ndar
     below = background(generator)
     above = _ink(below, generator)
     pixels = below * (1 - shape[..., None]) + above * shape[..., None]
-    blurred = Image.fromarray(_bytes(pixels)).filter(ImageFilter.GaussianBlur(generator.uniform(0, 0.9)))
-    noise = generator.normal(0, generator.uniform(0, 16), (SIZE, SIZE, 3))
+    blurred = Image.fromarray(_bytes(pixels)).filter(ImageFilter.GaussianBlur(generator.uniform(0, 0.7)))
+    noise = generator.normal(0, generator.uniform(0, 12), (SIZE, SIZE, 3))
     return _bytes(np.asarray(blurred, np.float64) + noise)
 
 
 def coverage(face: Face, character: str, generator: np.random.Generator) -> np.ndarray:
-    """(32, 32) in [0, 1]: what the ink covers. Capitals are 15 to 23 pixels high; other characters may reach in."""
-    height = generator.uniform(15, 23) * SCALE
+    """(32, 32) in [0, 1]: what the ink covers. Capitals are 17 to 24 pixels high; other characters may reach in."""
+    height = generator.uniform(17, 24) * SCALE
     font = _font(str(face.path), max(8, round(height / _capital_height(str(face.path)))))
     canvas = Image.new("L", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(canvas)
@@ -55,7 +55,7 @@ def coverage(face: Face, character: str, generator: np.random.Generator) -> np.n
     x, y = (CANVAS - right - left) / 2, (CANVAS + height) / 2
     draw.text((x, y), character, fill=255, font=font, anchor="ls")
     for side in (-1, 1):
-        if generator.random() < 0.35:  # a neighbour, as in a word
+        if generator.random() < 0.25:  # a neighbour, as in a word
             other = CHARACTERS[generator.integers(len(CHARACTERS))]
             theirs = font.getbbox(other, anchor="ls")
             gap = generator.uniform(1, 5) * SCALE
@@ -66,13 +66,13 @@ def coverage(face: Face, character: str, generator: np.random.Generator) -> np.n
 
 
 def _bending(generator: np.random.Generator) -> list[float]:
-    """A map from output to input: rotation up to 17°, shear, stretch, and a shift of up to 3 pixels."""
-    turn, shear = generator.uniform(-0.3, 0.3), generator.uniform(-0.25, 0.25)
+    """A map from output to input: rotation up to 14°, shear, stretch, and a shift of up to 2 pixels."""
+    turn, shear = generator.uniform(-0.25, 0.25), generator.uniform(-0.2, 0.2)
     wide, high = np.exp(generator.uniform(-0.18, 0.18, 2))
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     linear = np.linalg.inv(rotation @ np.array([[wide, shear], [0, high]]))
     centre = np.full(2, CANVAS / 2)
-    shift = centre - linear @ (centre + generator.uniform(-3, 3, 2) * SCALE)
+    shift = centre - linear @ (centre + generator.uniform(-2, 2, 2) * SCALE)
     return [*linear[0], shift[0], *linear[1], shift[1]]
 
 

@@ -1,9 +1,9 @@
 """A data set in colour that needs no download site: characters in hundreds of fonts, tested on fonts never seen.
 
-    python benchmarks/accuracy/glyphs.py --out data/glyphs.npz [--sheet sheets/] [--fonts /usr/share/fonts]
+    python benchmarks/accuracy/glyphs.py --out runs/glyphs.npz [--sheet sheets/] [--fonts /usr/share/fonts]
     python benchmarks/accuracy/glyphs.py --packages      # the command that installs the fonts on Debian
 
-32x32 RGB in MedMNIST's layout (`rd-train --data npz --data-dir data/glyphs.npz`): 20,000 training, 4,000 validation and
+32x32 RGB in MedMNIST's layout (`rd-train --data npz --data-dir runs/glyphs.npz`): 20,000 training, 4,000 validation and
 8,000 test images of 47 classes, EMNIST's "by merge": digits and letters, with both cases of C I J K L M O P S U V W X
 Y Z in one class. No design is in two splits: families, and families that draw alike under other names, are kept
 together. What remains alike in many fonts is 0 and O, and 1, I and l (half of class L). If nothing at all told these
@@ -133,7 +133,7 @@ def command() -> None:
     """Draw, write, say what was made of what."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
-    parser.add_argument("--out", type=Path, default=Path("data/glyphs.npz"))
+    parser.add_argument("--out", type=Path, default=Path("runs/glyphs.npz"))
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of each split to this folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packages", action="store_true", help="say how to install the fonts, and stop")

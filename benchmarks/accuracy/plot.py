@@ -39,7 +39,7 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
     """Write the picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     by_depth, by_cost = figure.subplots(1, 2)
     for key, rows in series(depth or main).items():
         spreads = [100 * (row["std"] or 0) for row in rows]
@@ -59,7 +59,8 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
     for axes in (by_depth, by_cost):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
+    by_depth.legend(fontsize=8, frameon=False)
+    figure.legend(*by_cost.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
 
@@ -88,7 +89,7 @@ def _draw_costs(axes: object, document: dict) -> None:
             whole = row["step_cost"] + row["teacher_cost"]
             axes.plot([row["step_cost"], whole], [mean, mean], color=colour, lw=0.8, ls=":")
             axes.plot(whole, mean, mfc="white", **style)
-    axes.set(xlabel="cost of training, 1 = cross-entropy of the plain network (hollow: with its teacher's)")
+    axes.set(xlabel="cost of training; 1: cross-entropy, plain (hollow: with the teacher's)")
     axes.set_title(f"depth {rows[0]['depth']}", fontsize=9)
 
 

@@ -126,7 +126,7 @@ def run_all(
     waiting = [job for job in jobs if job.result() is None]
     missing, running = {job.folder: "not begun" for job in waiting}, []
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    with _told_to_stop() as told:
+    with told_to_stop() as told:
         stopping = False
         while running or (waiting and not stopping):
             if not stopping and (told or time.monotonic() >= deadline):
@@ -178,7 +178,7 @@ def _end(ended: _Process, missing: dict[Path, str], stopping: bool) -> None:
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
+def told_to_stop() -> Iterator[list[int]]:
     """A list that Ctrl-C and SIGTERM add to."""
     told: list[int] = []
     previous = {

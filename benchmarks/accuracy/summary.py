@@ -24,6 +24,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                 continue
             accuracies = [run["test_accuracy"] for run in runs]
             teachers = _runs(experiment, RESNET, depth, results) if row.has_teacher else []
+            plain, teacher = (_plain_steps(run[0], experiment) if run else None for run in (runs, teachers))
             lines.append(
                 {
                     "name": experiment.name(row, depth),
@@ -36,8 +37,8 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                     "mean": statistics.mean(accuracies),
                     "std": statistics.stdev(accuracies) if len(runs) > 1 else None,
                     "step_cost": runs[0]["step_cost"],
-                    "plain_steps": _plain_steps(runs[0]),
-                    "teacher_cost": _plain_steps(teachers[0]) / _steps(runs[0]) if teachers else None,
+                    "plain_steps": plain,
+                    "teacher_cost": teacher * runs[0]["step_cost"] / plain if teachers else None,
                     "seconds": statistics.mean(run["seconds"] for run in runs),
                 }
             )
@@ -49,12 +50,9 @@ def _runs(experiment: Experiment, row: Row, depth: int, results: list[dict]) -> 
     return sorted((result for result in results if result["name"] == name), key=lambda result: result["seed"])
 
 
-def _steps(run: dict) -> int:
-    return run["epochs"] * (run["train_images"] // SHARED["batch_size"])
-
-
-def _plain_steps(run: dict) -> float:
-    return run["step_cost"] * _steps(run)
+def _plain_steps(run: dict, experiment: Experiment) -> float:
+    batch = (SHARED | experiment.settings)["batch_size"]
+    return run["step_cost"] * run["epochs"] * max(1, run["train_images"] // batch)
 
 
 def paired(ours: dict, other: dict) -> dict:

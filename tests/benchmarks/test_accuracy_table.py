@@ -34,7 +34,7 @@ from rd_train.recipe import dump_yaml, preset_values
 OUT = Path("runs/table")
 EXPERIMENTS = experiments.experiments()
 TINY = Experiment("digits", (RESNET, OUR_ROW), (20,), epochs=2, train_images=256, tag="-tiny")
-TINY = replace(TINY, network={"width": 0.25}, data={"data": "digits", "size": 8, "warmup_epochs": 0.2})
+TINY = replace(TINY, settings={"width": 0.25, "data": "digits", "size": 8, "warmup_epochs": 0.2})
 
 # Stands for rd-train: writes what a run writes, saves its state and ends with 130 on SIGTERM.
 FAKE = """

@@ -107,7 +107,7 @@ def test_an_unfinished_table_says_so(checkout):
     commit(checkout, results(missing=7))
     assert tables(checkout).returncode == 0
     text = (checkout / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    assert "**Unfinished: 7 of 42 runs are missing.** plain56-kd, seed 2 (not begun); " in text
+    assert "**Unfinished: 7 of 42 runs are missing.** plain56-jointrd-options, seed 2 (not begun); " in text
     assert text.count("; and 2 more.") == 1
 
 
@@ -117,7 +117,7 @@ def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot.py", *flags])
     plot.command()
     assert "wrote" in capsys.readouterr().out
-    assert Image.open(tmp_path / "accuracy.png").size == (1650, 660)
+    assert Image.open(tmp_path / "accuracy.png").size == (1950, 660)
     curves = plot.series(results())
     assert [(row["depth"], round(row["mean"], 3)) for row in curves["ours"]] == [(20, 0.899), (56, 0.899)]
     assert set(curves) == {"resnet", "plain", "ours"}

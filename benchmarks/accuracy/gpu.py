@@ -1,0 +1,218 @@
+"""The table of accuracy at full width on a GPU: ResNet-18, 34, 50 and plain networks with a 3x3 stem, 32x32 images.
+
+    python benchmarks/accuracy/gpu.py --data-dir FOLDER_OR_FILE.npz [--minutes 25] [--depths 18,34,50] [--list]
+    python benchmarks/accuracy/gpu.py --dry        everything once, tiny, on the CPU
+
+``--data-dir``: the folder of Fashion-MNIST's IDX files, or a file for `--data npz`. A row is a run of rd-train with its
+recipe, tasks and checkpoints, so that rd-export takes its model.pt; it differs in that all images lie on the card as
+bytes and are shifted, mirrored and normalised there. (So a run begun here goes on here: rd-train would go on too, but
+with other draws of the augmentation.) Complete rows are skipped, interrupted ones go on, ``--minutes`` stops between
+two steps. Not run on a GPU yet: what follows is arithmetic.
+
+A training step of ResNet-18 on a 32x32 image takes 1.66 G multiply-accumulates (`rd_train.cost`), so an epoch of 55,000
+images 183 TFLOP: 0.74 s at a quarter of the 989 TFLOP/s that an H100 has in dense bf16. Its convolutions write 0.61 M
+values an image, 1.2 MB in bf16; with BN and ReLU fused about ten passes over them in both directions are 12 MB an image
+or 0.7 TB an epoch, 0.27 s at three quarters of 3.35 TB/s. Together 1.0 s an epoch; 214 steps of 256 images leave Python
+5 ms each in it. 100 epochs: about 2 minutes by cross-entropy, 4 by rd (1.98 times the arithmetic), plus compiling for
+a minute. ResNet-50: 3.89 G, 428 TFLOP, 1.7 s and 1.5 s for its wider maps: 5 and 12 minutes. ``--list`` says the first
+part, from the count, for each run.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from experiments import EVERY, MUST, SEEDS, Experiment, digest_of
+from runner import INTERRUPTED, Job, check, parser_of, told_to_stop
+from table import report, say, state
+from torch import Tensor
+
+import rd_train.run
+from rd_deploy.bench.environment import packages
+from rd_deploy.common import Stopped, UserError, one_line, run_command, write_json
+from rd_train.build import meta_task, student_arch
+from rd_train.cost import mean_step_macs
+from rd_train.data import Dataset, MemorySplit, load_dataset
+
+PEAK, UTILISATION = 989e12, 0.25  # dense bf16 of an H100 SXM; the share that is expected of it
+GPU = {"stem": "small", "batch_size": 256, "lr": 0.2, "warmup_epochs": 5.0, "threads": 8}
+GPU |= {"device": "cuda", "precision": "bf16", "compile": True}
+DRY = {"stem": "small", "width": 1 / 16, "batch_size": 64, "size": 8, "warmup_epochs": 0.2, "threads": 2}
+DRY |= {"device": "cpu", "precision": "fp32", "data": "digits"}
+
+
+@dataclass(frozen=True)
+class DeviceSplit(MemorySplit):
+    """A split whose images lie framed on a device, uint8 (N, C, H + 2p, W + 2p), p the padding of the augmentation."""
+
+    framed: Tensor
+
+    @classmethod
+    def of(cls, split: MemorySplit, device: torch.device) -> "DeviceSplit":
+        """The split's images on a device."""
+        pad = split.augment.crop_padding
+        framed = np.pad(split.preprocessing.frame(split.pixels), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        images = torch.from_numpy(framed).permute(0, 3, 1, 2).contiguous().to(device)
+        return cls(split.pixels, split.labels, split.preprocessing, split.augment, images)
+
+    def images(self, indices: Tensor) -> Tensor:
+        centre = torch.full((len(indices),), self.augment.crop_padding, device=self.framed.device)
+        return self._cut(indices, centre, centre, None)
+
+    def augmented(self, indices: Tensor, seed: int) -> Tensor:
+        """Shifted and mirrored as `shift_and_flip` does it, with draws of the device's own."""
+        generator = torch.Generator(self.framed.device).manual_seed(seed)
+        draw = {"generator": generator, "device": self.framed.device}
+        top, left = torch.randint(2 * self.augment.crop_padding + 1, (2, len(indices)), **draw)
+        mirrored = torch.rand(len(indices), **draw) < 0.5 if self.augment.flip else None
+        return self._cut(indices, top, left, mirrored)
+
+    def _cut(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None) -> Tensor:
+        """float32 (B, C, size, size): a window of each image, mirrored or not, normalised."""
+        size, device = self.preprocessing.size, self.framed.device
+        pixel, channels = torch.arange(size, device=device), torch.arange(self.framed.shape[1], device=device)
+        columns = pixel.expand(len(indices), size)
+        if mirrored is not None:
+            columns = torch.where(mirrored[:, None], size - 1 - columns, columns)
+        rows, columns = top[:, None] + pixel, left[:, None] + columns
+        number = indices.to(device)[:, None, None, None]
+        cut = self.framed[number, channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in _moments(self))
+        return (cut.float() / 255 - mean) / std
+
+
+def _moments(split: MemorySplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return split.preprocessing.mean, split.preprocessing.std
+
+
+@contextlib.contextmanager
+def data_on(device: torch.device) -> Iterator[None]:
+    """Runs of rd_train in this process find their data on a device."""
+
+    def load(*arguments: object, **options: object) -> Dataset:
+        dataset = load_dataset(*arguments, **options)
+        if not isinstance(dataset.train, MemorySplit):
+            raise UserError(f"data set {dataset.name} is not held in memory; give Fashion-MNIST or an npz file")
+        parts = {part: DeviceSplit.of(getattr(dataset, part), device) for part in ("train", "val", "test")}
+        return replace(dataset, **parts)
+
+    before, rd_train.run.load_dataset = rd_train.run.load_dataset, load
+    try:
+        yield
+    finally:
+        rd_train.run.load_dataset = before
+
+
+def experiment_of(options: argparse.Namespace) -> Experiment:
+    """What the options ask for."""
+    if options.dry:
+        return Experiment("a dry run", MUST, (18,), 1, 256, DRY, "-dry")
+    path = options.data_dir
+    npz = path is not None and path.suffix == ".npz"
+    data = {"data": "npz" if npz else "fashion-mnist"} | ({"data_dir": str(path)} if path else {})
+    settings = GPU | data | {"compile": options.compile}
+    what = f"{path.name if npz else 'Fashion-MNIST'} at 32x32, full width, 3x3 stem, batches of 256"
+    tag = f"-small-b256{f'-{path.stem}-{digest_of(path)}' if npz else ''}{'' if options.compile else '-eager'}"
+    return Experiment(what, EVERY, options.depths, options.epochs, options.images, settings, tag)
+
+
+def expected_seconds(job: Job) -> float:
+    """The arithmetic of a run at `UTILISATION` of `PEAK`; maps, compiling and evaluation come besides."""
+    recipe = job.recipe()
+    task = meta_task(recipe, student_arch(recipe, 1, 10))
+    return 2 * mean_step_macs(task, recipe.size) * recipe.train_limit * recipe.epochs / (PEAK * UTILISATION)
+
+
+def train(job: Job) -> None:
+    """One run, from where it stands; raises `Stopped` where it was told to or where its loss is NaN."""
+    job.check_folder()
+    recipe = rd_train.run.settle(job.recipe())
+    rd_train.run.run(recipe, job.folder, resume=job.begun())
+    torch.compiler.reset()  # the next network is another one: nothing of this one must count as its recompilation
+
+
+def train_all(jobs: list[Job], minutes: float | None, finished) -> dict[Path, str]:
+    """Train what is not complete, in this order; why a run without a result has none."""
+    missing = {job.folder: INTERRUPTED if job.begun() else "not begun" for job in jobs if job.result() is None}
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM)) if minutes is not None else None
+    with told_to_stop() as told:
+        if timer:
+            timer.start()
+        for job in [job for job in jobs if job.folder in missing]:
+            if told:
+                break
+            if job.teacher and not (job.teacher / "result.json").exists():
+                missing[job.folder] = f"its teacher {job.teacher.name} has no result"
+                continue
+            try:
+                train(job)
+                del missing[job.folder]
+            except Stopped as stop:
+                missing[job.folder] = INTERRUPTED if stop.code == 130 else one_line(stop)
+                if stop.code == 130:
+                    break
+            finished(missing)
+        if timer:
+            timer.cancel()
+    return missing
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, "runs/gpu", "runs/accuracy-gpu.json")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--depths", type=lambda text: tuple(map(int, text.split(","))), default=(18, 34, 50))
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--images", type=int, default=55_000, help="training images")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    parser.add_argument("--dry", action="store_true", help="everything once, tiny, on the CPU")
+    parser.add_argument("--list", action="store_true", help="say what would run and what is there, and stop")
+    return parser
+
+
+def command() -> int:
+    """Train what is missing and write the JSON; exit code 1 while something is missing."""
+    parser = _parser()
+    options = parser.parse_args()
+    if options.dry:
+        options.seeds, options.epochs = (0, 1), None
+    experiment = experiment_of(options)
+    jobs = experiment.jobs(options.seeds, options.out)
+    check(parser, options, {job.name for job in jobs})
+    jobs = [job for job in jobs if job.name in (options.only or [job.name])]
+    if options.list:
+        print("\n".join(f"{state(job):10} {expected_seconds(job):6.0f} s {job.folder}" for job in jobs))
+        return 0
+    device = torch.device("cpu" if options.dry else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch sees no GPU here; --dry tries everything on the CPU")
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # shapes never change
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU, a dry run"
+    about = {"card": card, "cuda": torch.version.cuda, "packages": packages()}
+    about["command"] = " ".join(["python", "benchmarks/accuracy/gpu.py", *sys.argv[1:]])
+
+    def write(missing: dict[Path, str]) -> dict:
+        found = report("gpu", experiment, jobs, missing, options) | about
+        write_json(options.results, found)
+        return found
+
+    started = time.monotonic()
+    with data_on(device):
+        found = write(train_all(jobs, options.minutes, write))
+    say(found)
+    print(f"{time.monotonic() - started:.0f} s; wrote {options.results}{'' if found['complete'] else ', incomplete'}")
+    return int(not found["complete"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("gpu", command))

@@ -1,0 +1,156 @@
+"""benchmarks/accuracy/gpu.py without a GPU: its data are rd_train's, its dry run reaches every part."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rd_deploy.common import Stopped, UserError
+from rd_train.augment import Augment
+from rd_train.checkpoint import load_checkpoint
+from rd_train.data import load_dataset
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"
+sys.path.append(str(FOLDER))  # as the script has it
+# By its path: there is a package of that name, too.
+spec = importlib.util.spec_from_file_location("accuracy_gpu", FOLDER / "gpu.py")
+gpu = sys.modules["accuracy_gpu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def splits():
+    """A split of 8x8 digits padded to 11x11, shifted by up to 2 and mirrored; and the same on a device."""
+    split = load_dataset("digits", size=11, augment=Augment(crop_padding=2, flip=True)).val
+    return split, gpu.DeviceSplit.of(split, CPU)
+
+
+def test_images_on_a_device_are_those_of_the_split(splits):
+    host, device = splits
+    indices = torch.tensor([3, 0, 179, 3])
+    assert torch.allclose(device.images(indices), host.images(indices), atol=1e-6)
+    assert torch.equal(device.labels, host.labels)
+    assert len(device) == len(host) == 180
+
+
+def test_augmentation_on_a_device_is_one_of_the_possible_ones(splits):
+    host, device = splits
+    frame = np.pad(host.preprocessing.frame(host.pixels[:1]), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    windows = [frame[:, top : top + 11, left : left + 11] for top, left in product(range(5), repeat=2)]
+    windows += [window[:, :, ::-1] for window in windows]
+    possible = torch.cat([torch.from_numpy(host.preprocessing.normalise(window)) for window in windows])
+    found = device.augmented(torch.zeros(2000, dtype=torch.long), seed=5)
+    distance = (found[:, None] - possible[None]).abs().amax(dim=(2, 3, 4))
+    assert float(distance.amin(dim=1).max()) < 1e-6
+    counts = torch.bincount(distance.argmin(dim=1), minlength=50)
+    assert counts.min() > 15  # of 40 expected of each
+    assert torch.equal(found, device.augmented(torch.zeros(2000, dtype=torch.long), seed=5))
+    assert not torch.equal(found, device.augmented(torch.zeros(2000, dtype=torch.long), seed=6))
+
+
+def test_each_image_has_its_own_window(splits):
+    host, device = splits
+    plain = gpu.DeviceSplit.of(replace(host, augment=Augment()), CPU)
+    indices = torch.tensor([7, 9])
+    assert torch.allclose(plain.augmented(indices, 1), host.images(indices), atol=1e-6)
+    twice = device.augmented(torch.tensor([4] * 20), 1)
+    assert len({image.numpy().tobytes() for image in twice}) > 5
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+    return gpu.command()
+
+
+def test_dry_run(tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    flags = ["--dry", "--out", tmp_path / "runs", "--results", tmp_path / "gpu.json"]
+    flags += ["--only", "resnet18-dry,plain18-dry-rd"]
+    assert call(monkeypatch, *flags) == 0
+    torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert (found["complete"], found["card"], len(found["results"])) == (True, "no GPU, a dry run", 4)
+    assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-rd"]
+    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-n256-e1-s1" / "model.pt")
+    assert (checkpoint.arch.name, checkpoint.preprocessing.size) == ("plain18", 8)
+    monkeypatch.setattr(gpu, "train", lambda job: pytest.fail("nothing is left to train"))
+    assert call(monkeypatch, *flags) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, *flags, "--list") == 0
+    assert capsys.readouterr().out.count("complete ") == 4
+
+
+def jobs_of(out: Path) -> list:
+    return gpu.Experiment("x", gpu.MUST, (18,), 1, 256, gpu.DRY, "-dry").jobs((0, 1), out)
+
+
+def finish(job):
+    job.folder.mkdir(parents=True)
+    (job.folder / "result.json").write_text(json.dumps({"test_accuracy": 0.5}), encoding="utf-8")
+
+
+def test_a_stop_leaves_the_rest_for_the_next_call(tmp_path, monkeypatch):
+    jobs = jobs_of(tmp_path)
+
+    def stopped(job):
+        if job is jobs[1]:
+            raise Stopped("stopped", code=130)
+        finish(job)
+
+    monkeypatch.setattr(gpu, "train", stopped)
+    missing = gpu.train_all(jobs, None, lambda missing: None)
+    assert list(missing.values()) == [gpu.INTERRUPTED] + ["not begun"] * 6
+    monkeypatch.setattr(gpu, "train", finish)
+    assert gpu.train_all(jobs, None, lambda missing: None) == {}
+
+
+def test_the_time_limit_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "train", lambda job: finish(job) or gpu.time.sleep(0.3))
+    missing = gpu.train_all(jobs_of(tmp_path), 0.001, lambda missing: None)
+    assert len(missing) == 7
+
+
+def test_a_loss_that_is_not_finite_costs_its_own_row_and_its_students(tmp_path, monkeypatch):
+    def fails(job):
+        if job.name == "resnet18-dry" and job.seed == 0:
+            raise Stopped("student: loss became NaN", code=1)
+        finish(job)
+
+    monkeypatch.setattr(gpu, "train", fails)
+    jobs = jobs_of(tmp_path)
+    missing = gpu.train_all(jobs, None, lambda missing: None)
+    students = [job.folder for job in jobs if job.seed == 0 and job.teacher]
+    assert missing == {
+        jobs[0].folder: "student: loss became NaN",
+        **dict.fromkeys(students, "its teacher resnet18-dry-n256-e1-s0 has no result"),
+    }
+
+
+def test_what_a_gpu_would_run_is_valid_and_named_by_its_settings(tmp_path):
+    (tmp_path / "set.npz").write_bytes(b"x")
+    folders = set()
+    for flags in ([], ["--no-compile"], ["--data-dir", str(tmp_path / "set.npz")], ["--images", "9"]):
+        jobs = gpu.experiment_of(gpu._parser().parse_args(flags)).jobs((0,), Path("out"))
+        folders |= {job.folder for job in jobs}
+        for job in jobs:
+            assert not job.recipe().unused(), job.name
+    assert len(folders) == 4 * 7 * 3
+    assert Path("out/plain18-small-b256-rd-n55000-e100-s0") in folders
+    assert Path("out/resnet50-small-b256-set-2d711642-n55000-e100-s0") in folders  # SHA-256 of "x" begins like that
+    (job,) = (job for job in jobs if job.name == "resnet18-small-b256")
+    page = replace(job, settings=job.settings | {"train_limit": 55_000})
+    assert gpu.expected_seconds(page) == pytest.approx(74, rel=0.02)  # what the script says of itself
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU here; --dry"):
+        call(monkeypatch, "--out", tmp_path)
