@@ -110,8 +110,8 @@ class _First:
     """The first images of a split, as a split."""
 
     def __init__(self, split: Split, limit: int):
-        self.split, self.labels = split, split.labels[:limit]
-        self.images = split.images
+        self.labels, self.images = split.labels[:limit], split.images
+        self.corrupt, self.ahead = split.corrupt, split.ahead
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -24,6 +24,7 @@ OURS = {"method": "rd"}
 NEUTRAL = {
     "init": "kaiming",
     "teacher_bn": "eval",
+    "splices": "all",
     "splice_weight": 0.0,
     "kd_weight": 0.0,
     "reparam": "none",

@@ -68,13 +68,13 @@ class DeviceSplit(MemorySplit):
         centre = torch.full((len(indices),), self.augment.crop_padding, device=self.framed.device)
         return self._cut(indices, centre, centre, None)
 
-    def augmented(self, indices: Tensor, seed: int) -> Tensor:
+    def augmented(self, indices: Tensor, seed: int, part: slice = slice(None)) -> Tensor:
         """Shifted and mirrored as `shift_and_flip` does it, with draws of the device's own."""
         generator = torch.Generator(self.framed.device).manual_seed(seed)
         draw = {"generator": generator, "device": self.framed.device}
         top, left = torch.randint(2 * self.augment.crop_padding + 1, (2, len(indices)), **draw)
         mirrored = torch.rand(len(indices), **draw) < 0.5 if self.augment.flip else None
-        return self._cut(indices, top, left, mirrored)
+        return self._cut(indices[part], top[part], left[part], None if mirrored is None else mirrored[part])
 
     def _cut(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None) -> Tensor:
         """float32 (B, C, size, size): a window of each image, mirrored or not, normalised."""

@@ -226,7 +226,7 @@ def released(monkeypatch, *arguments: str) -> Recipe:
 
     def start(options):
         seen.append(_recipe(options))
-        return {"folder": "x", "teacher_test_accuracy": None, "test_accuracy": 0.5}
+        return {"folder": "x", "teacher_test_accuracy": None, "test_accuracy": 0.5, "corrupt_images": 0}
 
     monkeypatch.setattr("rd_train.cli._start", start)
     assert call(*arguments, "--as-released") == 0

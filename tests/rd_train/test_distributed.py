@@ -131,7 +131,7 @@ def state_of(folder: Path) -> dict:
 
 def rows_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds" and "per_second" not in k} for row in rows]
 
 
 def furthest(one: dict, other: dict) -> float:
