@@ -63,7 +63,8 @@ def _parse(arguments: list[str], defaults: dict) -> Namespace:
 
 def _finetune(arguments: list[str]) -> list[str]:
     """``finetune MODEL.pt ...`` as options; other arguments as they are."""
-    if arguments[:1] != ["finetune"] or {"--help", "-h"} & set(arguments):
+    others = {"--help", "-h", "--list", "--resume"}
+    if arguments[:1] != ["finetune"] or any(argument.partition("=")[0] in others for argument in arguments):
         return arguments
     for argument in arguments:
         if argument.partition("=")[0] in ("--arch", "--shortcuts", "--stem", "--width", "--reparam"):
@@ -158,6 +159,11 @@ def _start(options: Namespace) -> dict | None:
     recipe = settle(_recipe(options))
     if distributed.launched() and not options.out:
         raise UserError("with torchrun, name the folder of the run with --out, so that restarted processes find it")
+    if distributed.launched() and options.overwrite:
+        raise UserError(
+            f"--overwrite does not go with torchrun, whose restarted processes could not tell the old run from theirs: "
+            f"remove {options.out} first"
+        )
     if distributed.restarted() and _holds_run(Path(options.out), recipe):
         return _go_on(Path(options.out), options.tensorboard)
     folder = _new_folder(options)

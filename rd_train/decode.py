@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import MAX_PIXELS, Preprocessing, crop_offset, resized_shape
@@ -107,6 +107,8 @@ def opened(data: bytes, name: str) -> Iterator[Image.Image]:
         raise
     except UserError as error:  # too elongated to be resized
         raise Corrupt(f"image {name}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise Corrupt(f"image {name} is in none of the formats {', '.join(DECODERS)}; replace or remove it") from error
     except Exception as error:  # decoders of a damaged file raise anything
         raise Corrupt(f"image {name} cannot be decoded ({error}); replace or remove it") from error
 

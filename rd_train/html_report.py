@@ -174,7 +174,7 @@ def _plot(words: str, svg: str) -> str:
 def _epochs(rows: list[dict]) -> str:
     head = ["phase, epoch", "loss", "training accuracy", "validation accuracy", "learning rate", "images/s", "seconds"]
     body = [
-        [f"{escaped(row['phase'])} {row['epoch']}", f"{row['loss']:.4f}", f"{row['train_accuracy']:.2%}",
+        [f"{escaped(row['phase'])} {escaped(row['epoch'])}", f"{row['loss']:.4f}", f"{row['train_accuracy']:.2%}",
          f"{row['val_accuracy']:.2%}", f"{row['lr']:.4g}", f"{row['images_per_second']:.0f}", f"{row['seconds']:.0f}"]
         for row in rows
     ]  # fmt: skip
@@ -211,7 +211,7 @@ def _worst(dataset: Dataset, seen: Predictions) -> str:
     chosen = most_confident_mistakes(seen)
     if not chosen:
         return "<p>No test image was classified wrongly.</p>"
-    images = dataset.test.images(seen.indices[chosen]).numpy()
+    images = dataset.test.images(seen.indices[chosen]).cpu().numpy()
     items = []
     for index, image in zip(chosen, images, strict=True):
         true, guess = (escaped(dataset.classes[int(numbers[index])]) for numbers in (seen.labels, seen.predicted))

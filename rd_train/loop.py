@@ -168,7 +168,8 @@ def recalibrated(network: Network, context: Context) -> Network:
         bn.reset_running_stats()
         bn.momentum, bn.training = None, True  # None: the mean of all batches
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(2, recipe.recalibrate)]
-    chunks = [chunk for chunk in order.split(recipe.batch_size) if len(chunk) > 1]
+    # Each of several processes does all of it, with less memory than a training step of a large batch has.
+    chunks = [chunk for chunk in order.split(min(recipe.batch_size, 128)) if len(chunk) > 1]
     for indices in chunks:
         with context.cast():
             network(context.place(split.images(indices)))

@@ -29,6 +29,7 @@ def read_npz(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
             found = {name: _read(archive, member, path) for name, member in members.items()}
+        names = None if "classes" not in found else _names(found["classes"], path)
     except UserError:
         raise
     except Exception as error:  # a hostile file can raise anything from zipfile and from NumPy's parser of headers
@@ -38,7 +39,7 @@ def read_npz(path: str | Path) -> dict:
     if len({images.shape[1:] for images, _ in parts.values()}) > 1:
         shapes = ", ".join(f"{part} {images.shape[1:]}" for part, (images, _) in parts.items())
         raise UserError(f"{path}: the images of its parts differ in shape ({shapes}); give the arrays of one data set")
-    return {**parts, "classes": _classes(found.get("classes"), parts["train"][1], path)}
+    return {**parts, "classes": names or [str(label) for label in range(int(parts["train"][1].max()) + 1)]}
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -107,9 +108,10 @@ def _pair(found: dict[str, np.ndarray], part: str, path: Path) -> tuple[np.ndarr
     return np.ascontiguousarray(grey), flat.astype(np.int64)
 
 
-def _classes(names: np.ndarray | None, labels: np.ndarray, path: Path) -> list[str]:
-    if names is None:
-        return [str(label) for label in range(int(labels.max()) + 1)]
-    if names.dtype.kind != "U" or names.ndim != 1 or len(set(names.tolist())) != len(names) <= MAX_CLASSES:
-        raise UserError(f"{path}: classes must be different texts of shape (K,), not {names.dtype} {names.shape}")
-    return names.tolist()
+def _names(names: np.ndarray, path: Path) -> list[str]:
+    if names.dtype.kind != "U" or names.ndim != 1 or not 0 < len(names) <= MAX_CLASSES:
+        raise UserError(f"{path}: classes must be texts of shape (K,), not {names.dtype} {names.shape}")
+    texts = names.tolist()
+    if len(set(texts)) != len(texts) or not all(text and text.isprintable() for text in texts):
+        raise UserError(f"{path}: classes must be different names of printable characters; make it again")
+    return texts

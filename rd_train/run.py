@@ -100,8 +100,9 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
             if not resume:
                 _clear(folder)
             write_text(folder / "recipe.yaml", dump_yaml(recipe))
-            plan.dataset.skipped.record(folder / "skipped.txt", resume=resume)
             writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
+        distributed.barrier()
+        plan.dataset.skipped.record(folder / "skipped.txt", resume=resume, write=distributed.first())
         view = shown(View()) if distributed.first() else contextlib.nullcontext(View())
         with stop_on_signals() as stop, view as shown_view:
             context = _context(recipe, plan, folder, stop, writer=writer, view=shown_view)
@@ -218,9 +219,9 @@ def _student_task(context: Context, plan: _Plan) -> nn.Module:
 
 
 def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
-    """A batch of training images, the same for all seeds, by which the BN of an identity start are set."""
+    """At most 128 training images, the same for all seeds and processes, for the BN of an identity start."""
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
-    return dataset.train.images(order[: recipe.batch_size])
+    return dataset.train.images(order[: min(recipe.batch_size, 128)])
 
 
 def _finish(context: Context, best: dict, plan: _Plan, teacher_seconds: float) -> dict:

@@ -55,12 +55,14 @@ def index_shard(path: str) -> Shard:
                 if count >= MOST_MEMBERS:
                     raise UserError(f"shard {path} has more than {MOST_MEMBERS:,} members; split it")
                 _add(samples, tar, member, path)
-    except (tarfile.TarError, RecursionError) as error:
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # of a hostile header, tarfile raises anything
         raise UserError(
             f"shard {path} is not an uncompressed tar, or is damaged ({error}); decompress or copy it again"
         ) from error
-    except OSError as error:
-        raise UserError(f"shard {path} cannot be read ({error.strerror or error})") from error
     shard = Shard()
     for key, sample in samples.items():
         label = sample.label if sample.label is not None else sample.from_json

@@ -17,20 +17,24 @@ class Skipped:
     def __init__(self, limit: int = MAX_CORRUPT):
         self.limit = limit
         self.path: Path | None = None
+        self._write = True
         self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._reasons)
 
-    def record(self, path: Path, *, resume: bool) -> None:
-        """Name them in this file from now on, and with ``resume`` count those it names already."""
+    def record(self, path: Path, *, resume: bool, write: bool = True) -> None:
+        """Name them in this file from now on, and with ``resume`` count those it names already.
+
+        Without ``write``, another process writes it, and tells of them on the terminal.
+        """
         with self._lock:
-            self.path = path
+            self.path, self._write = path, write
             if resume and path.is_file():
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
                 self._reasons = dict(line.partition("\t")[::2] for line in lines) | self._reasons
-            if self._reasons:
+            if self._reasons and write:
                 write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in self._reasons.items()))
 
     def agree(self) -> None:
@@ -40,14 +44,12 @@ class Skipped:
         if distributed.world() > 1:
             for text in distributed.of_each(json.dumps(self._reasons)):
                 for name, reason in json.loads(text).items():
-                    self.add(name, reason, told=True)
+                    self.add(name, reason)
 
-    def add(self, name: str, reason: str, *, told: bool = False) -> None:
-        """Count an image that was not counted yet; one more than ``limit`` is a `UserError`.
-
-        ``told``: another process has said so on the terminal.
-        """
-        name, reason = one_line(name), one_line(reason)
+    def add(self, name: str, reason: str) -> None:
+        """Count an image that was not counted yet; one more than ``limit`` is a `UserError`."""
+        # Names of files may be no text at all.
+        name, reason = (one_line(text).encode(errors="backslashreplace").decode() for text in (name, reason))
         with self._lock:
             if name in self._reasons:
                 return
@@ -55,11 +57,11 @@ class Skipped:
                 more = f"; the others are in {self.path}" if self._reasons and self.path else ""
                 raise UserError(f"more corrupt images than --max-corrupt {self.limit}: {reason}{more}")
             self._reasons[name] = reason
+            if not self._write:
+                return
             if self.path is not None:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(f"{name}\t{reason}\n")
-            if told:
-                return
             if len(self._reasons) <= SHOWN:
                 print(f"skipped  {reason}", file=sys.stderr)
             elif len(self._reasons) == SHOWN + 1 and self.path is not None:

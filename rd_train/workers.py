@@ -71,6 +71,7 @@ class Workers:
 
 def _start() -> None:
     """In a new worker."""
+    os.setpgid(0, 0)  # a signal to the group is for the process that trains, which may still need this one to finish
     warnings.simplefilter("ignore")  # of decoders about files that they could read nevertheless
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -19,12 +19,14 @@ PRESET = "fashion-plain20"
 SEEDS = (0, 1, 2)
 
 # Our method: options of rd-train. The ablation follows from it.
-OURS = {"method": "rd"}
+OURS = {"method": "rd", "init": "identity", "init_noise": 0.1}
 # What a lever is without effect, where that is not the default of rd-train.
 NEUTRAL = {
     "init": "kaiming",
     "teacher_bn": "eval",
     "splices": "all",
+    "splice_weight_end": 0.5,
+    "clip_norm": 0.0,
     "splice_weight": 0.0,
     "kd_weight": 0.0,
     "reparam": "none",
@@ -38,7 +40,7 @@ NEUTRAL = {
 }
 # Settings of a lever that are none themselves.
 PARAMETERS = {
-    *("init_noise", "splice_weight_end", "splice_window", "splice_probability", "kd_temperature"),
+    *("init_noise", "splice_window", "splice_probability", "kd_temperature"),
     *("warm_start_window", "resize_window", "method"),
 }
 
@@ -72,10 +74,20 @@ PLAIN = Row(
     "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
 )
 PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, "init": "kaiming"})
-# Initialisation, feature term and BN as in the authors' code.
+# What distillation adds to our start is seen against these two.
+SAME_START = {"init": "identity", "init_noise": 0.1}
+PLAIN_START = Row(
+    "plain{}-ce-identity",
+    "plain, cross-entropy, from our start",
+    {"method": "ce", **SAME_START},
+    must=True,
+    key="start",
+)
+PLAIN_KD_START = Row("plain{}-kd-identity", "plain, logit distillation, from our start", {**KD, **SAME_START})
+# Initialisation, feature term and BN as in the authors' code; without the shortcuts that it keeps, and clipped as all.
 PUBLISHED = Row(
     "plain{}-jointrd-published",
-    "plain, residual distillation as published",
+    "plain, the published loss (Kaiming, joint, running statistics)",
     {
         **{"method": "jointrd", "init": "kaiming", "feature_weight": 0.001, "feature_reduction": "sum"},
         "teacher_bn": "eval",
@@ -87,14 +99,14 @@ PUBLISHED_OPTIONS = Row(
     "plain{}-jointrd-options",
     "plain, the published loss with Dirac start, batch statistics and recalibration",
     {
-        **{"method": "jointrd", "init": "dirac", "feature_weight": 1.0, "feature_reduction": "mean"},
+        **{"method": "jointrd", "init": "dirac", "init_noise": 0.5, "feature_weight": 1.0, "feature_reduction": "mean"},
         **{"teacher_bn": "batch", "recalibrate": 2000},
     },
 )
 OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
 
 
-MUST = (RESNET, OUR_ROW, PLAIN, PUBLISHED)  # in the order in which their runs come
+MUST = (RESNET, OUR_ROW, PLAIN_START, PLAIN, PUBLISHED)  # in the order in which their runs come
 
 
 def ablations(ours: dict = OURS) -> list[Row]:
@@ -103,15 +115,15 @@ def ablations(ours: dict = OURS) -> list[Row]:
     A lever takes its neutral value or, if it has none in `NEUTRAL`, the default of rd-train. What then has no effect
     any more goes too.
     """
-    recipe = Recipe(**SHARED, **ours)
+    recipe = Recipe(**SHARED | ours)
     rows = []
     for name in dict.fromkeys([*ours, *NEUTRAL]):
         settings = {key: value for key, value in ours.items() if key != name}
         if name in NEUTRAL:
             settings[name] = NEUTRAL[name]
-        while idle := [key for key in Recipe(**SHARED, **settings).unused() if key in settings and key != name]:
+        while idle := [key for key in Recipe(**SHARED | settings).unused() if key in settings and key != name]:
             settings = {key: value for key, value in settings.items() if key not in idle}
-        without = Recipe(**SHARED, **settings)
+        without = Recipe(**SHARED | settings)
         if name in PARAMETERS or without == recipe or name in without.unused():
             continue
         label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
@@ -169,7 +181,17 @@ class Experiment:
 
 FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
-EVERY = (RESNET, RESNET_KD, PLAIN, PLAIN_KD, PUBLISHED, PUBLISHED_OPTIONS, OUR_ROW)  # as tables have them
+EVERY = (
+    RESNET,
+    RESNET_KD,
+    PLAIN,
+    PLAIN_KD,
+    PLAIN_START,
+    PLAIN_KD_START,
+    PUBLISHED,
+    PUBLISHED_OPTIONS,
+    OUR_ROW,
+)
 
 
 def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:

@@ -77,7 +77,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *flags) == 0
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert (found["complete"], found["card"], len(found["results"])) == (True, "no GPU, a dry run", 4)
+    assert (found["complete"], found["card"], len(found["results"])) == (False, "no GPU, a dry run", 4)
     assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-rd"]
     checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-n256-e1-s1" / "model.pt")
     assert (checkpoint.arch.name, checkpoint.preprocessing.size) == ("plain18", 8)
@@ -107,7 +107,7 @@ def test_a_stop_leaves_the_rest_for_the_next_call(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "train", stopped)
     missing = gpu.train_all(jobs, None, lambda missing: None)
-    assert list(missing.values()) == [gpu.INTERRUPTED] + ["not begun"] * 6
+    assert list(missing.values()) == [gpu.INTERRUPTED] + ["not begun"] * 8
     monkeypatch.setattr(gpu, "train", finish)
     assert gpu.train_all(jobs, None, lambda missing: None) == {}
 
@@ -115,7 +115,7 @@ def test_a_stop_leaves_the_rest_for_the_next_call(tmp_path, monkeypatch):
 def test_the_time_limit_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "train", lambda job: finish(job) or gpu.time.sleep(0.3))
     missing = gpu.train_all(jobs_of(tmp_path), 0.001, lambda missing: None)
-    assert len(missing) == 7
+    assert len(missing) == 9
 
 
 def test_a_loss_that_is_not_finite_costs_its_own_row_and_its_students(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_what_a_gpu_would_run_is_valid_and_named_by_its_settings(tmp_path):
         folders |= {job.folder for job in jobs}
         for job in jobs:
             assert not job.recipe().unused(), job.name
-    assert len(folders) == 4 * 7 * 3
+    assert len(folders) == 4 * 9 * 3
     assert Path("out/plain18-small-b256-rd-n55000-e100-s0") in folders
     assert Path("out/resnet50-small-b256-set-2d711642-n55000-e100-s0") in folders  # SHA-256 of "x" begins like that
     (job,) = (job for job in jobs if job.name == "resnet18-small-b256")
