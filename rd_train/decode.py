@@ -81,8 +81,10 @@ def read_bytes(place: Place, name: str) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise Corrupt(f"image {name} is not a file; remove it")
         length = status.st_size - place.offset if place.length is None else place.length
-        if not 0 < length <= MAX_BYTES:
-            raise Corrupt(f"image {name} has {length:,} bytes, not 1 to {MAX_BYTES:,}; replace or remove it")
+        if length <= 0:
+            raise Corrupt(f"image {name} is empty; replace or remove it")
+        if length > MAX_BYTES:
+            raise Corrupt(f"image {name} has {length:,} bytes, more than {MAX_BYTES:,}; replace or remove it")
         with Path(place.path).open("rb") as file:
             file.seek(place.offset)
             data = file.read(length)

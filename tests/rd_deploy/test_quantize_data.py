@@ -133,6 +133,6 @@ def test_a_damaged_image_is_named(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:40])
     given = quantization_data(basics(), images=tmp_path)
-    with pytest.raises(UserError, match=r"\.png cannot be decoded") as failure:
+    with pytest.raises(UserError, match=r"\.png is in none of the formats") as failure:
         calibrate(basics(), "int8", "minmax", given.calibration.batches(4))
     assert not isinstance(failure.value, CalibrationError)

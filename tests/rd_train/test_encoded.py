@@ -19,6 +19,7 @@ from rd_train.encoded import encoded_preprocessing
 from rd_train.loop import Context, evaluate
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
+from rd_train.skipped import Skipped
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,23 @@ def test_corrupt_images_are_named_counted_and_limited(tmp_path, capsys):
     assert name not in (tmp_path / "skipped.txt").read_text()
     # A new run forgets them.
     other.skipped.record(tmp_path / "new.txt", resume=False)
+
+
+def test_a_name_that_is_no_text_is_named_nevertheless(tmp_path, capsys):
+    skipped = Skipped(1)
+    skipped.record(tmp_path / "skipped.txt", resume=False)
+    skipped.add(os.fsdecode(b"caf\xe9.jpg"), "image caf\udce9.jpg is damaged")
+    assert "caf\\udce9.jpg" in (tmp_path / "skipped.txt").read_text(encoding="utf-8")
+    assert "caf\\udce9.jpg" in capsys.readouterr().err
+
+
+def test_another_process_names_them(tmp_path, capsys):
+    skipped = Skipped(1)
+    skipped.record(tmp_path / "skipped.txt", resume=False, write=False)
+    skipped.add("a.jpg", "image a.jpg is damaged")
+    assert len(skipped) == 1
+    assert not (tmp_path / "skipped.txt").exists()
+    assert capsys.readouterr().err == ""
 
 
 def test_no_corrupt_image_is_tolerated_if_that_was_asked(tmp_path):

@@ -173,6 +173,7 @@ def test_the_recipe_of_a_fine_tuning_runs_again(tmp_path):
         (["finetune", "--data", "folder"], "name the network to start from"),
         (["finetune", "nowhere.pt", "--data-dir", "."], "nowhere.pt does not exist"),
         (["finetune", "x.pt", "--arch", "plain20"], "leave --arch away"),
+        (["finetune", "--resume", "nowhere"], "leave the other options away"),
         (["finetune", "hostile.pt", "--data-dir", "."], "hostile.pt"),
         (["finetune", "grey.pt", "--data-dir", "."], "takes images of 1 channel(s), not RGB"),
         (["finetune", "grey.pt", "--data-dir", ".", "--warm-start", "--method", "kd"], "two different starts"),

@@ -215,6 +215,8 @@ def hostile(path, case: str) -> None:
             elif case == "text label":
                 add(tar, "a.jpg", b"x")
                 add(tar, "a.cls", b"cat")
+            elif case == "sparse map":
+                add(tar, "a.jpg", b"x", pax_headers={"GNU.sparse.map": "a,b"})
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,7 @@ def hostile(path, case: str) -> None:
         ("deep json", "has neither .cls nor a .json"),
         ("large label", "is not a class number"),
         ("text label", "is not a class number"),
+        ("sparse map", "is damaged"),
     ],
 )
 def test_hostile_tars_are_one_line(tmp_path, case, message):

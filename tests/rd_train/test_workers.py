@@ -47,30 +47,30 @@ def test_processes_of_torchrun_share_the_cpus(monkeypatch):
     assert default_workers() == MOST
 
 
-def members(group: int) -> list[int]:
-    """The processes of a process group that are alive."""
+def members(session: int) -> list[int]:
+    """The processes of a session that are alive."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
         except OSError:  # it has just ended
             continue
-        if int(number) == group and state != "Z":
+        if int(number) == session and state != "Z":
             found.append(int(path.parent.name))
     return found
 
 
 def started(command: list[str]) -> subprocess.Popen:
-    """A process in a group of its own, as a terminal starts it."""
+    """A process in a session of its own, as a terminal starts it."""
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True, **pipes)
 
 
-def assert_gone(group: int) -> None:
+def assert_gone(session: int) -> None:
     deadline = time.monotonic() + 60
-    while members(group):
+    while members(session):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
