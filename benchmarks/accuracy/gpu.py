@@ -175,7 +175,7 @@ def _stopped_after(minutes: float | None) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, "runs/gpu", "runs/accuracy-gpu.json")
+    parser = parser_of(__doc__, "runs/gpu", "runs/accuracy-gpu.json", several=False)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--depths", type=lambda text: tuple(map(int, text.split(","))), default=(18, 34, 50))
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)

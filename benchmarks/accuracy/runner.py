@@ -192,12 +192,15 @@ def told_to_stop() -> Iterator[list[int]]:
             signal.signal(number, action)
 
 
-def parser_of(description: str, out: str, results: str) -> argparse.ArgumentParser:
-    """The options that the benchmarks of accuracy share."""
+def parser_of(description: str, out: str, results: str, *, several: bool = True) -> argparse.ArgumentParser:
+    """The options that the benchmarks of accuracy share; ``several``: where runs can be trained at the same time."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--results", type=Path, default=Path(results))
-    parser.add_argument("--workers", type=int, default=2)
+    if several:
+        parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    else:
+        parser.set_defaults(workers=1)
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of runs, with commas between them")
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
     return parser
