@@ -49,9 +49,10 @@ def students(options: argparse.Namespace) -> list[Job]:
     """All plain networks."""
     jobs = []
     for depth, method, init in itertools.product((20, 56), reversed(METHODS), INITS):
-        feature = {"feature_weight": 0.0} if method == "jointrd" else {}
+        more = {"feature_weight": 0.0} if method == "jointrd" else {}
+        more |= {"init_noise": 0.5} if init == "dirac" else {}  # as when the committed results were made
         name, preset = f"plain{depth}-{method}-{init}", f"fashion-plain{depth}"
-        jobs.append(job(name, preset, depth, options, method=method, init=init, **feature))
+        jobs.append(job(name, preset, depth, options, method=method, init=init, **more))
     return jobs
 
 
