@@ -112,9 +112,23 @@ def _source(document: dict) -> str:
         "multiply-accumulates of the training in units of training the plain network by cross-entropy; the teacher's ",
         "own training comes besides. Intervals are Student's t, which takes the few differences to be normal. Seconds ",
         f"are {seconds}. {machine}, {document['date']}, commit {document['commit']}. {document['note']} ",
+        *_again(document),
         f"From `{document['path']}`, made by `{document['command']}`.",
     )
     return " ".join("".join(parts).split())
+
+
+def _again(document: dict) -> list[str]:
+    """What is to be known of results that came from another machine."""
+    if not document.get("earlier"):
+        return []
+    changed = [each for each in document["trained_again"] if each["earlier"] != each["again"]]
+    count = len(document["trained_again"])
+    differ = ", ".join(f"{each['name']} seed {each['seed']} {each['again'] - each['earlier']:+.2%}" for each in changed)
+    return [
+        f"Some results are of an earlier machine ({', '.join(document['earlier'])}); {count} teachers were trained "
+        f"again for later students, {f'and differ: {differ}' if changed else 'with the same accuracy'}. "
+    ]
 
 
 def one_seed() -> str:

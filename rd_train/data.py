@@ -290,49 +290,59 @@ def batches(
     *,
     seed: int,
     epoch: int,
-    train: bool,
     start: int = 0,
     rank: int = 0,
     world: int = 1,
     meter: Meter | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images float32 (B, C, size, size), labels int64 (B,)) from batch number ``start`` on.
+    """Yield a training epoch's (images float32 (B, C, size, size), labels int64 (B,)) from batch ``start`` on.
 
-    Batch i is a pure function of (seed, epoch, i), so training resumes bit-exactly anywhere. ``train``: shuffled,
-    augmented, the last incomplete batch dropped (unless it is the only one), corrupt images replaced by others of their
-    class; otherwise everything in order, unvaried, without corrupt images (a batch may be empty). ``split.ahead``
-    batches are prepared ahead in threads, whose errors are raised here; ``meter`` measures them.
+    Batch i is a pure function of (seed, epoch, i), so training resumes bit-exactly anywhere: shuffled, augmented, the
+    last incomplete batch dropped (unless it is the only one), corrupt images replaced by others of their class.
+    ``split.ahead`` batches are prepared ahead in threads, whose errors are raised here; ``meter`` measures them.
 
-    Process ``rank`` of ``world`` gets its slice of every training batch (an equal share, see `check_shares`), and
-    otherwise every ``world``-th whole batch, so that together they see each image once.
+    Process ``rank`` of ``world`` gets its slice of every batch (an equal share, see `check_shares`).
     """
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1, not {batch_size}")
-    if train:
-        check_shares(len(split), batch_size, world)
-    count = steps_per_epoch(split, batch_size) if train else -(-len(split) // batch_size)
+    check_shares(len(split), batch_size, world)
     share = batch_size // world
     part = slice(rank * share, (rank + 1) * share)
-    order = torch.arange(len(split))
-    if train:
-        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
     meter = meter or Meter()
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = order[number * batch_size : (number + 1) * batch_size]
-        if train:
-            with meter.making(len(indices[part])):
-                images = split.augmented(indices, derive_seed(seed, epoch, number), part)
-            return images, split.labels[indices[part]]
-        with meter.making(len(indices)):
-            images = split.images(indices)
+        with meter.making(len(indices[part])):
+            images = split.augmented(indices, derive_seed(seed, epoch, number), part)
+        return images, split.labels[indices[part]]
+
+    return _ahead(make, range(start, steps_per_epoch(split, batch_size)), split.ahead)
+
+
+def evaluation_batches(
+    split: Split, batch_size: int, *, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images float32 (B, C, size, size), indices int64 (B,)) of a whole split in order, unvaried.
+
+    Corrupt images are left out, so that a batch may be empty. Prepared ahead as training batches are. Process ``rank``
+    of ``world`` gets every ``world``-th batch, so that together they see each image once.
+    """
+
+    def make(start: int) -> tuple[Tensor, Tensor]:
+        indices = torch.arange(start, min(start + batch_size, len(split)))
+        images = split.images(indices)
         if split.corrupt:
             good = torch.tensor([index not in split.corrupt for index in indices.tolist()])
             images, indices = images[good], indices[good]
-        return images, split.labels[indices]
+        return images, indices
 
-    numbers = range(start, count) if train else range(start + rank, count, world)
-    return _ahead(make, numbers, split.ahead)
+    return _ahead(make, range(rank * batch_size, len(split), world * batch_size), split.ahead)
+
+
+def fixed_sample(split: Split, count: int) -> Tensor:
+    """Indices of at most ``count`` images, always the same ones, whatever the run's seed."""
+    return torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
 
 
 def _ahead(make: Callable[[int], tuple[Tensor, Tensor]], numbers: range, depth: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -45,6 +45,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def share() -> dict[str, int]:
+    """What of the batches is for this process, as the functions of `rd_train.data` take it."""
+    return {"rank": rank(), "world": world()}
+
+
 def processes_here() -> int:
     """Number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1

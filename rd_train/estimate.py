@@ -16,9 +16,10 @@ from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import checkpoint_values, plain_size
 from rd_train.cost import mean_step_macs, step_macs
 from rd_train.data import Split, batches, steps_per_epoch
+from rd_train.evaluation import evaluation_size, predict
 from rd_train.html_report import THUMBNAIL, WORST
 from rd_train.live import in_words
-from rd_train.loop import Context, Stepper, _State, predict, student_checkpoint
+from rd_train.loop import Context, State, Stepper, student_checkpoint
 from rd_train.recipe import Recipe
 
 STEPS = 5
@@ -71,7 +72,7 @@ def measure(name: str, task: nn.Module, meta: nn.Module, epochs: int, context: C
 def _endless(split: Split, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches, epoch after epoch."""
     for epoch in count():
-        yield from batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, train=True)
+        yield from batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch)
 
 
 def _timed_steps(take: Stepper, meta: nn.Module, stream: Iterator) -> tuple[float, float, int]:
@@ -99,7 +100,7 @@ def _wait(context: Context) -> None:
 
 def _evaluation_seconds(task: nn.Module, context: Context) -> float:
     """Seconds an image of evaluation takes, by one batch of the validation split."""
-    part = _First(context.dataset.val, min(500, 2 * context.recipe.batch_size))
+    part = _First(context.dataset.val, evaluation_size(context.recipe))
     start = monotonic()
     predict(task.student, part, context)
     task.train()
@@ -166,7 +167,7 @@ def _allocated_by(step: Callable[[], None]) -> int:
 
 def _files(name: str, take: Stepper, context: Context) -> int:
     """Bytes of the phase's state and of the networks that it keeps, as they would be written."""
-    state = _State(context, name, take.task, take.optimizer, take.averaged)
+    state = State(context, name, take.task, take.optimizer, take.averaged)
     kept = [take.task.student, *([take.task.teacher] if getattr(take.task, "train_teacher", False) else [])]
     networks = [plain_size(checkpoint_values(student_checkpoint(network, context, state.best))) for network in kept]
     return plain_size(state.values()) + sum(networks)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.data import Dataset
-from rd_train.loop import Predictions
+from rd_train.evaluation import Predictions
 from rd_train.recipe import Recipe
 
 LARGEST_MATRIX = 20  # classes that a confusion matrix can have and still be read; beyond, pairs are listed

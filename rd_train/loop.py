@@ -5,8 +5,6 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 """
 
 import contextlib
-import copy
-import itertools
 import json
 import math
 import shutil
@@ -21,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rd_deploy.common import Stopped, UserError, require, write_text
@@ -29,7 +26,8 @@ from rd_train import distributed
 from rd_train.audit import gradient_audit
 from rd_train.build import build_optimizer, sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
-from rd_train.data import Dataset, Meter, Split, batches, derive_seed, steps_per_epoch
+from rd_train.data import Dataset, Meter, batches, derive_seed, steps_per_epoch
+from rd_train.evaluation import evaluate, predict, recalibrated
 from rd_train.live import View
 from rd_train.networks import Network, deployed_state, set_fading
 from rd_train.recipe import Recipe
@@ -86,96 +84,6 @@ def stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, action in previous.items():
             signal.signal(number, action)
-
-
-def _shares() -> dict:
-    """What of the batches is for this process."""
-    return {"rank": distributed.rank(), "world": distributed.world()}
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a network made of the images of a split, in the split's order, on the CPU.
-
-    ``indices``: which images, int64 (N,); ``labels`` and ``predicted``: int64 (N,); ``confidence`` and ``truth``:
-    probabilities of the predicted and of the true class, float32 (N,); ``loss``: mean cross-entropy.
-    """
-
-    indices: Tensor
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    truth: Tensor
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """In [0, 1]."""
-        return int((self.predicted == self.labels).sum()) / len(self.labels)
-
-
-@torch.no_grad()
-def predict(network: Network, split: Split, context: Context) -> Predictions:
-    """Run a network over a whole split but for its corrupt images, once.
-
-    Processes share the images among them; each gets all predictions.
-    """
-    network.eval()
-    size = min(500, 2 * context.recipe.batch_size)
-    loss, found = 0.0, torch.zeros((len(split), 4), dtype=torch.float64)  # looked at, predicted, confidence, truth
-    numbers = itertools.count(distributed.rank(), distributed.world())
-    for number, (images, labels) in zip(
-        numbers, batches(split, size, seed=0, epoch=0, train=False, **_shares()), strict=False
-    ):
-        whole = range(number * size, min(len(split), (number + 1) * size))
-        indices = [index for index in whole if index not in split.corrupt]
-        if not indices:
-            continue
-        labels = labels.to(context.device)
-        with context.cast():
-            logits = network(context.place(images))
-        loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        probabilities, predicted = logits.float().softmax(1), logits.argmax(1)
-        both = probabilities.gather(1, torch.stack([predicted, labels], 1))
-        columns = torch.ones_like(predicted), predicted, *both.unbind(1)
-        found[indices] = torch.stack([column.double() for column in columns], 1).cpu()
-    [loss] = distributed.totals([loss])
-    found = distributed.total(found)
-    indices = found[:, 0].nonzero().flatten()
-    _, predicted, confidence, truth = found[indices].unbind(1)
-    labels = split.labels[indices]
-    return Predictions(indices, labels, predicted.long(), confidence.float(), truth.float(), loss / len(indices))
-
-
-def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
-    seen = predict(network, split, context)
-    return seen.accuracy, seen.loss
-
-
-@torch.no_grad()
-def recalibrated(network: Network, context: Context) -> Network:
-    """A copy whose BN statistics are the means over batches of ``recipe.recalibrate`` training images, unvaried.
-
-    Those that training leaves behind lag behind the weights, and are those of augmented or mixed images. The images are
-    always the same. Without ``recalibrate``, the network itself.
-    """
-    recipe, split = context.recipe, context.dataset.train
-    if not recipe.recalibrate:
-        return network
-    network = copy.deepcopy(network).eval()
-    for bn in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:
-        bn.reset_running_stats()
-        bn.momentum, bn.training = None, True  # None: the mean of all batches
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(2, recipe.recalibrate)]
-    # Each of several processes does all of it, with less memory than a training step of a large batch has.
-    chunks = [chunk for chunk in order.split(min(recipe.batch_size, 128)) if len(chunk) > 1]
-    for indices in chunks:
-        with context.cast():
-            network(context.place(split.images(indices)))
-    for bn in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:
-        bn.momentum = 0.1
-    return network.eval()
 
 
 def vary(images: Tensor, labels: Tensor, size: int, context: Context, generator: np.random.Generator) -> tuple:
@@ -261,7 +169,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     recipe, split = context.recipe, context.dataset.train
     take = Stepper(task, epochs, context)
     per_epoch, total = steps_per_epoch(split, recipe.batch_size), take.total
-    state = _State(context, phase, task, take.optimizer, take.averaged)
+    state = State(context, phase, task, take.optimizer, take.averaged)
     if resume:
         state.load(total)
     if not distributed.same_everywhere(state.step):
@@ -275,8 +183,8 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
         meter = Meter()
-        options = {"seed": recipe.seed, "epoch": epoch, "train": True, "start": done, "meter": meter}
-        loader = batches(split, recipe.batch_size, **options, **_shares())
+        options = {"seed": recipe.seed, "epoch": epoch, "start": done, "meter": meter}
+        loader = batches(split, recipe.batch_size, **options, **distributed.share())
         task.train()
         clock = _Clock(state.seconds, meter, context.device)
         for images, labels in _until_stopped(loader, context.stop):
@@ -338,9 +246,7 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
     recipe = context.recipe
     if phase != "student" or not recipe.audit or not getattr(task, "splices", ()):
         return {}
-    loader = batches(
-        context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, train=True, **_shares()
-    )
+    loader = batches(context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, **distributed.share())
     images, labels = next(loader)
     loader.close()
     task.train()
@@ -348,7 +254,7 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
         return gradient_audit(task, context.place(images), labels.to(context.device))
 
 
-def _end_epoch(phase: str, epoch: int, rate: float, state: "_State", context: Context, clock: "_Clock") -> None:
+def _end_epoch(phase: str, epoch: int, rate: float, state: "State", context: Context, clock: "_Clock") -> None:
     """Validate, keep the student if it is the best so far, log, save."""
     task, validation = state.task, context.dataset.val
     speeds = clock.speeds()
@@ -448,7 +354,7 @@ def _explained_compilation(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"torch.compile failed ({reason[:160]}); run with --compile false") from error
 
 
-class _State:
+class State:
     """Everything a phase needs to go on: tensors, step, running sums, best epoch, seconds."""
 
     def __init__(self, context: Context, phase: str, task: nn.Module, optimizer, averaged: AveragedModel | None):
@@ -523,7 +429,7 @@ class _State:
             raise UserError(f"training state {self.path} does not fit its recipe; start a new run") from error
 
 
-def _check_finite(values: dict, phase: str, state: _State) -> None:
+def _check_finite(values: dict, phase: str, state: State) -> None:
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         kept = f"last good state: {state.path}" if state.path.exists() else "no epoch was finished"

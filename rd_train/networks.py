@@ -317,7 +317,8 @@ def initialise(network: Network, init: Init, noise: float = 0.5) -> None:
     ``dirac``: each convolution of a block without a shortcut becomes Dirac + noise · Kaiming. Where the number of
     channels changes, the Dirac covers the channels both sides have; in a bottleneck it covers the first w channels of
     all three convolutions, so that w channels pass unchanged (up to BN and ReLU). Blocks with a shortcut already
-    pass their input on and stay Kaiming. ``identity``: the same, and `start_as_identity` then sets their BN.
+    pass their input on and stay Kaiming. ``identity``: the same, but for convolutions with branches beside them, and
+    `start_as_identity` then sets their BN.
     """
     _check(init in ("kaiming", "dirac", "identity"), f"init '{init}' is unknown (known: kaiming, dirac, identity)")
     for module in network.modules():
@@ -331,7 +332,7 @@ def initialise(network: Network, init: Init, noise: float = 0.5) -> None:
             if isinstance(conv, DiracConv2d):
                 nn.init.constant_(conv.alpha, 0.0 if init == "kaiming" else 1.0)
                 nn.init.constant_(conv.beta, 1.0 if init == "kaiming" else noise)
-            elif init != "kaiming":
+            elif init == "dirac" or (init == "identity" and block.sides is None):
                 conv.weight.mul_(noise)
                 add_dirac(conv.weight, block.passed)
 
@@ -342,20 +343,22 @@ def plain_blocks(network: Network) -> list[Block]:
 
 
 @torch.no_grad()
-def start_as_identity(network: Network, images: Tensor) -> None:
+def start_as_identity(network: Network, images: Tensor, noise: float) -> None:
     """Set γ and β in plain blocks so that each starts as the identity on its (rectified) input, but for the noise.
 
     A BN of γ = 1 and β = 0 centres what its Dirac passes on, and the next ReLU cuts half of it off. Here a BN gives
     each channel that is passed on the mean and deviation it had before the convolution: γ = √(σ² + ε), β = μ over
-    ``images`` (N, in_channels, H, W). Without noise, ``block(x) == relu(x)`` there for the batch, strides apart. For
-    networks without ``sides``; running statistics are those of a fresh network.
+    ``images`` (N, in_channels, H, W). Where branches stand beside a convolution, the BN of its input is the one that
+    passes on, and the convolution, then without a Dirac, comes with ``noise`` times that deviation; elsewhere the
+    noise is in the kernel already (`initialise`). Without noise, ``block(x) == relu(x)`` there for the batch, strides
+    apart. Running statistics are those of a fresh network.
     """
     modes = {module: module.training for module in network.modules()}
     x = network.train().stem(images)
     for index in range(network.stages):
         for block in network.stage_blocks(index):
             if not block.has_shortcut:
-                _pass_statistics(block, F.relu(x))
+                _pass_statistics(block, F.relu(x), noise)
             x = block(x)
     for module, mode in modes.items():
         module.training = mode
@@ -363,11 +366,17 @@ def start_as_identity(network: Network, images: Tensor) -> None:
             module.reset_running_stats()
 
 
-def _pass_statistics(block: Block, x: Tensor) -> None:
+def _pass_statistics(block: Block, x: Tensor, noise: float) -> None:
     for number, (conv, bn) in enumerate(block.convs):
         x, stride, passed = F.relu(x), conv.stride[0], block.passed
         var, mean = torch.var_mean(x[:, :passed, ::stride, ::stride], dim=(0, 2, 3), correction=0)
-        bn.weight[:passed], bn.bias[:passed] = torch.sqrt(var + bn.eps), mean
+        deviation = torch.sqrt(var + bn.eps)
+        if block.sides is not None:
+            side = block.sides[number]
+            for other in [bn] if side.pointwise is None else [bn, side.pointwise[1]]:
+                other.weight[:passed], other.bias[:passed] = noise * deviation, 0.0
+            bn = side.identity
+        bn.weight[:passed], bn.bias[:passed] = deviation, mean
         x = block.layer(number, x)
 
 

@@ -183,10 +183,6 @@ class Recipe:
                 f"teacher_mode=joint trains a teacher from scratch; {self.teacher} is a trained one",
             ),
             (
-                self.init == "identity" and self.start_weights is None and self.reparam in ("identity", "branches"),
-                f"init=identity sets the BN of blocks without branches; with reparam={self.reparam} use init=dirac",
-            ),
-            (
                 self.sync_bn and self.compile,
                 "sync_bn communicates within a step, which torch.compile cannot compile; use one of the two",
             ),

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from rd_deploy.common import atomic_path, write_text
 from rd_train.audit import plot_audit
 from rd_train.data import Dataset
+from rd_train.evaluation import Predictions
 from rd_train.html_report import page
-from rd_train.loop import Predictions, read_rows
+from rd_train.loop import read_rows
 from rd_train.recipe import Recipe
 
 if TYPE_CHECKING:

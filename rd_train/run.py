@@ -26,11 +26,12 @@ from rd_train.build import (
 )
 from rd_train.checkpoint import Checkpoint, load_checkpoint
 from rd_train.cost import macs_per_image, mean_step_macs, relative_cost
-from rd_train.data import Dataset, check_shares, load_dataset, steps_per_epoch
+from rd_train.data import Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
+from rd_train.evaluation import evaluate, predict, statistics_size
 from rd_train.live import View, shown
-from rd_train.loop import Context, evaluate, fit, predict, stop_on_signals, tensorboard_writer
+from rd_train.loop import Context, fit, stop_on_signals, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.teachers import is_published, load_published, settled_name
@@ -210,7 +211,7 @@ def _student_task(context: Context, plan: _Plan) -> nn.Module:
     torch.manual_seed(recipe.seed)
     student = context.place(build_student(recipe, plan.arch, teacher, plan.start))
     if applied_init(plan.arch, recipe) == "identity":
-        start_as_identity(student, context.place(_first_images(recipe, context.dataset)))
+        start_as_identity(student, context.place(_first_images(recipe, context.dataset)), recipe.init_noise)
     task = build_task(recipe, student, teacher)
     for name, part in task.named_children():
         if name not in ("student", "teacher"):  # connectors; the networks were placed before the task aliased them
@@ -219,9 +220,8 @@ def _student_task(context: Context, plan: _Plan) -> nn.Module:
 
 
 def _first_images(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
-    """At most 128 training images, the same for all seeds and processes, for the BN of an identity start."""
-    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
-    return dataset.train.images(order[: min(recipe.batch_size, 128)])
+    """A batch of training images, the same for all seeds and processes, for the BN of an identity start."""
+    return dataset.train.images(fixed_sample(dataset.train, statistics_size(recipe)))
 
 
 def _finish(context: Context, best: dict, plan: _Plan, teacher_seconds: float) -> dict:

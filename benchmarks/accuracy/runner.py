@@ -32,7 +32,7 @@ class Job:
     """One training: its name, its folder (which must tell all settings that differ), preset and settings.
 
     ``settings``: options of ``rd-train`` over the preset. ``teacher``: the folder of the run that must be complete
-    first. ``must``: results need it most.
+    first. ``must``: results need it most. ``earlier``: its result from another machine, whose folder is not here.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Job:
     settings: dict
     teacher: Path | None = None
     must: bool = False
+    earlier: dict | None = None
 
     @property
     def seed(self) -> int:
@@ -57,13 +58,23 @@ class Job:
         teacher = {"teacher_weights": str(self.teacher / "model.pt")} if self.teacher else {}
         return Recipe(**(preset_values(self.preset) | self.settings | teacher))
 
-    def result(self) -> dict | None:
-        """What the complete run found, with the job's name; None where it is not complete."""
+    def described(self) -> dict:
+        """Preset and settings, without what says where it runs: by this a result is known to be this job's."""
+        settings = {name: value for name, value in self.settings.items() if name not in OF_THE_MACHINE}
+        return {"preset": self.preset, **settings}
+
+    def trained(self) -> dict | None:
+        """What the complete run in the folder found, with the job's name and settings; None where there is none."""
         path = self.folder / "result.json"
         if not path.exists():
             return None
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"name": self.name, **{key: value for key, value in found.items() if key != "teacher_weights"}}
+        found = {key: value for key, value in found.items() if key != "teacher_weights"}
+        return {"name": self.name, **found, "settings": self.described()}
+
+    def result(self) -> dict | None:
+        """The earlier result, or else what the folder holds."""
+        return self.earlier or self.trained()
 
     def begun(self) -> bool:
         """Whether there is something to resume."""
@@ -118,12 +129,14 @@ def run_all(
 ) -> dict[Path, str]:
     """Train what is not complete, in this order (a run waits for its teacher), ``workers`` at a time.
 
+    A teacher that has an earlier result only is trained again where a student needs its weights.
     A run that fails stops neither the others nor the benchmark. ``finished`` is called after each run that ended.
     Returns, by folder, why a run without a result has none.
     """
     for job in jobs:
         job.check_folder()
-    waiting = [job for job in jobs if job.result() is None]
+    teachers = {job.teacher for job in jobs if job.result() is None}
+    waiting = [job for job in jobs if not job.trained() and (job.earlier is None or job.folder in teachers)]
     missing, running = {job.folder: "not begun" for job in waiting}, []
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     with told_to_stop() as told:
@@ -163,7 +176,7 @@ def _end(ended: _Process, missing: dict[Path, str], stopping: bool) -> None:
     """Say what became of a run that ended."""
     ended.lock.close()
     job, code = ended.job, ended.process.returncode
-    if result := job.result():
+    if result := job.trained():
         del missing[job.folder]
         print(
             f"{job.name}, seed {job.seed}: test {result['test_accuracy']:.2%} in {result['seconds']:.0f} s", flush=True

@@ -3,6 +3,7 @@
     python benchmarks/accuracy/table.py [main] [depth] ... [--seeds 0,1,2] [--workers 2] [--minutes 60]
     python benchmarks/accuracy/table.py main --list           what would run, and what is there already
     python benchmarks/accuracy/table.py main depth --minutes 0    no training: results from what is there
+    python benchmarks/accuracy/table.py main --earlier JSON ...   go on where another machine stopped
 
 main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
 full         the rows that decide, on all 55,000 training images
@@ -19,14 +20,16 @@ ran), our method's paired differences, and what is still missing.
 """
 
 import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from experiments import NAMES, SEEDS, Experiment, check_names, experiments
 from runner import Job, check, document, parser_of, run_all
 from summary import comparisons, summary
 
-from rd_deploy.common import UserError, run_command, write_json
+from rd_deploy.common import UserError, check_file, run_command, write_json
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="another number of epochs than the experiments' own")
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], metavar="JSON",
+        help="results of these files count as they are, where their settings are those of today; "
+        "teachers that are still needed are trained again",
+    )  # fmt: skip
     parser.add_argument("--glyphs", type=Path, help="the file of glyphs, for the experiment of that name")
     parser.add_argument("--list", action="store_true", help="say what would run and what is there, and stop")
     return parser
@@ -43,6 +51,24 @@ def _parser() -> argparse.ArgumentParser:
 def results_path(template: Path, name: str) -> Path:
     """Where an experiment's results go: NAME in the file's name stands for the experiment's."""
     return template.with_name(template.name.replace("NAME", name))
+
+
+def with_earlier(jobs: list[Job], files: list[Path]) -> list[Job]:
+    """The jobs, each with the result that one of ``files`` (JSON of experiments) has of its name and settings."""
+    found = {}
+    for path in files:
+        text = check_file(path, "file of results", 16 << 20).read_text(encoding="utf-8")
+        try:
+            found |= {_key(each["name"], each["settings"]): each for each in json.loads(text)["results"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} has no results with their settings; --earlier takes what table.py wrote"
+            ) from error
+    return [replace(job, earlier=found.get(_key(job.name, job.described()))) for job in jobs]
+
+
+def _key(name: str, settings: dict) -> str:
+    return json.dumps([name, settings], sort_keys=True)
 
 
 def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Path, str], options) -> dict:
@@ -54,6 +80,11 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         for job in experiment.jobs(tuple(sorted({*SEEDS, *options.seeds})), options.out)
         if job.folder not in found
     ]
+    again = [
+        {"name": job.name, "seed": job.seed, "earlier": job.earlier["test_accuracy"], "again": now["test_accuracy"]}
+        for job in jobs
+        if job.earlier is not None and (now := job.trained()) is not None
+    ]
     rows = summary(experiment, results)
     seeds = ",".join(map(str, options.seeds))
     epochs = f" --epochs {options.epochs}" if options.epochs else ""
@@ -63,6 +94,8 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         **document(experiment.what, command, options),
         "complete": not lost,
         "missing": lost,
+        "earlier": [path.name for path in getattr(options, "earlier", [])],
+        "trained_again": again,
         "rows": rows,
         "comparisons": comparisons(rows),
         "results": results,
@@ -89,7 +122,7 @@ def say(found: dict) -> None:
 
 def state(job: Job) -> str:
     """What is there of a run."""
-    return "complete" if job.result() else "begun" if job.begun() else "not begun"
+    return "earlier" if job.earlier else "complete" if job.result() else "begun" if job.begun() else "not begun"
 
 
 def command() -> int:
@@ -105,7 +138,10 @@ def command() -> int:
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
     jobs = {name: each.jobs(options.seeds, options.out) for name, each in found.items()}
     check(parser, options, {job.name for each in jobs.values() for job in each})
-    jobs = {name: [job for job in each if job.name in (options.only or [job.name])] for name, each in jobs.items()}
+    jobs = {
+        name: with_earlier([job for job in each if job.name in (options.only or [job.name])], options.earlier)
+        for name, each in jobs.items()
+    }
     once = {job.folder: job for each in jobs.values() for job in each}
     once = sorted(once.values(), key=lambda job: not job.must)  # stable: those that decide first, of all experiments
     if options.list:

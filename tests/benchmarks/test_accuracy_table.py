@@ -25,7 +25,7 @@ import fashion
 import runner
 import summary
 import table
-from experiments import OUR_ROW, PLAIN, RESNET, Experiment, ablations
+from experiments import OUR_ROW, PLAIN, RESNET, SEEDS, Experiment, ablations
 
 from rd_deploy.common import UserError
 from rd_train.cli import _parse, _recipe
@@ -62,6 +62,7 @@ if flags["arch"] == "plain110" and options[0] != "--resume":
     time.sleep(60)
 (folder / "model.pt").write_text("model")
 found = {"test_accuracy": 0.9, "seconds": 1.0, "seed": int(flags["seed"]), "teacher_weights": "x"}
+found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256}
 (folder / "result.json").write_text(json.dumps(found))
 """
 
@@ -179,7 +180,9 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
     assert all(starts(job.folder) == ["fashion-plain20"] for job in jobs)
     assert len(seen) == 6
     assert seen[-1] == {}
-    assert jobs[0].result() == {"name": "plain20-rd", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
+    found = {"name": "plain20-rd", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
+    found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256}
+    assert jobs[0].result() == found | {"settings": jobs[0].described()}
 
 
 def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
@@ -213,6 +216,47 @@ def test_stopping_leaves_runs_that_go_on(fake, how):
     jobs.pop()  # which would sleep
     assert runner.run_all(jobs, 1) == {}
     assert starts(jobs[1].folder) == ["fashion-plain20", "--resume"]
+
+
+def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_trained_again(fake, tmp_path, capsys):
+    rows = [RESNET, PLAIN, OUR_ROW]
+    jobs = [EXPERIMENTS["depth"].job(row, 20, 0, fake) for row in rows]
+    assert runner.run_all(jobs[:2], 1) == {}
+    options = Namespace(out=fake, seeds=(0,), epochs=None, only=None, note="", workers=1, earlier=[])
+    former = table.report("depth", replace(EXPERIMENTS["depth"], rows=tuple(rows), depths=(20,)), jobs, {}, options)
+    former["results"][0]["test_accuracy"] = 0.8
+    path = tmp_path / "depth.json"
+    path.write_text(json.dumps(former))
+    here = [replace(job, folder=tmp_path / "here" / job.folder.name) for job in jobs]
+    here[2] = replace(here[2], teacher=here[0].folder)
+    known = table.with_earlier(here, [path])
+    assert [table.state(job) for job in known] == ["earlier", "earlier", "not begun"]
+    assert runner.run_all(known[:2], 1) == {}  # there is nothing to train
+    assert not (tmp_path / "here").exists()
+    assert runner.run_all(known, 1) == {}
+    assert [job.folder.exists() for job in known] == [True, False, True]
+    options.earlier = [path]
+    found = table.report("depth", replace(EXPERIMENTS["depth"], rows=tuple(rows), depths=(20,)), known, {}, options)
+    assert [run["test_accuracy"] for run in found["results"]] == [0.8, 0.9, 0.9]
+    assert found["earlier"] == ["depth.json"]
+    assert found["trained_again"] == [{"name": "resnet20", "seed": 0, "earlier": 0.8, "again": 0.9}]
+    other = replace(here[1], settings={**here[1].settings, "lr": 0.05})
+    assert table.with_earlier([other], [path])[0].earlier is None  # it was trained otherwise
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": [{"name": "resnet20", "seed": 0}]}', '{"results": 1}'])
+def test_earlier_results_without_their_settings_are_refused(text, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no results with their settings"):
+        table.with_earlier([], [path])
+
+
+def test_committed_results_can_be_gone_on_with():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/*-accuracy-main.json")
+    jobs = table.with_earlier(EXPERIMENTS["main"].jobs(SEEDS, OUT), [path])
+    results = json.loads(path.read_text())["results"]
+    assert [job.earlier for job in jobs if job.earlier] == results
 
 
 def test_no_time_means_no_training(fake):

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from rd_deploy.common import UserError
 from rd_train.augment import Augment
-from rd_train.data import DATASETS, READERS, batches, load_dataset, steps_per_epoch
+from rd_train.data import DATASETS, READERS, batches, evaluation_batches, load_dataset, steps_per_epoch
 from rd_train.recipe import IN_MEMORY
 from rd_train.sources import DEBIAN_FASHION
 
@@ -124,7 +124,7 @@ def test_limit_takes_a_stratified_part_of_the_same_split(digits):
 
 def test_an_epoch_shows_each_training_image_at_most_once(digits):
     split = load_dataset("digits", augment=Augment()).train
-    seen = torch.cat([images for images, _ in batches(split, 100, seed=0, epoch=0, train=True)])
+    seen = torch.cat([images for images, _ in batches(split, 100, seed=0, epoch=0)])
     assert len(seen) == 1200 == 100 * steps_per_epoch(split, 100)
     assert len({image.numpy().tobytes() for image in seen}) == 1200
 
@@ -133,14 +133,14 @@ def test_labels_belong_to_their_images():
     split = load_dataset("digits", augment=Augment()).train
     every = split.images(torch.arange(1257)).numpy()
     known = {image.tobytes(): label for image, label in zip(every, split.labels.tolist(), strict=True)}
-    for images, labels in batches(split, 64, seed=3, epoch=1, train=True):
+    for images, labels in batches(split, 64, seed=3, epoch=1):
         assert [known[image.numpy().tobytes()] for image in images] == labels.tolist()
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 18, 19, 25])
 def test_resuming_equals_skipping(digits, start):
-    whole = list(batches(digits.train, 64, seed=1, epoch=4, train=True))
-    resumed = list(batches(digits.train, 64, seed=1, epoch=4, train=True, start=start))
+    whole = list(batches(digits.train, 64, seed=1, epoch=4))
+    resumed = list(batches(digits.train, 64, seed=1, epoch=4, start=start))
     assert len(resumed) == max(0, 19 - start)
     for (images, labels), (again, same) in zip(whole[start:], resumed, strict=True):
         assert torch.equal(images, again)
@@ -149,13 +149,13 @@ def test_resuming_equals_skipping(digits, start):
 
 def test_skipped_batches_are_not_computed(digits):
     split = Counting(digits.train)
-    assert len(list(batches(split, 64, seed=1, epoch=4, train=True, start=15))) == 4
+    assert len(list(batches(split, 64, seed=1, epoch=4, start=15))) == 4
     assert split.calls == 4
 
 
 def test_seed_and_epoch_change_order_and_augmentation(digits):
     def first(**numbers):
-        return next(batches(digits.train, 64, train=True, **numbers))
+        return next(batches(digits.train, 64, **numbers))
 
     images, labels = first(seed=0, epoch=0)
     for other in ({"seed": 1, "epoch": 0}, {"seed": 0, "epoch": 1}, {"seed": -1, "epoch": 0}):
@@ -168,13 +168,15 @@ def test_seed_and_epoch_change_order_and_augmentation(digits):
 def test_every_batch_is_augmented_with_a_seed_of_its_own(digits):
     split = Counting(digits.train)
     for epoch in range(2):
-        list(batches(split, 64, seed=0, epoch=epoch, train=True))
+        list(batches(split, 64, seed=0, epoch=epoch))
     assert len(set(split.seeds)) == split.calls == 38
 
 
 def all_of(split, train, rank=0, world=1):
-    shares = {"seed": 5, "epoch": 2, "train": train, "rank": rank, "world": world}
-    return list(batches(split, 60, **shares))
+    share = {"rank": rank, "world": world}
+    if train:
+        return list(batches(split, 60, seed=5, epoch=2, **share))
+    return [(images, split.labels[indices]) for images, indices in evaluation_batches(split, 60, **share)]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -203,11 +205,11 @@ def test_processes_evaluate_every_image_once(digits):
 )
 def test_shares_must_be_equal(digits, size, world, reason):
     with pytest.raises(UserError, match=reason):
-        batches(digits.train, size, seed=0, epoch=0, train=True, world=world)
+        batches(digits.train, size, seed=0, epoch=0, world=world)
 
 
 def test_evaluation_is_complete_in_order_and_unvaried(digits):
-    found = list(batches(digits.test, 100, seed=0, epoch=0, train=False))
+    found = [(images, digits.test.labels[indices]) for images, indices in evaluation_batches(digits.test, 100)]
     assert [len(labels) for _, labels in found] == [100, 100, 100, 60]
     assert torch.equal(torch.cat([labels for _, labels in found]), digits.test.labels)
     assert torch.equal(torch.cat([images for images, _ in found]), digits.test.images(torch.arange(360)))
@@ -216,7 +218,7 @@ def test_evaluation_is_complete_in_order_and_unvaried(digits):
 def test_set_smaller_than_a_batch_is_one_batch():
     split = load_dataset("digits", limit=10).train
     assert steps_per_epoch(split, 64) == 1
-    assert [len(labels) for _, labels in batches(split, 64, seed=0, epoch=0, train=True)] == [10]
+    assert [len(labels) for _, labels in batches(split, 64, seed=0, epoch=0)] == [10]
 
 
 class Counting:
@@ -240,7 +242,7 @@ class Counting:
 
 def test_one_batch_is_prepared_ahead_and_no_more(digits):
     split = Counting(digits.train)
-    iterator = batches(split, 64, seed=0, epoch=0, train=True)
+    iterator = batches(split, 64, seed=0, epoch=0)
     next(iterator)
     for _ in range(200):
         if split.calls == 2:
@@ -252,7 +254,7 @@ def test_one_batch_is_prepared_ahead_and_no_more(digits):
 
 
 def test_error_in_the_background_reaches_the_caller_in_its_turn(digits):
-    iterator = batches(Counting(digits.train, fail_at=3), 64, seed=0, epoch=0, train=True)
+    iterator = batches(Counting(digits.train, fail_at=3), 64, seed=0, epoch=0)
     assert len(list(islice(iterator, 2))) == 2
     with pytest.raises(UserError, match="image 3 is bad"):
         next(iterator)
@@ -263,7 +265,7 @@ def test_abandoned_iterator_leaves_no_thread(digits, taken):
     def ours():
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
-    iterator = batches(digits.train, 64, seed=0, epoch=0, train=True)
+    iterator = batches(digits.train, 64, seed=0, epoch=0)
     for _ in islice(iterator, taken):
         pass
     del iterator
@@ -296,7 +298,7 @@ def test_wrong_options_are_refused(values, reason):
 
 def test_batch_size_must_be_positive(digits):
     with pytest.raises(UserError, match="batch size"):
-        batches(digits.train, 0, seed=0, epoch=0, train=True)
+        batches(digits.train, 0, seed=0, epoch=0)
 
 
 def test_missing_fashion_says_how_to_get_it(tmp_path):

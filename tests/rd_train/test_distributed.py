@@ -213,7 +213,7 @@ def by_slices(recipe: Recipe, teacher: str, world: int = 2) -> tuple[dict, dict]
     task = build_task(recipe, Network(arch, recipe.init, recipe.init_noise), network).train()
     optimizer, total, average = build_optimizer(recipe, task), recipe.train_limit // recipe.batch_size, {}
     buffers = [{name: value.clone() for name, value in task.named_buffers()} for _ in range(world)]
-    for step, (images, labels) in enumerate(batches(dataset.train, recipe.batch_size, seed=0, epoch=0, train=True)):
+    for step, (images, labels) in enumerate(batches(dataset.train, recipe.batch_size, seed=0, epoch=0)):
         optimizer.zero_grad()
         for rank, (x, y) in enumerate(zip(images.chunk(world), labels.chunk(world), strict=True)):
             generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, step))

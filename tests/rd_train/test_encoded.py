@@ -14,9 +14,10 @@ from PIL import Image
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.data import Meter, batches, load_dataset
+from rd_train.data import Meter, batches, evaluation_batches, load_dataset
 from rd_train.encoded import encoded_preprocessing
-from rd_train.loop import Context, evaluate
+from rd_train.evaluation import evaluate
+from rd_train.loop import Context
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.skipped import Skipped
@@ -37,8 +38,9 @@ def ruin(split, index: int) -> str:
 
 
 def epoch(dataset, *, train: bool, batch_size: int = 24, start: int = 0) -> list:
-    split = dataset.train if train else dataset.test
-    return list(batches(split, batch_size, seed=1, epoch=2, train=train, start=start))
+    if train:
+        return list(batches(dataset.train, batch_size, seed=1, epoch=2, start=start))
+    return list(evaluation_batches(dataset.test, batch_size))
 
 
 def same(one: list, other: list) -> bool:
@@ -76,7 +78,7 @@ def test_workers_stay_for_all_epochs_and_end_when_closed(photographs):
 
 def test_a_worker_that_dies_is_one_line(photographs):
     dataset = load_dataset("folder", photographs, size=16, workers=1)
-    iterator = batches(dataset.train, 8, seed=0, epoch=0, train=True)
+    iterator = batches(dataset.train, 8, seed=0, epoch=0)
     next(iterator)
     for number in dataset.workers._pool._processes:
         os.kill(number, signal.SIGKILL)
@@ -160,7 +162,7 @@ def test_no_corrupt_image_is_tolerated_if_that_was_asked(tmp_path):
     dataset = load_dataset("folder", tmp_path, size=16, max_corrupt=0)
     name = ruin(dataset.val, 0)
     with pytest.raises(UserError, match="more corrupt images than --max-corrupt 0") as error:
-        list(batches(dataset.val, 8, seed=0, epoch=0, train=False))
+        list(evaluation_batches(dataset.val, 8))
     assert name in str(error.value)
 
 

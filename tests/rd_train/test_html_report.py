@@ -16,6 +16,7 @@ from PIL import Image
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.augment import Augment
 from rd_train.data import Dataset, MemorySplit, load_dataset
+from rd_train.evaluation import Predictions
 from rd_train.html_report import (
     WORST,
     confusion_matrix,
@@ -26,8 +27,6 @@ from rd_train.html_report import (
     page,
     pixels_of,
 )
-from rd_train.loop import Context, Predictions, predict
-from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
 
@@ -191,22 +190,6 @@ def test_no_mistakes_and_classes_without_images():
     assert_whole(text)
     assert "No test image was classified wrongly" in text
     assert "none to measure" in text
-
-
-def test_predictions_are_those_of_the_network(tmp_path):
-    dataset = load_dataset("digits")
-    torch.manual_seed(0)
-    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
-    seen = predict(network, dataset.val, Context(RECIPE, dataset, tmp_path, torch.device("cpu"), False, None))
-    with torch.no_grad():
-        logits = network.eval()(dataset.val.images(torch.arange(len(dataset.val)))).double()
-    assert torch.equal(seen.predicted, logits.argmax(1))
-    assert torch.equal(seen.labels, dataset.val.labels)
-    probabilities = torch.exp(logits - logits.logsumexp(1, keepdim=True))
-    torch.testing.assert_close(seen.confidence.double(), probabilities.max(1).values, rtol=1e-4, atol=1e-6)
-    truth = probabilities[torch.arange(len(logits)), dataset.val.labels]
-    torch.testing.assert_close(seen.truth.double(), truth, rtol=1e-4, atol=1e-6)
-    assert seen.loss == pytest.approx(-float(truth.log().mean()), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

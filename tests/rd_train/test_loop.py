@@ -16,8 +16,8 @@ import torch
 
 from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import load_checkpoint
-from rd_train.data import Meter, load_dataset
-from rd_train.loop import Context, _bottleneck, _Clock, evaluate, recalibrated
+from rd_train.data import Meter
+from rd_train.loop import _bottleneck, _Clock
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
@@ -193,24 +193,6 @@ def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterr
         run(replace(RECIPE, arch="plain32", **flags), tmp_path / "other")
 
 
-def test_recalibration_takes_the_statistics_of_clean_training_images(tmp_path):
-    recipe = replace(RECIPE, recalibrate=100, mixup=1.0)
-    dataset = load_dataset("digits", limit=100)
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, None)
-    torch.manual_seed(0)
-    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10), "dirac")
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    copy = recalibrated(network, context)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    images = dataset.train.images(torch.arange(100))
-    first = torch.nn.functional.conv2d(images, network.conv1.weight, padding=1)
-    # Two batches of 50 in an order of their own: their mean is that of all images, their variances differ a little.
-    torch.testing.assert_close(copy.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(copy.bn1.running_var, first.var((0, 2, 3)), rtol=0.02, atol=1e-3)
-    assert evaluate(copy, dataset.val, context)[0] >= 0
-    assert recalibrated(network, replace_recipe(context, recalibrate=0)) is network
-
-
 def test_on_a_gpu_steps_are_timed_by_its_own_clock(monkeypatch):
     """Python is two steps ahead of a GPU that takes 40 ms for a step."""
     recorded = []
@@ -246,7 +228,3 @@ def test_on_a_gpu_steps_are_timed_by_its_own_clock(monkeypatch):
 def test_the_slower_one_is_the_bottleneck(loader, slower):
     line = _bottleneck({"loader_images_per_second": loader, "model_images_per_second": 640.4})
     assert line == f"loader {loader:.0f} img/s, model 640 img/s: the {slower} is the bottleneck"
-
-
-def replace_recipe(context: Context, **changes) -> Context:
-    return replace(context, recipe=replace(context.recipe, **changes))

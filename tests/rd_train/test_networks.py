@@ -145,7 +145,7 @@ def test_names_and_bad_values():
         Arch.from_dict({"depth": 20})
 
 
-@pytest.mark.parametrize("reparam", ["none", "dirac"])
+@pytest.mark.parametrize("reparam", ["none", "dirac", "identity", "branches"])
 @pytest.mark.parametrize("name", ["plain20", "plain18", "plain50"])
 def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam):
     torch.manual_seed(0)
@@ -154,7 +154,7 @@ def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):  # not only for a fresh stem
             nn.init.uniform_(module.bias, -0.5, 0.5)
-    start_as_identity(network, images)
+    start_as_identity(network, images, 0.0)
     network.train()
     x = network.stem(images)
     for _, block in network.blocks():
@@ -164,10 +164,24 @@ def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam
         torch.testing.assert_close(x[:, : block.passed], expected, rtol=1e-6, atol=1e-9)
 
 
+def test_the_noise_of_an_identity_start_is_that_of_the_main_path():
+    """Each channel that is passed on differs from it by ``noise`` times its deviation, to the sum of the paths."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 32, 32)
+    for reparam, paths in (("identity", 1), ("branches", 2)):
+        network = Network(parse_arch("plain20", width=0.25, reparam=reparam), "identity", init_noise=0.25)
+        start_as_identity(network, images, 0.25)
+        x, block = network.stem(images).relu(), network.layer1[0]
+        ratio = (block.train().layer(0, x) - x).var(dim=(0, 2, 3), correction=0) / x.var(dim=(0, 2, 3), correction=0)
+        assert ((ratio / 0.25**2).sqrt() < paths + 1e-3).all()
+        if paths == 1:
+            torch.testing.assert_close(ratio, torch.full_like(ratio, 0.25**2), rtol=1e-2, atol=0)
+
+
 def test_an_identity_start_leaves_statistics_and_modes_of_a_fresh_network():
     network = Network(parse_arch("plain20", width=0.25), "identity").eval()
     network.layer1.train()
-    start_as_identity(network, torch.randn(4, 3, 8, 8))
+    start_as_identity(network, torch.randn(4, 3, 8, 8), 0.1)
     assert not network.training
     assert network.layer1[0].bn1.training
     assert all(bool((bn.running_var == 1).all()) for bn in network.modules() if isinstance(bn, nn.BatchNorm2d))

@@ -58,7 +58,6 @@ def test_every_entry_is_documented():
         ({"warm_start_window": 1.0}, "warm_start_window"),
         ({"resize_start": 0.0}, "resize_start"),
         ({"mixup": -1.0}, "mixup"),
-        ({"init": "identity", "reparam": "branches"}, "with reparam=branches use init=dirac"),
         ({"warm_start": True, "reparam": "dirac"}, "nor with reparam"),
         ({"method": "jointrd", "warm_start": True, "teacher_mode": "joint"}, "neither with teacher_mode=joint"),
         ({"method": "kd", "teacher_mode": "joint"}, "neither with method=kd"),
