@@ -236,9 +236,9 @@ def command(arguments: list[str]) -> int:
 def main() -> int:
     """Entry point of the console script, and of ``torchrun -m rd_train``."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; asked without torch, which is slow to import
-        from rd_train.distributed import run_together
+        from rd_train.distributed import leave, run_together
 
-        return run_together("rd-train", lambda: command(sys.argv[1:]))
+        leave(run_together("rd-train", lambda: command(sys.argv[1:])))
     return run_command("rd-train", lambda: command(sys.argv[1:]))
 
 

@@ -7,8 +7,10 @@ processes must call them in the same order.
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -89,6 +91,18 @@ def run_together(name: str, command: Callable[[], int]) -> int:
     if code == 0:
         dist.destroy_process_group()
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that trained with others, at once.
+
+    DDP keeps the threads of the destroyed group running. As the interpreter is taken down, one of them can abort the
+    process ("terminate called without an active exception"), and torchrun then reports a run that succeeded as failed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

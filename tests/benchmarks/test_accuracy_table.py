@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +52,7 @@ def stop(*_):
     (folder / "student-state.pt").write_text("state")
     sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
+(folder / "listens").touch()
 if flags["arch"] == "plain32":
     print("student: loss became NaN; try a lower --lr")
     sys.exit(1)
@@ -199,23 +199,54 @@ def test_a_student_without_its_teacher_is_said(fake):
     assert runner.run_all([job], 1) == {job.folder: "its teacher resnet20-tiny-n256-e2-s0 has no result"}
 
 
-@pytest.mark.parametrize("how", ["minutes", "signal"])
-def test_stopping_leaves_runs_that_go_on(fake, how):
-    jobs = [EXPERIMENTS["depth"].job(row, 110, 0, fake) for row in (RESNET, PLAIN, OUR_ROW)]
-    if how == "signal":
+def resnet_plain_ours(out: Path) -> list[runner.Job]:
+    """At depth 110, whose plain network the stand-in trains for a minute."""
+    return [EXPERIMENTS["depth"].job(row, 110, 0, out) for row in (RESNET, PLAIN, OUR_ROW)]
 
-        def interrupt():
-            while not (jobs[1].folder / "starts").exists():
-                time.sleep(0.05)
-            time.sleep(0.3)  # until it listens
-            os.kill(os.getpid(), signal.SIGTERM)
 
-        threading.Thread(target=interrupt).start()
-    missing = runner.run_all(jobs, 1, minutes=0.03 if how == "minutes" else None)
-    assert missing == {jobs[1].folder: runner.INTERRUPTED, jobs[2].folder: "not begun"}
-    jobs.pop()  # which would sleep
+def assert_goes_on(jobs: list[runner.Job]) -> None:
+    jobs.pop()  # ours, which would take its minute
     assert runner.run_all(jobs, 1) == {}
     assert starts(jobs[1].folder) == ["fashion-plain20", "--resume"]
+
+
+def test_the_time_limit_stops_a_run_that_goes_on(fake, monkeypatch):
+    jobs = resnet_plain_ours(fake)
+    listens = jobs[1].folder / "listens"
+    clock = SimpleNamespace(monotonic=lambda: 61.0 if listens.exists() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr(runner, "time", clock)
+    missing = runner.run_all(jobs, 1, minutes=1)
+    assert missing == {jobs[1].folder: runner.INTERRUPTED, jobs[2].folder: "not begun"}
+    assert_goes_on(jobs)
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+script, out, *folders = sys.argv[1:]
+sys.path += folders
+import experiments, runner
+runner.RD_TRAIN = (sys.executable, "-S", script)
+jobs = [experiments.experiments()["depth"].job(row, 110, 0, Path(out))
+        for row in (experiments.RESNET, experiments.PLAIN, experiments.OUR_ROW)]
+missing = runner.run_all(jobs, 1)
+print([missing.get(job.folder) for job in jobs])
+"""
+
+
+def test_a_signal_stops_runs_that_go_on(fake):
+    """In a process of its own: a signal at the wrong time must not end pytest's."""
+    jobs = resnet_plain_ours(fake)
+    command = [sys.executable, "-c", STOPPED, runner.RD_TRAIN[-1], fake, ROOT, FOLDER, ROOT / "benchmarks"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+        while not (jobs[1].folder / "listens").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[0].splitlines()[-1]
+    assert process.returncode == 0
+    assert said == str([None, runner.INTERRUPTED, "not begun"])
+    assert_goes_on(jobs)
 
 
 def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_trained_again(fake, tmp_path, capsys):

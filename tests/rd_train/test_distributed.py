@@ -89,7 +89,7 @@ def member(values: dict, folder: Path, rank: int, function, arguments: tuple) ->
     for stream, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / f"{stream}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     torch.set_num_threads(1)
-    sys.exit(function(*arguments))
+    distributed.leave(function(*arguments))
 
 
 def train(recipe: Recipe, out: Path, *arguments: str, mishap: str = "", **options) -> Group:
@@ -452,6 +452,22 @@ def test_a_killed_worker_is_survived(two, tmp_path):
     states = [state_of(folder) for folder in (tmp_path / "run", two / "whole")]
     assert all(torch.equal(value, states[1]["task"][name]) for name, value in states[0]["task"].items())
     assert rows_of(tmp_path / "run") == rows_of(two / "whole")
+
+
+LEAVES = """
+import atexit, os, sys, threading, time
+from rd_train import distributed
+atexit.register(print, "taken down")
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("said", end="")
+distributed.leave(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_leaves_with_what_it_said_and_does_not_wait_for_threads(code):
+    ended = subprocess.run([sys.executable, "-c", LEAVES, str(code)], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "said", "")
 
 
 def test_too_few_gpus_are_one_line(monkeypatch):
