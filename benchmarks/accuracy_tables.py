@@ -15,10 +15,8 @@ OTHERS = {
 
 
 def short() -> str:
-    """The README's table: the rows that decide of the main experiment, or while there is none the runs of one seed."""
-    document = find("*-accuracy-main.json")
-    if document is None:
-        return one_seed()
+    """The README's table: the rows that decide of the main experiment."""
+    document = newest("*-accuracy-main.json")
     rows = [row for row in document["rows"] if row["key"] in SHORT]
     verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "published")))
     return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document)) if part)
@@ -129,39 +127,3 @@ def _again(document: dict) -> list[str]:
         f"Some results are of an earlier machine ({', '.join(document['earlier'])}); {count} teachers were trained "
         f"again for later students, {f'and differ: {differ}' if changed else 'with the same accuracy'}. "
     ]
-
-
-def one_seed() -> str:
-    """Test accuracy by method and initialisation, for both depths, of accuracy/fashion.py."""
-    document = newest("*-accuracy-fashion.json")
-    results = {row["name"]: row for row in document["results"]}
-
-    def cell(name: str) -> str:
-        return f"{100 * results[name]['test_accuracy']:.2f}%"
-
-    rows = [
-        [
-            "ResNet, cross-entropy (the teacher)",
-            cell("resnet20"),
-            cell("resnet56"),
-            f"{results['resnet20']['step_cost']:.2f}",
-        ]
-    ]
-    for method in ("ce", "kd", "jointrd"):
-        for init in ("kaiming", "dirac"):
-            names = [f"plain{depth}-{method}-{init}" for depth in (20, 56)]
-            rows.append([f"plain, {method}, {init}", *map(cell, names), f"{results[names[0]]['step_cost']:.2f}"])
-    epochs = [results[f"resnet{depth}"]["epochs"] for depth in (20, 56)]
-    header = [
-        "network, method, initialisation",
-        f"depth 20, {epochs[0]} epochs",
-        f"depth 56, {epochs[1]} epoch(s)",
-        "cost of a step",
-    ]
-    source = (
-        f"Test accuracy on the 10,000 test images of the full Fashion-MNIST, ONE seed ({results['resnet20']['seed']}), "
-        f"{results['resnet20']['precision']}, {document['machine']['cpu']}, {document['date']}, commit "
-        f"{document['commit']}: differences below a few points mean nothing yet. {document['note']} "
-        f"From `{document['path']}`, made by `benchmarks/accuracy/fashion.py`."
-    ).replace("  ", " ")
-    return f"{markdown(header, rows)}\n\n{source}"

@@ -45,13 +45,22 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> np.ndarray:
     size = math.prod(shape)
     if not 0 < size <= MAX_BYTES:
         raise UserError(f"IDX file {path} says it holds {shape} bytes, outside 1 to {MAX_BYTES:,}; download it again")
-    data = bytearray()
-    while len(data) <= size and (chunk := stream.read(1 << 20)):  # in pieces: the header may promise more than there is
-        data += chunk
+    data = read_promised(stream, size)
     if len(data) != size:
         more = "more" if len(data) > size else f"only {len(data):,}"
         raise UserError(f"IDX file {path} should hold {size:,} bytes but holds {more}; download it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def read_promised(stream: BinaryIO, size: int) -> bytearray:
+    """What follows in a stream whose header promises ``size`` bytes: other than that if there is more or less.
+
+    Read in pieces, since a header may promise more memory than there is; of what is more, a piece at most.
+    """
+    data = bytearray()
+    while len(data) <= size and (chunk := stream.read(1 << 20)):
+        data += chunk
+    return data
 
 
 def read_idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:

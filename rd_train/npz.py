@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from rd_deploy.common import UserError, check_file, one_line
-from rd_train.formats import MAX_BYTES
+from rd_train.formats import MAX_BYTES, read_promised
 
 PARTS = ("train", "val", "test")
 MAX_CLASSES = 100_000
@@ -69,9 +69,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> np.n
         size = math.prod(shape) * dtype.itemsize
         if not 0 < size <= member.file_size:
             raise UserError(f"{path}: {member.filename} promises {size:,} bytes and has fewer; download it again")
-        data = bytearray()
-        while len(data) <= size and (chunk := stream.read(1 << 20)):
-            data += chunk
+        data = read_promised(stream, size)
     if len(data) != size:
         raise UserError(f"{path}: {member.filename} should hold {size:,} bytes, and does not; download it again")
     array = np.frombuffer(data, dtype)

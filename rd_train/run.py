@@ -151,16 +151,22 @@ def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
         context, teacher = _context(recipe, plan, folder, stop), plan.teacher
         if needs_teacher(recipe) and teacher is None:
             teacher = _new_teacher(context, plan.arch)
-            if recipe.teacher_mode == "frozen":
+            if epochs := _teacher_epochs(recipe, plan):
                 task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
                 with torch.device("meta"):
                     meta = CrossEntropy(Network(teacher.arch))
-                phases.append(measure("teacher", task, meta, recipe.teacher_epochs or recipe.epochs, context))
+                phases.append(measure("teacher", task, meta, epochs, context))
         meta = meta_task(recipe, plan.arch, None if teacher is None else teacher.arch)
         task = _student_task(context, replace(plan, teacher=teacher))
         phases.append(measure("student", task, meta, recipe.epochs, context))
         print_estimate(phases, context)
     return phases
+
+
+def _teacher_epochs(recipe: Recipe, plan: _Plan) -> int:
+    """Epochs of the teacher's own phase; 0 where it is given, learns with the student, or is not needed."""
+    own_phase = needs_teacher(recipe) and plan.teacher is None and recipe.teacher_mode == "frozen"
+    return (recipe.teacher_epochs or recipe.epochs) if own_phase else 0
 
 
 def _clear(folder: Path) -> None:
@@ -178,9 +184,9 @@ def _phases(context: Context, plan: _Plan, resume: bool) -> dict:
     teacher_seconds = 0.0
     if needs_teacher(recipe) and teacher is None:
         teacher = _new_teacher(context, plan.arch)
-        if recipe.teacher_mode == "frozen":
+        if epochs := _teacher_epochs(recipe, plan):
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
-            best = fit("teacher", task, recipe.teacher_epochs or recipe.epochs, context, resume=resume)
+            best = fit("teacher", task, epochs, context, resume=resume)
             teacher_seconds = best["seconds"]
             teacher = load_checkpoint(folder / "teacher.pt").network()
     plan = replace(plan, teacher=teacher)
@@ -193,8 +199,7 @@ def _work(context: Context, plan: _Plan) -> dict[str, float]:
     recipe, size = context.recipe, context.dataset.preprocessing.size
     sizes, steps = sizes_of(recipe, size), steps_per_epoch(context.dataset.train, recipe.batch_size)
     meta, work = meta_task(recipe, plan.arch, None if plan.teacher is None else plan.teacher.arch), {}
-    if needs_teacher(recipe) and plan.teacher is None and recipe.teacher_mode == "frozen":
-        epochs = recipe.teacher_epochs or recipe.epochs
+    if epochs := _teacher_epochs(recipe, plan):
         work["teacher"] = epochs * steps * mean_step_macs(CrossEntropy(meta.teacher.requires_grad_()), size, sizes)
     return work | {"student": recipe.epochs * steps * mean_step_macs(meta, size, sizes)}
 
