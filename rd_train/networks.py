@@ -169,7 +169,7 @@ class Sides(nn.Module):
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The convolution's input (N, C_in, H, W) and its BN's output (N, C_out, H', W') to the sum of all branches."""
         same = self.identity(x[:, : self.passed, :: self.stride, :: self.stride])
-        out = out + F.pad(same, (0, 0, 0, 0, 0, out.shape[1] - self.passed))
+        out = out + (F.pad(same, (0, 0, 0, 0, 0, out.shape[1] - self.passed)) if self.passed < out.shape[1] else same)
         return out if self.pointwise is None else out + self.pointwise(x)
 
 

@@ -18,8 +18,10 @@ SHARED = {"size": 32, "batch_size": 128, "lr": 0.1, "clip_norm": 1.0, "threads":
 PRESET = "fashion-plain20"
 SEEDS = (0, 1, 2)
 
-# Our method: options of rd-train. The ablation follows from it.
-OURS = {"method": "rd", "init": "identity", "init_noise": 0.1}
+# Our method: options of rd-train. The ablation follows from it. What distillation adds is seen against the same start.
+SAME_START = {"init": "identity", "init_noise": 0.3, "reparam": "identity"}
+OURS = {"method": "rd", **SAME_START}
+KAIMING = {"init": "kaiming", "reparam": "none"}
 # What a lever is without effect, where that is not the default of rd-train.
 NEUTRAL = {
     "init": "kaiming",
@@ -70,26 +72,28 @@ class Row:
 KD = {"method": "kd", "kd_weight": 0.5, "kd_temperature": 4.0}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
 RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
-PLAIN = Row(
-    "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
-)
-PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, "init": "kaiming"})
-# What distillation adds to our start is seen against these two.
-SAME_START = {"init": "identity", "init_noise": 0.1}
+PLAIN = Row("plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", **KAIMING}, must=True, key="plain")
+PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, **KAIMING})
 PLAIN_START = Row(
-    "plain{}-ce-identity",
-    "plain, cross-entropy, from our start",
+    "plain{}-ce-ours",
+    "plain, cross-entropy, our start and branches",
     {"method": "ce", **SAME_START},
     must=True,
     key="start",
 )
-PLAIN_KD_START = Row("plain{}-kd-identity", "plain, logit distillation, from our start", {**KD, **SAME_START})
+PLAIN_KD_START = Row("plain{}-kd-ours", "plain, logit distillation, our start and branches", {**KD, **SAME_START})
+# What our method was before it had branches in training.
+NO_BRANCHES = {"init": "identity", "init_noise": 0.1, "reparam": "none"}
+PLAIN_IDENTITY = Row(
+    "plain{}-ce-identity", "plain, cross-entropy, identity start, no branches", {"method": "ce", **NO_BRANCHES}
+)
+RD_IDENTITY = Row("plain{}-rd", "plain, random splices, identity start, no branches", {"method": "rd", **NO_BRANCHES})
 # Initialisation, feature term and BN as in the authors' code; without the shortcuts that it keeps, and clipped as all.
 PUBLISHED = Row(
     "plain{}-jointrd-published",
     "plain, the published loss (Kaiming, joint, running statistics)",
     {
-        **{"method": "jointrd", "init": "kaiming", "feature_weight": 0.001, "feature_reduction": "sum"},
+        **{"method": "jointrd", **KAIMING, "feature_weight": 0.001, "feature_reduction": "sum"},
         "teacher_bn": "eval",
     },
     must=True,
@@ -99,11 +103,11 @@ PUBLISHED_OPTIONS = Row(
     "plain{}-jointrd-options",
     "plain, the published loss with Dirac start, batch statistics and recalibration",
     {
-        **{"method": "jointrd", "init": "dirac", "init_noise": 0.5, "feature_weight": 1.0, "feature_reduction": "mean"},
-        **{"teacher_bn": "batch", "recalibrate": 2000},
+        **{"method": "jointrd", "init": "dirac", "init_noise": 0.5, "reparam": "none", "teacher_bn": "batch"},
+        **{"feature_weight": 1.0, "feature_reduction": "mean", "recalibrate": 2000},
     },
 )
-OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
+OUR_ROW = Row("plain{}-ours", "plain, ours", OURS, must=True, key="ours")
 
 
 MUST = (RESNET, OUR_ROW, PLAIN_START, PLAIN, PUBLISHED)  # in the order in which their runs come
@@ -127,7 +131,7 @@ def ablations(ours: dict = OURS) -> list[Row]:
         if name in PARAMETERS or without == recipe or name in without.unused():
             continue
         label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
-        rows.append(Row(f"plain{{}}-rd-without-{name.replace('_', '-')}", label, settings))
+        rows.append(Row(f"plain{{}}-ours-without-{name.replace('_', '-')}", label, settings))
     return rows
 
 
@@ -188,6 +192,8 @@ EVERY = (
     PLAIN_KD,
     PLAIN_START,
     PLAIN_KD_START,
+    PLAIN_IDENTITY,
+    RD_IDENTITY,
     PUBLISHED,
     PUBLISHED_OPTIONS,
     OUR_ROW,
