@@ -39,7 +39,8 @@ class Recipe:
         width: Multiplier of all widths.
         init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
         init_noise: Weight of the Kaiming noise in a dirac or identity initialisation.
-        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
+        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1);
+            when not given, identity if init is and the network starts from nothing else.
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
             timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
@@ -100,8 +101,8 @@ class Recipe:
     stem: Literal["imagenet", "small"] | None = None
     width: float = 1.0
     init: Literal["kaiming", "dirac", "identity"] = "identity"
-    init_noise: float = 0.1
-    reparam: Literal["none", "dirac", "identity", "branches"] = "none"
+    init_noise: float = 0.3
+    reparam: Literal["none", "dirac", "identity", "branches"] | None = None
     method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
     teacher_weights: str | None = None
@@ -145,6 +146,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.reparam is None and self.start_weights is None:  # those have it from their network
+            own = self.init == "identity" and not self.warm_start and not self._residual
+            object.__setattr__(self, "reparam", "identity" if own else "none")
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if value is None and name in BY_METHOD:
@@ -163,6 +167,11 @@ class Recipe:
         for refused, reason in self._conflicts():
             if refused:
                 raise UserError(reason)
+
+    @property
+    def _residual(self) -> bool:
+        """Whether the network has no plain blocks."""
+        return self.arch.startswith("resnet") and self.shortcuts in (None, "all")
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Combinations that make no sense: (whether this recipe has it, what to say)."""
@@ -187,7 +196,7 @@ class Recipe:
                 "sync_bn communicates within a step, which torch.compile cannot compile; use one of the two",
             ),
             (
-                self.warm_start and (joint or self.reparam != "none"),
+                self.warm_start and (joint or self.reparam not in ("none", None)),
                 "warm_start copies a trained teacher: it goes neither with teacher_mode=joint nor with reparam",
             ),
             (
@@ -209,7 +218,7 @@ class Recipe:
         given = self.teacher_weights is not None or "/" in self.teacher
         no_teacher_phase = ce or self.teacher_mode == "joint" or given
         warm, started = self.warm_start and not ce, self.start_weights is not None
-        residual = self.arch.startswith("resnet") and self.shortcuts in (None, "all")  # no plain blocks
+        residual = self._residual
         without = {
             "teacher": ce,
             "teacher_weights": ce,
@@ -238,6 +247,7 @@ class Recipe:
             "max_corrupt": self.data in IN_MEMORY,
         }
         defaults = {name: getattr(Recipe, name) for name in without}
+        defaults |= {"reparam": "none"}
         defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
         return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 

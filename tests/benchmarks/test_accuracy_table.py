@@ -111,13 +111,14 @@ def test_experiments_share_folders_only_where_they_share_everything():
 def test_names_of_folders_that_results_exist_under():
     folders = {job.folder.name for job in EXPERIMENTS["main"].jobs((0,), OUT)}
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
-    rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity", "plain{}-kd-identity"]
+    rows += ["plain{}-jointrd-options", "plain{}-ours", "plain{}-ce-ours", "plain{}-kd-ours"]
+    rows += ["plain{}-rd", "plain{}-ce-identity"]
     assert folders == {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 30 + [False] * 24
+    assert [job.must for job in jobs] == [True] * 30 + [False] * 36
     for number, job in enumerate(jobs):
         assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
 
@@ -125,10 +126,11 @@ def test_rows_that_decide_come_first_and_after_their_teacher():
 def test_an_ablation_takes_one_lever_out_each():
     ours = {"method": "rd", "init": "identity", "init_noise": 0.2, "kd_weight": 0.5, "kd_temperature": 2.0}
     ours |= {"weight_decay": 1e-4}
-    found = {row.name.removeprefix("plain{}-rd-without-"): row.settings for row in ablations(ours)}
+    found = {row.name.removeprefix("plain{}-ours-without-"): row.settings for row in ablations(ours)}
     assert set(found) == {
         *(
             "init",
+            "reparam",
             "teacher-bn",
             "splices",
             "splice-weight",
@@ -145,7 +147,7 @@ def test_an_ablation_takes_one_lever_out_each():
 
 
 def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
-    covered = {row.name.removeprefix("plain{}-rd-without-").replace("-", "_") for row in ablations()}
+    covered = {row.name.removeprefix("plain{}-ours-without-").replace("-", "_") for row in ablations()}
     assert set(experiments.OURS) <= covered | experiments.PARAMETERS
 
 
@@ -180,7 +182,7 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
     assert all(starts(job.folder) == ["fashion-plain20"] for job in jobs)
     assert len(seen) == 6
     assert seen[-1] == {}
-    found = {"name": "plain20-rd", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
+    found = {"name": "plain20-ours", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
     found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256}
     assert jobs[0].result() == found | {"settings": jobs[0].described()}
 
@@ -190,7 +192,7 @@ def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
     missing = runner.run_all(jobs, 2)
     plain = [job.folder for job in jobs if "plain32" in job.name]
     assert missing == dict.fromkeys(plain, "ended with 1: student: loss became NaN; try a lower --lr")
-    assert "plain32-rd, seed 0: ended with 1" in capsys.readouterr().out
+    assert "plain32-ours, seed 0: ended with 1" in capsys.readouterr().out
     assert all(job.result() for job in jobs if job.folder not in missing)
 
 
@@ -284,10 +286,10 @@ def test_earlier_results_without_their_settings_are_refused(text, tmp_path):
 
 
 def test_committed_results_can_be_gone_on_with():
-    (path,) = (ROOT / "benchmarks" / "results").glob("*/*-accuracy-main.json")
+    path = max((ROOT / "benchmarks" / "results").glob("*/*-accuracy-main.json"), key=lambda each: each.name)
     jobs = table.with_earlier(EXPERIMENTS["main"].jobs(SEEDS, OUT), [path])
     results = json.loads(path.read_text())["results"]
-    assert [job.earlier for job in jobs if job.earlier] == results
+    assert sum(job.earlier in results for job in jobs) == len(results) > 0
 
 
 def test_no_time_means_no_training(fake):
@@ -319,7 +321,7 @@ def test_a_folder_of_other_settings_is_refused(fake):
     job.check_folder()
     (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, init="kaiming")), encoding="utf-8")
     with pytest.raises(
-        UserError, match="a run with init=kaiming, and plain20-tiny-rd now has identity: move the folder"
+        UserError, match="a run with init=kaiming, and plain20-tiny-ours now has identity: move the folder"
     ):
         runner.run_all([job], 1)
 
@@ -337,7 +339,7 @@ def accuracies(name, *values):
 
 
 def test_the_summary_is_mean_and_deviation_over_seeds():
-    results = [*accuracies("plain20-rd", 0.80, 0.82, 0.81), result("resnet20", 0, 0.5, epochs=4, step_cost=1.01)]
+    results = [*accuracies("plain20-ours", 0.80, 0.82, 0.81), result("resnet20", 0, 0.5, epochs=4, step_cost=1.01)]
     single, row = summary.summary(EXPERIMENTS["depth"], results)
     assert (row["mean"], row["std"]) == pytest.approx((0.81, 0.01))
     assert (row["seeds"], row["plain_steps"], single["std"]) == ([0, 1, 2], 30.0, None)
@@ -352,7 +354,7 @@ def test_the_interval_is_students():
 
 
 def compared(ours, resnet, published):
-    results = accuracies("plain56-rd", *ours) + accuracies("resnet56", *resnet)
+    results = accuracies("plain56-ours", *ours) + accuracies("resnet56", *resnet)
     results += accuracies("plain56-jointrd-published", *published)
     pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], results))
     return {pair["against"]: pair for pair in pairs}
@@ -376,7 +378,7 @@ def test_ours_must_be_above_the_published_by_more_than_the_spread():
 
 
 def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():
-    results = [result("plain56-rd", 1, 0.9), result("plain56-rd", 2, 0.8), result("resnet56", 0, 0.1)]
+    results = [result("plain56-ours", 1, 0.9), result("plain56-ours", 2, 0.8), result("resnet56", 0, 0.1)]
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, result("resnet56", 2, 0.7)]))
     assert (pair["seeds"], pair["interval"], pair["holds"]) == ([2], None, {})
     assert pair["mean"] == pytest.approx(0.1)
@@ -394,7 +396,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 54, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 66, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):
@@ -412,7 +414,7 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *flags) == 0
     found = json.loads((tmp_path / "main.json").read_text(encoding="utf-8"))
     assert (found["complete"], {each["seed"] for each in found["missing"]}) == (False, {1, 2})
-    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny", "plain20-tiny-rd"]
+    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny", "plain20-tiny-ours"]
     assert found["rows"][1]["step_cost"] > 1.05
     assert found["rows"][1]["teacher_cost"] == pytest.approx(found["rows"][0]["step_cost"])
     assert "(n=1)" in capsys.readouterr().out

@@ -144,6 +144,25 @@ def test_options_without_effect_are_named():
     assert Recipe(start_weights="x.pt", method="ce", init="kaiming", init_noise=0.2).unused() == ["init", "init_noise"]
 
 
+@pytest.mark.parametrize(
+    ("values", "form"),
+    [
+        ({}, "identity"),
+        ({"init": "dirac"}, "none"),
+        ({"init": "kaiming"}, "none"),
+        ({"arch": "resnet20"}, "none"),
+        ({"arch": "resnet20", "shortcuts": "projection"}, "identity"),
+        ({"warm_start": True}, "none"),
+        ({"reparam": "none"}, "none"),
+        ({"init": "kaiming", "reparam": "identity"}, "identity"),
+        ({"start_weights": "x.pt", "method": "ce"}, None),  # that of its network
+    ],
+)
+def test_branches_come_with_the_identity_start(values, form):
+    assert Recipe(**values).reparam == form
+    assert "reparam" not in Recipe(**values).unused()
+
+
 def test_options_that_presets_name_exist():
     known = {field.name for field in fields(Recipe)}
     for name in preset_names():
