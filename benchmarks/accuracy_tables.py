@@ -117,13 +117,22 @@ def _source(document: dict) -> str:
 
 
 def _again(document: dict) -> list[str]:
-    """What is to be known of results that came from another machine."""
-    if not document.get("earlier"):
+    """Where results came from that another machine made, and what became of teachers that were trained again."""
+    origins = {
+        (run["from"]["file"], run["from"]["machine"]["cpu"], run["from"]["date"], run["from"]["commit"])
+        for run in document["results"]
+        if "from" in run
+    }
+    if not origins:
         return []
-    changed = [each for each in document["trained_again"] if each["earlier"] != each["again"]]
-    count = len(document["trained_again"])
-    differ = ", ".join(f"{each['name']} seed {each['seed']} {each['again'] - each['earlier']:+.2%}" for each in changed)
+    named = "; ".join(f"{file}: {cpu}, {date}, commit {commit}" for file, cpu, date, commit in sorted(origins))
+    count = sum("from" in run for run in document["results"])
+    said = f"{count} of the results are of an earlier machine ({named}), their seconds too. "
+    again = document["trained_again"]
+    if not again:
+        return [said]
+    changes = [f"{each['name']} seed {each['seed']} {100 * (each['again'] - each['earlier']):+.2f}" for each in again]
     return [
-        f"Some results are of an earlier machine ({', '.join(document['earlier'])}); {count} teachers were trained "
-        f"again for later students, {f'and differ: {differ}' if changed else 'with the same accuracy'}. "
+        said,
+        f"Teachers trained again for students of today, points against the result in the table: {', '.join(changes)}. ",
     ]

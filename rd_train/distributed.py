@@ -100,7 +100,7 @@ def leave(code: int) -> NoReturn:
     process ("terminate called without an active exception"), and torchrun then reports a run that succeeded as failed.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # its reader has gone
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it is closed
             stream.flush()
     os._exit(code)
 

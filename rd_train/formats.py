@@ -53,9 +53,9 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> np.ndarray:
 
 
 def read_promised(stream: BinaryIO, size: int) -> bytearray:
-    """What follows in a stream whose header promises ``size`` bytes: other than that if there is more or less.
+    """What follows in a stream whose header promises ``size`` bytes; shorter or longer if the header lied.
 
-    Read in pieces, since a header may promise more memory than there is; of what is more, a piece at most.
+    Read in pieces, since a header may promise more than there is memory for, and at most one piece beyond ``size``.
     """
     data = bytearray()
     while len(data) <= size and (chunk := stream.read(1 << 20)):

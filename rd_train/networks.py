@@ -358,7 +358,7 @@ def start_as_identity(network: Network, images: Tensor, noise: float) -> None:
     for index in range(network.stages):
         for block in network.stage_blocks(index):
             if not block.has_shortcut:
-                _pass_statistics(block, F.relu(x), noise)
+                _pass_statistics(block, x, noise)
             x = block(x)
     for module, mode in modes.items():
         module.training = mode

@@ -38,7 +38,8 @@ class Recipe:
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).
         width: Multiplier of all widths.
         init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
-        init_noise: Weight of the Kaiming noise in a dirac or identity initialisation.
+        init_noise: Weight of the Kaiming noise in a dirac or identity initialisation, in the kernel; where BN branches
+            pass the input on, it is the share of the convolution's own path. 0.3 there, else 0.1, when not given.
         reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1);
             when not given, identity if init is and the network starts from nothing else.
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
@@ -101,7 +102,7 @@ class Recipe:
     stem: Literal["imagenet", "small"] | None = None
     width: float = 1.0
     init: Literal["kaiming", "dirac", "identity"] = "identity"
-    init_noise: float = 0.3
+    init_noise: float | None = None
     reparam: Literal["none", "dirac", "identity", "branches"] | None = None
     method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
@@ -147,8 +148,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.reparam is None and self.start_weights is None:  # those have it from their network
-            own = self.init == "identity" and not self.warm_start and not self._residual
+            own = self.init == "identity" and not self._warm and not self._residual
             object.__setattr__(self, "reparam", "identity" if own else "none")
+        if self.init_noise is None:
+            beside = self.init == "identity" and self.reparam in ("identity", "branches")
+            object.__setattr__(self, "init_noise", 0.3 if beside else 0.1)
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if value is None and name in BY_METHOD:
@@ -171,7 +175,12 @@ class Recipe:
     @property
     def _residual(self) -> bool:
         """Whether the network has no plain blocks."""
-        return self.arch.startswith("resnet") and self.shortcuts in (None, "all")
+        return self.shortcuts == "all" or (self.shortcuts is None and self.arch.startswith("resnet"))
+
+    @property
+    def _warm(self) -> bool:
+        """Whether the network starts as its teacher."""
+        return self.warm_start and self.method != "ce"
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Combinations that make no sense: (whether this recipe has it, what to say)."""
@@ -196,7 +205,7 @@ class Recipe:
                 "sync_bn communicates within a step, which torch.compile cannot compile; use one of the two",
             ),
             (
-                self.warm_start and (joint or self.reparam not in ("none", None)),
+                self._warm and (joint or self.reparam not in ("none", None)),
                 "warm_start copies a trained teacher: it goes neither with teacher_mode=joint nor with reparam",
             ),
             (
@@ -217,8 +226,7 @@ class Recipe:
         no_kd = not (self.method == "kd" or rd)
         given = self.teacher_weights is not None or "/" in self.teacher
         no_teacher_phase = ce or self.teacher_mode == "joint" or given
-        warm, started = self.warm_start and not ce, self.start_weights is not None
-        residual = self._residual
+        warm, started, residual = self._warm, self.start_weights is not None, self._residual
         without = {
             "teacher": ce,
             "teacher_weights": ce,
@@ -247,7 +255,7 @@ class Recipe:
             "max_corrupt": self.data in IN_MEMORY,
         }
         defaults = {name: getattr(Recipe, name) for name in without}
-        defaults |= {"reparam": "none"}
+        defaults |= {"reparam": self.reparam if started else "none", "init_noise": 0.1}
         defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
         return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 

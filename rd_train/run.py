@@ -322,6 +322,7 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     print(
         f"network  {arch.name}: {plan['parameters']:,} parameters, {plan['macs_per_image']:,} MACs per image, "
         f"init {applied_init(arch, recipe)}"
+        + ("" if arch.reparam == "none" else f", reparam {arch.reparam} (folded at export)")
     )
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
     if recipe.start_weights is not None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from rd_deploy.common import UserError, atomic_path, check_file, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-COLOURS = {"resnet": "#555555", "plain": "#D55E00", "ours": "#0072B2", "published": "#CC79A7"}
+COLOURS = {"resnet": "#555555", "plain": "#D55E00", "ours": "#0072B2", "published": "#CC79A7", "start": "#009E73"}
 NAMES = {"resnet": "ResNet", "plain": "plain, cross-entropy", "ours": "plain, ours"}
-OTHER_COLOURS = ("#009E73", "#E69F00", "#56B4E9", "#000000")
+OTHER_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#9467BD", "#BCBD22")
 
 
 def read(path: Path | None, name: str) -> dict | None:

@@ -58,19 +58,16 @@ class Job:
         teacher = {"teacher_weights": str(self.teacher / "model.pt")} if self.teacher else {}
         return Recipe(**(preset_values(self.preset) | self.settings | teacher))
 
-    def described(self) -> dict:
-        """Preset and settings, without what says where it runs: by this a result is known to be this job's."""
-        settings = {name: value for name, value in self.settings.items() if name not in OF_THE_MACHINE}
-        return {"preset": self.preset, **settings}
-
     def trained(self) -> dict | None:
-        """What the complete run in the folder found, with the job's name and settings; None where there is none."""
+        """What the complete run in the folder found, with the job's name and its settings; None where there is none."""
         path = self.folder / "result.json"
         if not path.exists():
             return None
         found = json.loads(path.read_text(encoding="utf-8"))
         found = {key: value for key, value in found.items() if key != "teacher_weights"}
-        return {"name": self.name, **found, "settings": self.described()}
+        recipe = read_values(self.folder / "recipe.yaml")
+        settings = {name: value for name, value in recipe.items() if name not in OF_THE_MACHINE}
+        return {"name": self.name, **found, "settings": settings}
 
     def result(self) -> dict | None:
         """The earlier result, or else what the folder holds."""
@@ -85,15 +82,25 @@ class Job:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             return
-        theirs, ours = Recipe(**read_values(path)), self.recipe()
+        if difference := self.difference(read_values(path)):
+            name, found, wanted = difference
+            raise UserError(
+                f"{self.folder} holds a run with {name}={found}, and {self.name} now has {wanted}: "
+                "move the folder away, or give another --out"
+            )
+
+    def difference(self, settings: dict) -> tuple | None:
+        """The first setting in which a run was another one: its name, its value there, and what it is today.
+
+        Not what has no effect, says where a run is, or is settled by the machine (a precision of ``auto``, say).
+        """
+        theirs, ours = Recipe(**settings), self.recipe()
         inert = {*theirs.unused(), *ours.unused()}
         for name in [field.name for field in fields(Recipe) if field.name not in OF_THE_MACHINE]:
             found, wanted = getattr(theirs, name), getattr(ours, name)
-            if found != wanted and wanted not in (None, "auto") and name not in inert:  # those a run settles by itself
-                raise UserError(
-                    f"{self.folder} holds a run with {name}={found}, and {self.name} now has {wanted}: "
-                    "move the folder away, or give another --out"
-                )
+            if found != wanted and wanted not in (None, "auto") and name not in inert:
+                return name, found, wanted
+        return None
 
 
 @dataclass
@@ -121,6 +128,12 @@ def _start(job: Job) -> _Process | None:
     return _Process(job, process, lock)
 
 
+def to_train(jobs: list[Job]) -> list[Job]:
+    """Those without a result, and those whose earlier result is one of a teacher that these still need."""
+    teachers = {job.teacher for job in jobs if job.result() is None}
+    return [job for job in jobs if not job.trained() and (job.earlier is None or job.folder in teachers)]
+
+
 def run_all(
     jobs: list[Job],
     workers: int,
@@ -135,8 +148,7 @@ def run_all(
     """
     for job in jobs:
         job.check_folder()
-    teachers = {job.teacher for job in jobs if job.result() is None}
-    waiting = [job for job in jobs if not job.trained() and (job.earlier is None or job.folder in teachers)]
+    waiting = to_train(jobs)
     missing, running = {job.folder: "not begun" for job in waiting}, []
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     with told_to_stop() as told:
@@ -216,6 +228,7 @@ def parser_of(description: str, out: str, results: str, *, several: bool = True)
         parser.set_defaults(workers=1)
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of runs, with commas between them")
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
+    parser.set_defaults(earlier=[])
     return parser
 
 
@@ -231,7 +244,9 @@ def document(what: str, command: str, options: argparse.Namespace) -> dict:
     """A JSON's first part: what it holds and where it comes from."""
     return {
         "what": what,
-        "command": command + (f" --only {','.join(options.only)}" if options.only else ""),
+        "command": command
+        + (f" --only {','.join(options.only)}" if options.only else "")
+        + (f" --earlier {' '.join(path.name for path in options.earlier)}" if options.earlier else ""),
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "note": options.note,

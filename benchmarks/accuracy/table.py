@@ -22,14 +22,16 @@ ran), our method's paired differences, and what is still missing.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from experiments import NAMES, SEEDS, Experiment, check_names, experiments
-from runner import Job, check, document, parser_of, run_all
+from runner import Job, check, document, parser_of, run_all, to_train
 from summary import comparisons, summary
 
 from rd_deploy.common import UserError, check_file, run_command, write_json
+from rd_train.recipe import Recipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,18 +59,27 @@ def with_earlier(jobs: list[Job], files: list[Path]) -> list[Job]:
     """The jobs, each with the result that one of ``files`` (JSON of experiments) has of its name and settings."""
     found = {}
     for path in files:
-        text = check_file(path, "file of results", 16 << 20).read_text(encoding="utf-8")
+        text = check_file(path, "file of results", 16 << 20).read_bytes()
         try:
-            found |= {_key(each["name"], each["settings"]): each for each in json.loads(text)["results"]}
-        except (ValueError, KeyError, TypeError) as error:
+            document = json.loads(text)
+            origin = {key: document[key] for key in ("date", "commit", "machine")} | {"file": path.name}
+            for each in document["results"]:
+                found[each["name"], each["seed"]] = {"from": origin} | each
+                Recipe(**each["settings"])
+        except (ValueError, KeyError, TypeError, UserError) as error:
             raise UserError(
                 f"{path} has no results with their settings; --earlier takes what table.py wrote"
             ) from error
-    return [replace(job, earlier=found.get(_key(job.name, job.described()))) for job in jobs]
+    return [replace(job, earlier=_equal(job, found.get((job.name, job.seed)))) for job in jobs]
 
 
-def _key(name: str, settings: dict) -> str:
-    return json.dumps([name, settings], sort_keys=True)
+def _equal(job: Job, earlier: dict | None) -> dict | None:
+    """An earlier result, if it is of today's settings; else it is said why not, and there is none."""
+    difference = job.difference(earlier["settings"]) if earlier else None
+    if difference:
+        name, then, now = difference
+        print(f"{job.name}, seed {job.seed}: not taken from {earlier['from']['file']}: {name}={then}, now {now}")
+    return None if difference else earlier
 
 
 def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Path, str], options) -> dict:
@@ -80,10 +91,11 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         for job in experiment.jobs(tuple(sorted({*SEEDS, *options.seeds})), options.out)
         if job.folder not in found
     ]
+    teachers = {job.teacher for job in jobs}
     again = [
         {"name": job.name, "seed": job.seed, "earlier": job.earlier["test_accuracy"], "again": now["test_accuracy"]}
         for job in jobs
-        if job.earlier is not None and (now := job.trained()) is not None
+        if job.earlier is not None and job.folder in teachers and (now := job.trained()) is not None
     ]
     rows = summary(experiment, results)
     seeds = ",".join(map(str, options.seeds))
@@ -94,7 +106,6 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         **document(experiment.what, command, options),
         "complete": not lost,
         "missing": lost,
-        "earlier": [path.name for path in getattr(options, "earlier", [])],
         "trained_again": again,
         "rows": rows,
         "comparisons": comparisons(rows),
@@ -120,9 +131,11 @@ def say(found: dict) -> None:
         print(f"  missing: {each['name']}, seed {each['seed']}: {each['why']}")
 
 
-def state(job: Job) -> str:
-    """What is there of a run."""
-    return "earlier" if job.earlier else "complete" if job.result() else "begun" if job.begun() else "not begun"
+def state(job: Job, training: Sequence[Job] = ()) -> str:
+    """What is there of a run, of which `to_train` says whether it would be trained."""
+    if job.earlier:
+        return "earlier, trained again for its students" if job in training else "earlier"
+    return "complete" if job.trained() else "begun" if job.begun() else "not begun"
 
 
 def command() -> int:
@@ -145,7 +158,8 @@ def command() -> int:
     once = {job.folder: job for each in jobs.values() for job in each}
     once = sorted(once.values(), key=lambda job: not job.must)  # stable: those that decide first, of all experiments
     if options.list:
-        print("\n".join(f"{state(job):10} {job.folder}" for job in once))
+        training = to_train(once)
+        print("\n".join(f"{state(job, training):10} {job.folder}" for job in once))
         return 0
 
     def write(missing: dict[Path, str]) -> dict[str, dict]:

@@ -164,18 +164,28 @@ def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam
         torch.testing.assert_close(x[:, : block.passed], expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_noise_of_an_identity_start_is_that_of_the_main_path():
-    """Each channel that is passed on differs from it by ``noise`` times its deviation, to the sum of the paths."""
+@pytest.mark.parametrize("reparam", ["identity", "branches"])
+@pytest.mark.parametrize("name", ["plain20", "plain50"])
+def test_each_path_beside_an_identity_comes_with_the_noise_of_its_input(name, reparam):
+    """Of a channel that is passed on: each other path has ``noise`` times its deviation, strides and widenings too."""
     torch.manual_seed(0)
-    images = torch.randn(16, 3, 32, 32)
-    for reparam, paths in (("identity", 1), ("branches", 2)):
-        network = Network(parse_arch("plain20", width=0.25, reparam=reparam), "identity", init_noise=0.25)
-        start_as_identity(network, images, 0.25)
-        x, block = network.stem(images).relu(), network.layer1[0]
-        ratio = (block.train().layer(0, x) - x).var(dim=(0, 2, 3), correction=0) / x.var(dim=(0, 2, 3), correction=0)
-        assert ((ratio / 0.25**2).sqrt() < paths + 1e-3).all()
-        if paths == 1:
-            torch.testing.assert_close(ratio, torch.full_like(ratio, 0.25**2), rtol=1e-2, atol=0)
+    network = Network(parse_arch(name, width=1 / 8, reparam=reparam), "identity").double()
+    images = torch.randn(8, 3, 64, 64).double()
+    start_as_identity(network, images, 0.25)
+    x = network.train().stem(images)
+    for _, block in network.blocks():
+        inside = x
+        for number, (conv, bn) in enumerate(block.convs):
+            inside, side, passed = inside.relu(), block.sides[number], block.passed
+            stride = conv.stride[0]
+            deviation = inside[:, :passed, ::stride, ::stride].std(dim=(0, 2, 3), correction=0)
+            paths = [bn(conv(inside))] + ([side.pointwise(inside)] if side.pointwise is not None else [])
+            assert len(paths) == 1 + (reparam == "branches" and conv.kernel_size[0] > 1)
+            for path in paths:
+                found = path[:, :passed].std(dim=(0, 2, 3), correction=0)
+                torch.testing.assert_close(found, 0.25 * deviation, rtol=0.05, atol=0.01)
+            inside = block.layer(number, inside)
+        x = block(x)
 
 
 def test_an_identity_start_leaves_statistics_and_modes_of_a_fresh_network():

@@ -1,7 +1,7 @@
 """Recipes: presets, recipe files, and values that make no sense."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -145,22 +145,27 @@ def test_options_without_effect_are_named():
 
 
 @pytest.mark.parametrize(
-    ("values", "form"),
+    ("values", "form", "noise"),
     [
-        ({}, "identity"),
-        ({"init": "dirac"}, "none"),
-        ({"init": "kaiming"}, "none"),
-        ({"arch": "resnet20"}, "none"),
-        ({"arch": "resnet20", "shortcuts": "projection"}, "identity"),
-        ({"warm_start": True}, "none"),
-        ({"reparam": "none"}, "none"),
-        ({"init": "kaiming", "reparam": "identity"}, "identity"),
-        ({"start_weights": "x.pt", "method": "ce"}, None),  # that of its network
+        ({}, "identity", 0.3),
+        ({"init": "dirac"}, "none", 0.1),
+        ({"init": "kaiming"}, "none", 0.1),
+        ({"arch": "resnet20"}, "none", 0.1),
+        ({"shortcuts": "all"}, "none", 0.1),
+        ({"arch": "resnet20", "shortcuts": "projection"}, "identity", 0.3),
+        ({"warm_start": True}, "none", 0.1),
+        ({"warm_start": True, "method": "ce"}, "identity", 0.3),  # there is no teacher to start as
+        ({"reparam": "none"}, "none", 0.1),
+        ({"reparam": "branches", "init_noise": 0.2}, "branches", 0.2),
+        ({"init": "kaiming", "reparam": "identity"}, "identity", 0.1),
+        ({"start_weights": "x.pt", "method": "ce", "arch": "resnet20"}, None, 0.1),  # that of its network
     ],
 )
-def test_branches_come_with_the_identity_start(values, form):
-    assert Recipe(**values).reparam == form
-    assert "reparam" not in Recipe(**values).unused()
+def test_branches_come_with_the_identity_start(values, form, noise):
+    recipe = Recipe(**values)
+    assert (recipe.reparam, recipe.init_noise) == (form, noise)
+    assert not {"reparam", "init_noise"} & {*recipe.unused()}
+    assert replace(recipe) == recipe
 
 
 def test_options_that_presets_name_exist():
