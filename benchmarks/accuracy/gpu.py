@@ -163,15 +163,17 @@ def train_all(jobs: list[Job], minutes: float | None, finished) -> dict[Path, st
 
 @contextlib.contextmanager
 def _stopped_after(minutes: float | None) -> Iterator[None]:
-    """SIGTERM to this process when the time is over, unless it has left before, however."""
-    timer = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    if minutes is not None:
-        timer.start()
+    """SIGTERM to this process when the time is over; never after, when nobody may listen any more."""
+    if minutes is None:
+        yield
+        return
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        timer.join()  # it may be about to send it
 
 
 def _parser() -> argparse.ArgumentParser:

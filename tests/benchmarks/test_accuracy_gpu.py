@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from dataclasses import replace
 from itertools import product
@@ -15,6 +16,7 @@ from rd_deploy.common import Stopped, UserError
 from rd_train.augment import Augment
 from rd_train.checkpoint import load_checkpoint
 from rd_train.data import load_dataset
+from rd_train.recipe import dump_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"
 sys.path.append(str(FOLDER))  # as the script has it
@@ -94,6 +96,7 @@ def jobs_of(out: Path) -> list:
 
 def finish(job):
     job.folder.mkdir(parents=True)
+    (job.folder / "recipe.yaml").write_text(dump_yaml(job.recipe()), encoding="utf-8")
     (job.folder / "result.json").write_text(json.dumps({"test_accuracy": 0.5}), encoding="utf-8")
 
 
@@ -116,6 +119,20 @@ def test_the_time_limit_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "train", lambda job: finish(job) or gpu.time.sleep(0.3))
     missing = gpu.train_all(jobs_of(tmp_path), 0.001, lambda missing: None)
     assert len(missing) == 9
+
+
+def test_the_time_limit_never_comes_when_nobody_listens(tmp_path, monkeypatch):
+    """However slow its thread is: SIGTERM would end the process that has just finished."""
+    listened = []
+
+    def slow(number, sent):
+        gpu.time.sleep(0.5)
+        listened.append(callable(signal.getsignal(sent)))
+
+    monkeypatch.setattr(gpu.os, "kill", slow)
+    monkeypatch.setattr(gpu, "train", lambda job: finish(job) or gpu.time.sleep(0.1))
+    assert gpu.train_all(jobs_of(tmp_path)[:1], 0.0005, lambda missing: None) == {}
+    assert listened == [True]
 
 
 def test_a_loss_that_is_not_finite_costs_its_own_row_and_its_students(tmp_path, monkeypatch):

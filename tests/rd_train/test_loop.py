@@ -167,7 +167,9 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr("rd_train.run.stop_on_signals", lambda: contextlib.nullcontext(event))
 
 
-@pytest.mark.parametrize("recipe", [LEVERS, replace(RECIPE, method="rd", warm_start=True, epochs=2, ema=0.0)])
+@pytest.mark.parametrize(
+    "recipe", [LEVERS, replace(RECIPE, method="rd", warm_start=True, reparam="none", epochs=2, ema=0.0)]
+)
 def test_resume_is_bit_equal_with_every_lever(recipe, tmp_path, monkeypatch):
     result = run(recipe, tmp_path / "whole")
     stop_at(monkeypatch, 5)
@@ -182,7 +184,13 @@ def test_resume_is_bit_equal_with_every_lever(recipe, tmp_path, monkeypatch):
 
 def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterrupted, tmp_path):
     teacher = load_checkpoint(uninterrupted / "teacher.pt").state_dict
-    flags = {"method": "kd", "warm_start": True, "teacher_weights": str(uninterrupted / "teacher.pt"), "ema": 0.0}
+    flags = {
+        "method": "kd",
+        "warm_start": True,
+        "reparam": "none",
+        "teacher_weights": str(uninterrupted / "teacher.pt"),
+        "ema": 0.0,
+    }
     run(replace(RECIPE, lr=1e-12, epochs=1, **flags), tmp_path)
     kept = load_checkpoint(tmp_path / "model.pt")
     assert kept.arch == parse_arch("plain20", width=0.25, in_channels=1, classes=10)

@@ -61,7 +61,7 @@ def test_imagenets_shards(tmp_path):
 def test_batches_are_the_same_with_workers_and_wherever_they_start(tmp_path):
     write_shards(tmp_path)
     alone, shared = load(tmp_path), load(tmp_path, workers=2)
-    options = {"seed": 3, "epoch": 1, "train": True}
+    options = {"seed": 3, "epoch": 1}
     expected = list(batches(alone.train, 12, **options))
     found = list(batches(shared.train, 12, start=1, **options))
     shared.workers.close()
