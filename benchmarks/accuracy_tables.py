@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from committed import find, markdown, newest
 
-EXPERIMENTS = ("main", "full", "depth", "ablation", "bottleneck", "glyphs", "gpu")
+EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "plain", "start", "published", "ours")  # rows of the README's table
 OTHERS = {
     "resnet": "the ResNet",
@@ -61,16 +61,19 @@ def _cell(row: dict | None) -> str:
 
 
 def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
-    """What the pairs of seeds say, computed; nothing where there are fewer than two."""
+    """What the pairs of seeds say, computed; against other methods nothing where there are fewer than two."""
     lines = []
     for pair in document["comparisons"]:
-        if pair["against"] not in against or pair["interval"] is None:
+        lever = pair["against"] == "lever"
+        if pair["against"] not in (*against, "lever") or not pair["seeds"] or not (lever or pair["interval"]):
             continue
-        low, high = (100 * bound for bound in pair["interval"])
-        line = (
-            f"Depth {pair['depth']}, ours against {OTHERS[pair['against']]}: {100 * pair['mean']:+.2f} points, 95% "
-            f"interval {low:+.2f} to {high:+.2f} ({len(pair['seeds'])} pairs of seeds)."
-        )
+        between = f"{pair['label']} against ours" if lever else f"ours against {OTHERS[pair['against']]}"
+        line = f"Depth {pair['depth']}, {between}: {100 * pair['mean']:+.2f} points"
+        if pair["interval"]:
+            low, high = (100 * bound for bound in pair["interval"])
+            line += f", 95% interval {low:+.2f} to {high:+.2f} ({len(pair['seeds'])} pairs of seeds)."
+        else:
+            line += " (one seed)."
         lines.append(" ".join([line, *(_verdict(pair, name, holds) for name, holds in pair["holds"].items())]))
     return lines
 

@@ -40,8 +40,7 @@ class Recipe:
         init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
         init_noise: Weight of the Kaiming noise in a dirac or identity initialisation, in the kernel; where BN branches
             pass the input on, it is the share of the convolution's own path. 0.3 there, else 0.1, when not given.
-        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1);
-            when not given, identity if init is and the network starts from nothing else.
+        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
             timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
@@ -103,7 +102,7 @@ class Recipe:
     width: float = 1.0
     init: Literal["kaiming", "dirac", "identity"] = "identity"
     init_noise: float | None = None
-    reparam: Literal["none", "dirac", "identity", "branches"] | None = None
+    reparam: Literal["none", "dirac", "identity", "branches"] = "none"
     method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
     teacher_weights: str | None = None
@@ -147,12 +146,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reparam is None and self.start_weights is None:  # those have it from their network
-            own = self.init == "identity" and not self._warm and not self._residual
-            object.__setattr__(self, "reparam", "identity" if own else "none")
         if self.init_noise is None:
-            beside = self.init == "identity" and self.reparam in ("identity", "branches")
-            object.__setattr__(self, "init_noise", 0.3 if beside else 0.1)
+            object.__setattr__(self, "init_noise", self._default_noise)
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if value is None and name in BY_METHOD:
@@ -176,6 +171,11 @@ class Recipe:
     def _residual(self) -> bool:
         """Whether the network has no plain blocks."""
         return self.shortcuts == "all" or (self.shortcuts is None and self.arch.startswith("resnet"))
+
+    @property
+    def _default_noise(self) -> float:
+        """What `init_noise` is when not given: a weight in the kernel, or of a path beside the one that passes on."""
+        return 0.3 if self.init == "identity" and self.reparam in ("identity", "branches") else 0.1
 
     @property
     def _warm(self) -> bool:
@@ -205,7 +205,7 @@ class Recipe:
                 "sync_bn communicates within a step, which torch.compile cannot compile; use one of the two",
             ),
             (
-                self._warm and (joint or self.reparam not in ("none", None)),
+                self._warm and (joint or self.reparam != "none"),
                 "warm_start copies a trained teacher: it goes neither with teacher_mode=joint nor with reparam",
             ),
             (
@@ -255,7 +255,7 @@ class Recipe:
             "max_corrupt": self.data in IN_MEMORY,
         }
         defaults = {name: getattr(Recipe, name) for name in without}
-        defaults |= {"reparam": self.reparam if started else "none", "init_noise": 0.1}
+        defaults |= {"init_noise": self._default_noise}
         defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
         return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 

@@ -85,6 +85,7 @@ def t_interval(values: list[float], confidence: float = CONFIDENCE) -> list[floa
 def comparisons(rows: list[dict]) -> list[dict]:
     """Ours against the ResNet, plain training and the published method, at each depth, each with what it decides.
 
+    Of variants of ours (rows named after it, with a lever more or less): each against ours, as ``lever``.
     ``holds``: against the ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
     published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty.
     """
@@ -95,6 +96,8 @@ def comparisons(rows: list[dict]) -> list[dict]:
                 continue
             pair = paired(ours, other)
             found.append({**pair, "holds": _holds(pair)})
+        variants = [row for row in rows if row["name"].startswith(f"{ours['name']}-") and row["depth"] == ours["depth"]]
+        found += [{**paired(row, ours), "against": "lever", "label": row["label"], "holds": {}} for row in variants]
     return found
 
 

@@ -8,6 +8,7 @@
 main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
 full         the rows that decide, on all 55,000 training images
 ablation     our method with one lever out at a time, depth 56
+levers       our method with one lever more, depth 56: what was tried to make it better
 depth        20, 32, 44, 56, 110: ResNet, plain by cross-entropy, ours
 bottleneck   plain-50 at a quarter of its width, every row
 glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/accuracy/glyphs.py makes)

@@ -75,13 +75,13 @@ def call(monkeypatch, *arguments) -> int:
 def test_dry_run(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     flags = ["--dry", "--out", tmp_path / "runs", "--results", tmp_path / "gpu.json"]
-    flags += ["--only", "resnet18-dry,plain18-dry-ours"]
+    flags += ["--only", "resnet18-dry,plain18-dry-rd"]
     assert call(monkeypatch, *flags) == 0
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert (found["complete"], found["card"], len(found["results"])) == (False, "no GPU, a dry run", 4)
-    assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-ours"]
-    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-ours-n256-e1-s1" / "model.pt")
+    assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-rd"]
+    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-n256-e1-s1" / "model.pt")
     assert (checkpoint.arch.name, checkpoint.preprocessing.size) == ("plain18", 8)
     monkeypatch.setattr(gpu, "train", lambda job: pytest.fail("nothing is left to train"))
     assert call(monkeypatch, *flags) == 0
@@ -160,7 +160,7 @@ def test_what_a_gpu_would_run_is_valid_and_named_by_its_settings(tmp_path):
         for job in jobs:
             assert not job.recipe().unused(), job.name
     assert len(folders) == 4 * len(gpu.EVERY) * 3
-    assert Path("out/plain18-small-b256-ours-n55000-e100-s0") in folders
+    assert Path("out/plain18-small-b256-rd-n55000-e100-s0") in folders
     assert Path("out/resnet50-small-b256-set-2d711642-n55000-e100-s0") in folders  # SHA-256 of "x" begins like that
     (job,) = (job for job in jobs if job.name == "resnet18-small-b256")
     page = replace(job, settings=job.settings | {"train_limit": 55_000})

@@ -108,7 +108,7 @@ def test_an_unfinished_table_says_so(checkout):
     commit(checkout, results(missing=7))
     assert tables(checkout).returncode == 0
     text = (checkout / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    assert "**Unfinished: 7 of 66 runs are missing.** plain56-jointrd-options, seed 2 (not begun); " in text
+    assert "**Unfinished: 7 of 54 runs are missing.** plain56-jointrd-options, seed 2 (not begun); " in text
     assert text.count("; and 2 more.") == 1
 
 

@@ -167,9 +167,7 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr("rd_train.run.stop_on_signals", lambda: contextlib.nullcontext(event))
 
 
-@pytest.mark.parametrize(
-    "recipe", [LEVERS, replace(RECIPE, method="rd", warm_start=True, reparam="none", epochs=2, ema=0.0)]
-)
+@pytest.mark.parametrize("recipe", [LEVERS, replace(RECIPE, method="rd", warm_start=True, epochs=2, ema=0.0)])
 def test_resume_is_bit_equal_with_every_lever(recipe, tmp_path, monkeypatch):
     result = run(recipe, tmp_path / "whole")
     stop_at(monkeypatch, 5)
@@ -187,7 +185,6 @@ def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterr
     flags = {
         "method": "kd",
         "warm_start": True,
-        "reparam": "none",
         "teacher_weights": str(uninterrupted / "teacher.pt"),
         "ema": 0.0,
     }

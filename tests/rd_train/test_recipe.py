@@ -145,27 +145,30 @@ def test_options_without_effect_are_named():
 
 
 @pytest.mark.parametrize(
-    ("values", "form", "noise"),
+    ("values", "noise"),
     [
-        ({}, "identity", 0.3),
-        ({"init": "dirac"}, "none", 0.1),
-        ({"init": "kaiming"}, "none", 0.1),
-        ({"arch": "resnet20"}, "none", 0.1),
-        ({"shortcuts": "all"}, "none", 0.1),
-        ({"arch": "resnet20", "shortcuts": "projection"}, "identity", 0.3),
-        ({"warm_start": True}, "none", 0.1),
-        ({"warm_start": True, "method": "ce"}, "identity", 0.3),  # there is no teacher to start as
-        ({"reparam": "none"}, "none", 0.1),
-        ({"reparam": "branches", "init_noise": 0.2}, "branches", 0.2),
-        ({"init": "kaiming", "reparam": "identity"}, "identity", 0.1),
-        ({"start_weights": "x.pt", "method": "ce", "arch": "resnet20"}, None, 0.1),  # that of its network
+        ({}, 0.1),
+        ({"init": "dirac", "reparam": "identity"}, 0.1),
+        ({"reparam": "dirac"}, 0.1),
+        ({"reparam": "identity"}, 0.3),
+        ({"reparam": "branches"}, 0.3),
+        ({"reparam": "branches", "init_noise": 0.2}, 0.2),
+        ({"init": "kaiming", "reparam": "identity"}, 0.1),
+        ({"start_weights": "x.pt", "method": "ce"}, 0.1),
     ],
 )
-def test_branches_come_with_the_identity_start(values, form, noise):
+def test_the_noise_goes_by_what_it_is_added_to(values, noise):
     recipe = Recipe(**values)
-    assert (recipe.reparam, recipe.init_noise) == (form, noise)
-    assert not {"reparam", "init_noise"} & {*recipe.unused()}
+    assert recipe.init_noise == noise
+    assert "init_noise" not in recipe.unused()
     assert replace(recipe) == recipe
+
+
+def test_a_warm_start_goes_with_branches_only_where_there_is_none():
+    with pytest.raises(UserError, match="nor with reparam"):
+        Recipe(warm_start=True, reparam="identity")
+    assert Recipe(method="ce", warm_start=True, reparam="identity").unused() == ["warm_start"]
+    assert Recipe(shortcuts="all", reparam="identity").unused() == ["reparam"]
 
 
 def test_options_that_presets_name_exist():
