@@ -109,6 +109,11 @@ OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
 MORE = (
     Row("plain{}-rd-kd", "ours with logit distillation", {**OURS, "kd_weight": 0.5, "kd_temperature": 4.0}),
     Row("plain{}-rd-window1", "ours with splices to the end", {**OURS, "splice_window": 1.0}),
+    Row(
+        "plain{}-rd-warm-start",
+        "ours started as its teacher",
+        {"method": "rd", "warm_start": True, "warm_start_window": 0.7},
+    ),
     Row("plain{}-rd-branches", "ours with BN branches", {**OURS, "init_noise": 0.3, "reparam": "identity"}),
 )
 
