@@ -175,7 +175,8 @@ class Recipe:
     @property
     def _default_noise(self) -> float:
         """What `init_noise` is when not given: a weight in the kernel, or of a path beside the one that passes on."""
-        return 0.3 if self.init == "identity" and self.reparam in ("identity", "branches") else 0.1
+        beside = self.init == "identity" and self.reparam in ("identity", "branches") and self.start_weights is None
+        return 0.3 if beside else 0.1
 
     @property
     def _warm(self) -> bool:
