@@ -146,12 +146,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.init_noise is None:
-            object.__setattr__(self, "init_noise", self._default_noise)
+        settled = self._when_not_given()
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if value is None and name in BY_METHOD:
-                object.__setattr__(self, name, BY_METHOD[name][self.method == "rd"])
+            if value is None and name in settled:
+                object.__setattr__(self, name, settled[name])
             elif float in (annotation, *get_args(annotation)) and type(value) is int:  # YAML's 1 for 1.0
                 object.__setattr__(self, name, float(value))
             elif not _is_a(value, annotation):
@@ -167,16 +166,11 @@ class Recipe:
             if refused:
                 raise UserError(reason)
 
-    @property
-    def _residual(self) -> bool:
-        """Whether the network has no plain blocks."""
-        return self.shortcuts == "all" or (self.shortcuts is None and self.arch.startswith("resnet"))
-
-    @property
-    def _default_noise(self) -> float:
-        """What `init_noise` is when not given: a weight in the kernel, or of a path beside the one that passes on."""
+    def _when_not_given(self) -> dict:
+        """What entries become that others decide: by the method, and the noise by what it is added to."""
         beside = self.init == "identity" and self.reparam in ("identity", "branches") and self.start_weights is None
-        return 0.3 if beside else 0.1
+        by_method = {name: values[self.method == "rd"] for name, values in BY_METHOD.items()}
+        return by_method | {"init_noise": 0.3 if beside else 0.1}  # a path beside the one that passes on, or the kernel
 
     @property
     def _warm(self) -> bool:
@@ -227,7 +221,9 @@ class Recipe:
         no_kd = not (self.method == "kd" or rd)
         given = self.teacher_weights is not None or "/" in self.teacher
         no_teacher_phase = ce or self.teacher_mode == "joint" or given
-        warm, started, residual = self._warm, self.start_weights is not None, self._residual
+        warm, started = self._warm, self.start_weights is not None
+        # No plain blocks.
+        residual = self.shortcuts == "all" or (self.shortcuts is None and self.arch.startswith("resnet"))
         without = {
             "teacher": ce,
             "teacher_weights": ce,
@@ -255,9 +251,8 @@ class Recipe:
             "workers": self.data in IN_MEMORY,
             "max_corrupt": self.data in IN_MEMORY,
         }
-        defaults = {name: getattr(Recipe, name) for name in without}
-        defaults |= {"init_noise": self._default_noise}
-        defaults |= {name: values[self.method == "rd"] for name, values in BY_METHOD.items() if name in without}
+        settled = self._when_not_given()
+        defaults = {name: settled.get(name, getattr(Recipe, name)) for name in without}
         return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 
     def to_dict(self) -> dict:

@@ -98,8 +98,8 @@ PUBLISHED_OPTIONS = Row(
     "plain{}-jointrd-options",
     "plain, the published loss with Dirac start, batch statistics and recalibration",
     {
-        **{"method": "jointrd", "init": "dirac", "init_noise": 0.5, "teacher_bn": "batch"},
-        **{"feature_weight": 1.0, "feature_reduction": "mean", "recalibrate": 2000},
+        **{"method": "jointrd", "init": "dirac", "init_noise": 0.5, "feature_weight": 1.0, "feature_reduction": "mean"},
+        **{"teacher_bn": "batch", "recalibrate": 2000},
     },
 )
 OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")

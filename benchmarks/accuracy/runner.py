@@ -58,12 +58,15 @@ class Job:
         teacher = {"teacher_weights": str(self.teacher / "model.pt")} if self.teacher else {}
         return Recipe(**(preset_values(self.preset) | self.settings | teacher))
 
+    def complete(self) -> bool:
+        """Whether the folder holds the finished run."""
+        return (self.folder / "result.json").exists()
+
     def trained(self) -> dict | None:
         """What the complete run in the folder found, with the job's name and its settings; None where there is none."""
-        path = self.folder / "result.json"
-        if not path.exists():
+        if not self.complete():
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         found = {key: value for key, value in found.items() if key != "teacher_weights"}
         recipe = read_values(self.folder / "recipe.yaml")
         settings = {name: value for name, value in recipe.items() if name not in OF_THE_MACHINE}
@@ -130,8 +133,8 @@ def _start(job: Job) -> _Process | None:
 
 def to_train(jobs: list[Job]) -> list[Job]:
     """Those without a result, and those whose earlier result is one of a teacher that these still need."""
-    teachers = {job.teacher for job in jobs if job.result() is None}
-    return [job for job in jobs if not job.trained() and (job.earlier is None or job.folder in teachers)]
+    teachers = {job.teacher for job in jobs if not (job.earlier or job.complete())}
+    return [job for job in jobs if not job.complete() and (job.earlier is None or job.folder in teachers)]
 
 
 def run_all(

@@ -23,6 +23,7 @@ ran), our method's paired differences, and what is still missing.
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     parser.add_argument(
-        "--earlier", type=Path, nargs="+", default=[], metavar="JSON",
+        "--earlier", type=Path, nargs="+", metavar="JSON",
         help="results of these files count as they are, where their settings are those of today; "
         "teachers that are still needed are trained again",
     )  # fmt: skip
@@ -56,37 +57,47 @@ def results_path(template: Path, name: str) -> Path:
     return template.with_name(template.name.replace("NAME", name))
 
 
-def with_earlier(jobs: list[Job], files: list[Path]) -> list[Job]:
-    """The jobs, each with the result that one of ``files`` (JSON of experiments) has of its name and settings."""
-    found = {}
+def read_earlier(files: list[Path]) -> dict[tuple[str, int], list[dict]]:
+    """The results in ``files`` (JSON of experiments) by name and seed, which experiments of other sizes share."""
+    found = defaultdict(list)
     for path in files:
         text = check_file(path, "file of results", 16 << 20).read_bytes()
         try:
             document = json.loads(text)
             origin = {key: document[key] for key in ("date", "commit", "machine")} | {"file": path.name}
             for each in document["results"]:
-                found[each["name"], each["seed"]] = {"from": origin} | each
                 Recipe(**each["settings"])
+                found[each["name"], each["seed"]].append({"from": origin} | each)
         except (ValueError, KeyError, TypeError, UserError) as error:
             raise UserError(
                 f"{path} has no results with their settings; --earlier takes what table.py wrote"
             ) from error
-    return [replace(job, earlier=_equal(job, found.get((job.name, job.seed)))) for job in jobs]
+    return found
 
 
-def _equal(job: Job, earlier: dict | None) -> dict | None:
-    """An earlier result, if it is of today's settings; else it is said why not, and there is none."""
-    difference = job.difference(earlier["settings"]) if earlier else None
-    if difference:
+def with_earlier(jobs: list[Job], results: dict[tuple[str, int], list[dict]]) -> list[Job]:
+    """The jobs, each with the first of the earlier ``results`` that is of its name, seed and settings."""
+    return [replace(job, earlier=_equal(job, results.get((job.name, job.seed), []))) for job in jobs]
+
+
+def _equal(job: Job, results: list[dict]) -> dict | None:
+    """An earlier result of today's settings; else it is said why those that there are do not count."""
+    refused = []
+    for each in results:
+        difference = job.difference(each["settings"])
+        if difference is None:
+            return each
         name, then, now = difference
-        print(f"{job.name}, seed {job.seed}: not taken from {earlier['from']['file']}: {name}={then}, now {now}")
-    return None if difference else earlier
+        refused.append(f"{job.name}, seed {job.seed}: not taken from {each['from']['file']}: {name}={then}, now {now}")
+    if refused:
+        print("\n".join(refused))
+    return None
 
 
 def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Path, str], options) -> dict:
     """An experiment's JSON of ``jobs``; complete only with every row and seed of the experiment."""
-    results = [result for job in jobs if (result := job.result()) is not None]
-    found = {job.folder for job in jobs if job.result() is not None}
+    found = {job.folder: result for job in jobs if (result := job.result()) is not None}
+    results = list(found.values())
     lost = [
         {"name": job.name, "seed": job.seed, "why": missing.get(job.folder, "not begun")}
         for job in experiment.jobs(tuple(sorted({*SEEDS, *options.seeds})), options.out)
@@ -136,7 +147,7 @@ def state(job: Job, training: Sequence[Job] = ()) -> str:
     """What is there of a run, of which `to_train` says whether it would be trained."""
     if job.earlier:
         return "earlier, trained again for its students" if job in training else "earlier"
-    return "complete" if job.trained() else "begun" if job.begun() else "not begun"
+    return "complete" if job.complete() else "begun" if job.begun() else "not begun"
 
 
 def command() -> int:
@@ -152,8 +163,9 @@ def command() -> int:
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
     jobs = {name: each.jobs(options.seeds, options.out) for name, each in found.items()}
     check(parser, options, {job.name for each in jobs.values() for job in each})
+    earlier = read_earlier(options.earlier)
     jobs = {
-        name: with_earlier([job for job in each if job.name in (options.only or [job.name])], options.earlier)
+        name: with_earlier([job for job in each if job.name in (options.only or [job.name])], earlier)
         for name, each in jobs.items()
     }
     once = {job.folder: job for each in jobs.values() for job in each}

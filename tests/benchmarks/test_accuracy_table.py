@@ -265,7 +265,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     path.write_text(json.dumps(former))
     here = [replace(job, folder=tmp_path / "here" / job.folder.name) for job in jobs]
     here[2] = replace(here[2], teacher=here[0].folder)
-    known = table.with_earlier(here, [path])
+    known = table.with_earlier(here, table.read_earlier([path]))
     again = "earlier, trained again for its students"
     assert [table.state(job, runner.to_train(known)) for job in known] == [again, "earlier", "not begun"]
     assert runner.run_all(known[:2], 1) == {}  # there is nothing to train
@@ -284,14 +284,17 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert "in the table: resnet20 seed 0 +10.00." in said
     # A third machine keeps where each comes from; a run of other settings, given or by default, is not taken.
     (tmp_path / "third.json").write_text(json.dumps(found))
-    third = table.with_earlier(jobs, [tmp_path / "third.json"])
+    third = table.with_earlier(jobs, table.read_earlier([tmp_path / "third.json"]))
     assert [job.earlier["from"]["file"] for job in third] == ["depth.json", "depth.json", "third.json"]
     other = replace(here[1], settings={**here[1].settings, "lr": 0.05})
-    assert table.with_earlier([other], [path])[0].earlier is None
+    assert table.with_earlier([other], table.read_earlier([path]))[0].earlier is None
     assert "plain20-ce-kaiming, seed 0: not taken from depth.json: lr=0.1, now 0.05" in capsys.readouterr().out
     former["results"][0]["settings"]["momentum"] = 0.8
     path.write_text(json.dumps(former))
-    assert table.with_earlier(here[:1], [path])[0].earlier is None
+    # One of the same name in another file (of another size, say) hides none.
+    both = table.with_earlier(jobs[:1], table.read_earlier([tmp_path / "third.json", path]))
+    assert both[0].earlier["from"]["file"] == "depth.json"
+    assert table.with_earlier(here[:1], table.read_earlier([path]))[0].earlier is None
 
 
 ABOUT = '{"date": "", "commit": "", "machine": {}, "results": '
@@ -305,14 +308,14 @@ def test_earlier_results_without_their_settings_are_refused(text, tmp_path):
     path = tmp_path / "old.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="no results with their settings"):
-        table.with_earlier([], [path])
+        table.read_earlier([path])
 
 
 def test_committed_results_can_be_gone_on_with():
     """The ResNets' at least: what is ours may have changed since."""
     path = max((ROOT / "benchmarks" / "results").glob("*/*-accuracy-main.json"), key=lambda each: each.name)
     jobs = [job for job in EXPERIMENTS["main"].jobs(SEEDS, OUT) if job.name in ("resnet20", "resnet56")]
-    assert all(job.earlier for job in table.with_earlier(jobs, [path]))
+    assert all(job.earlier for job in table.with_earlier(jobs, table.read_earlier([path])))
 
 
 def test_no_time_means_no_training(fake):

@@ -148,7 +148,7 @@ RD = replace(EPOCH, method="rd", clip_norm=1.0, teacher_bn="batch", kd_weight=0.
 # BN by the whole batch: equal to one process.
 SYNCED = {
     "rd": replace(RD, sync_bn=True, recalibrate=60, audit=True),
-    "as by default": replace(RD, init="identity", init_noise=0.3, reparam="identity", sync_bn=True),
+    "with branches": replace(RD, init="identity", init_noise=0.3, reparam="identity", sync_bn=True),
     "jointrd": replace(EPOCH, method="jointrd", sync_bn=True, teacher_mode="joint", clip_norm=1.0),
 }
 # BN by each process's slice: equal to one process that forwards the slices one after the other.

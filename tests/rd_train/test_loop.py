@@ -182,12 +182,7 @@ def test_resume_is_bit_equal_with_every_lever(recipe, tmp_path, monkeypatch):
 
 def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterrupted, tmp_path):
     teacher = load_checkpoint(uninterrupted / "teacher.pt").state_dict
-    flags = {
-        "method": "kd",
-        "warm_start": True,
-        "teacher_weights": str(uninterrupted / "teacher.pt"),
-        "ema": 0.0,
-    }
+    flags = {"method": "kd", "warm_start": True, "teacher_weights": str(uninterrupted / "teacher.pt"), "ema": 0.0}
     run(replace(RECIPE, lr=1e-12, epochs=1, **flags), tmp_path)
     kept = load_checkpoint(tmp_path / "model.pt")
     assert kept.arch == parse_arch("plain20", width=0.25, in_channels=1, classes=10)
