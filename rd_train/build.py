@@ -135,15 +135,16 @@ def build_task(recipe: Recipe, student: Network, teacher: Network | None) -> nn.
     common = {"label_smoothing": recipe.label_smoothing}
     if recipe.method == "ce":
         return CrossEntropy(student, **common)
+    kd = {name: getattr(recipe, name) for name in ("kd_weight", "kd_temperature", "kd_start", "kd_probability")}
     if recipe.method == "kd":
-        return LogitDistillation(student, teacher, weight=recipe.kd_weight, temperature=recipe.kd_temperature, **common)
+        return LogitDistillation(student, teacher, **kd, **common)
     if recipe.method == "jointrd":
         own = {"train_teacher": recipe.teacher_mode == "joint"}
         own |= {"feature_weight": recipe.feature_weight, "feature_reduction": recipe.feature_reduction}
     else:
         probability = recipe.splice_probability if recipe.splices == "one" else None
         own = {"splice_probability": probability, "weights_sum_to_one": True, "feature_weight": 0.0}
-        own |= {"kd_weight": recipe.kd_weight, "kd_temperature": recipe.kd_temperature}
+        own |= kd
     return ResidualDistillation(
         student,
         teacher,

@@ -8,11 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rd_train.distill import CrossEntropy
+from rd_train.distill import MOMENTS, CrossEntropy
 from rd_train.networks import Arch, Network
-
-# Moments of training over which a step's cost is averaged, where kinds of step or image sizes change.
-MOMENTS = 100
 
 
 def macs_per_image(arch: Arch, size: int) -> int:

@@ -18,6 +18,7 @@ from rd_train.networks import Network
 from rd_train.schedules import cosine_decay
 
 TeacherBN = Literal["eval", "batch"]
+MOMENTS = 100  # of training, at which it is asked what kinds of step there are
 
 
 class CrossEntropy(nn.Module):
@@ -35,6 +36,11 @@ class CrossEntropy(nn.Module):
         """The kinds of step there can be at ``progress`` in [0, 1]: (probability, keywords of `forward`)."""
         return [(1.0, {})]
 
+    def kinds(self) -> list[dict]:
+        """Every kind of step that a training may have."""
+        found = [kind for moment in range(MOMENTS + 1) for _, kind in self.outcomes(moment / MOMENTS)]
+        return [kind for number, kind in enumerate(found) if kind not in found[:number]]
+
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict:
         logits = self.student(images)
         loss = self.ce(logits, labels)
@@ -42,12 +48,28 @@ class CrossEntropy(nn.Module):
 
 
 class _Distillation(CrossEntropy):
-    """A student with a teacher; a frozen teacher stays frozen and in evaluation mode, whatever `train` is told."""
+    """A student with a teacher; a frozen teacher stays frozen and in evaluation mode, whatever `train` is told.
+
+    ``kd_weight`` α > 0: in a step that distils, the student's own CE becomes (1 - α) CE + α T² KL(teacher || student)
+    on the same images (Hinton et al. 2015), T being ``kd_temperature``. From ``kd_start`` (in [0, 1], of training) on a
+    step distils with ``kd_probability``, before that none does; only those that do run the clean teacher for it.
+    """
 
     def __init__(
-        self, student: Network, teacher: Network, *, train_teacher: bool = False, label_smoothing: float = 0.0
+        self,
+        student: Network,
+        teacher: Network,
+        *,
+        train_teacher: bool = False,
+        kd_weight: float = 0.0,
+        kd_temperature: float = 4.0,
+        kd_start: float = 0.0,
+        kd_probability: float = 1.0,
+        label_smoothing: float = 0.0,
     ):
         super().__init__(student, label_smoothing=label_smoothing)
+        self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
+        self.kd_start, self.kd_probability = kd_start, kd_probability
         if teacher.arch.classes != student.arch.classes or teacher.arch.in_channels != student.arch.in_channels:
             raise UserError(
                 f"teacher {teacher.arch.name} has {teacher.arch.in_channels} input channels and {teacher.arch.classes} "
@@ -63,21 +85,37 @@ class _Distillation(CrossEntropy):
             self.teacher.eval()
         return self
 
+    def outcomes(self, progress: float) -> list[tuple[float, dict]]:
+        """Each kind of step with logit distillation and without, as far as there is one at ``progress``."""
+        kinds = super().outcomes(progress)
+        if self.kd_weight == 0:
+            return kinds
+        share = self.kd_probability if progress >= self.kd_start else 0.0
+        shares = [(probability, distils) for probability, distils in ((share, True), (1 - share, False)) if probability]
+        return [(p * share, kind | {"distils": distils}) for p, kind in kinds for share, distils in shares]
+
+    def label_loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, dict]:
+        """The student's own cross-entropy, distilled where there are logits of the teacher; and its terms."""
+        loss = ce = self.ce(logits, labels)
+        terms = {"ce": ce.detach()}
+        if teacher_logits is not None:
+            kd = logit_distillation(logits, teacher_logits, self.kd_temperature)
+            loss = (1 - self.kd_weight) * ce + self.kd_weight * kd
+            terms["kd"] = kd.detach()
+        return loss, terms
+
 
 class LogitDistillation(_Distillation):
-    """(1 - α) · CE + α · T² KL(teacher || student) with a frozen teacher (``kd``, Hinton et al. 2015)."""
+    """Logit distillation from a frozen teacher, of any architecture (``kd``)."""
 
-    def __init__(self, student: Network, teacher: Network, *, weight: float, temperature: float, **options):
-        super().__init__(student, teacher, **options)
-        self.weight, self.temperature = weight, temperature
-
-    def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict:
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
+    def forward(self, images: Tensor, labels: Tensor, progress: Tensor, distils: bool = True) -> dict:
+        teacher_logits = None
+        if distils and self.kd_weight > 0:
+            with torch.no_grad():
+                teacher_logits = self.teacher(images)
         logits = self.student(images)
-        ce, kd = self.ce(logits, labels), logit_distillation(logits, teacher_logits, self.temperature)
-        loss = (1 - self.weight) * ce + self.weight * kd
-        return {"loss": loss, "output": logits, "terms": {"ce": ce.detach(), "kd": kd.detach()}}
+        loss, terms = self.label_loss(logits, labels, teacher_logits)
+        return {"loss": loss, "output": logits, "terms": terms}
 
 
 class ResidualDistillation(_Distillation):
@@ -99,7 +137,7 @@ class ResidualDistillation(_Distillation):
     ``weights_sum_to_one`` divides by the (expected) sum of weights 1 + K m(t) instead of n: equal to n at m = 1, and
     the loss of the student alone where m has fallen to 0.
 
-    ``kd_weight`` α > 0 replaces CE(student) by (1 - α) CE + α T² KL(teacher || student), on the same images.
+    CE(student) is distilled by the teacher's logits where ``kd_weight`` says so.
 
     ``train_teacher``: the teacher also learns, by its own cross-entropy only. The splices run through `frozen_view`,
     so that no teacher weight ever receives a gradient from them and none is computed. ``teacher_bn``: BN of the
@@ -118,8 +156,6 @@ class ResidualDistillation(_Distillation):
         weights_sum_to_one: bool = False,
         feature_weight: float = 1.0,
         feature_reduction: Literal["mean", "sum"] = "mean",
-        kd_weight: float = 0.0,
-        kd_temperature: float = 4.0,
         teacher_bn: TeacherBN = "eval",
         **options,
     ):
@@ -128,7 +164,6 @@ class ResidualDistillation(_Distillation):
         self.splice_weight, self.splice_weight_end, self.splice_window = splice_weight, splice_weight_end, splice_window
         self.splice_probability, self.weights_sum_to_one = splice_probability, weights_sum_to_one
         self.feature_weight, self.feature_reduction = feature_weight, feature_reduction
-        self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
         self.splices = tuple(range(1, student.stages)) if splice_weight > 0 else ()
         branches = 1 + len(self.splices)
         channels = teacher.fc.in_features
@@ -142,7 +177,11 @@ class ResidualDistillation(_Distillation):
         return cosine_decay(progress, self.splice_weight, self.splice_weight_end, self.splice_window)
 
     def outcomes(self, progress: float) -> list[tuple[float, dict]]:
-        """All splices in every step, or one of them or none; none where they weigh nothing."""
+        """All splices in every step, or one of them or none; none where they weigh nothing; distilled or not."""
+        own = super().outcomes(progress)
+        return [(p * share, splices | kind) for p, splices in self._splice_outcomes(progress) for share, kind in own]
+
+    def _splice_outcomes(self, progress: float) -> list[tuple[float, dict]]:
         m = float(self.splice_decay(torch.tensor(progress, dtype=torch.float64)))
         if self.splice_probability is None or m == 0:
             return [(1.0, {"splices": self.splices if m else ()})]
@@ -150,10 +189,17 @@ class ResidualDistillation(_Distillation):
         each = [(one / len(self.splices), {"splices": (k,)}) for k in self.splices]
         return [(1 - one, {"splices": ()}), *each] if one > 0 else [(1.0, {"splices": ()})]
 
-    def forward(self, images: Tensor, labels: Tensor, progress: Tensor, splices: tuple[int, ...] | None = None) -> dict:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        progress: Tensor,
+        splices: tuple[int, ...] | None = None,
+        distils: bool = True,
+    ) -> dict:
         features = self.student.features(images)
         logits = self.student.head(features[-1])
-        clean = self._teacher(images, labels)
+        clean = self._teacher(images, labels, distils)
         loss, terms = self._own_loss(logits, features[-1], labels, clean)
         weight, whole = self._splice_weights(progress)
         for k in self.splices if splices is None else splices:
@@ -174,12 +220,7 @@ class ResidualDistillation(_Distillation):
 
     def _own_loss(self, logits: Tensor, final: Tensor, labels: Tensor, clean: dict) -> tuple[Tensor, dict]:
         """The loss of the student alone, and its terms."""
-        loss = ce = self.ce(logits, labels)
-        terms = {"ce": ce.detach()}
-        if self.kd_weight > 0:
-            kd = logit_distillation(logits, clean["logits"], self.kd_temperature)
-            loss = (1 - self.kd_weight) * ce + self.kd_weight * kd
-            terms["kd"] = kd.detach()
+        loss, terms = self.label_loss(logits, labels, clean.get("logits"))
         if self.feature_weight > 0:
             distance = self._distance(0, final, clean["final"])
             loss = loss + self.feature_weight * distance
@@ -200,15 +241,16 @@ class ResidualDistillation(_Distillation):
     # Not compiled: with a learning teacher in BN evaluation mode, Inductor mixes up the running statistics that this
     # forward updates with those the splices read, and the student's gradient is wrong (4% seen with torch 2.14).
     @torch.compiler.disable
-    def _teacher(self, images: Tensor, labels: Tensor) -> dict:
-        """What is needed of the clean teacher: final pre-activation and logits, detached; its loss if it learns."""
-        if self.feature_weight == 0 and self.kd_weight == 0 and not self.train_teacher:
+    def _teacher(self, images: Tensor, labels: Tensor, distils: bool = True) -> dict:
+        """What is needed of the clean teacher: final pre-activation, logits to distil from; its loss if it learns."""
+        distils = distils and self.kd_weight > 0
+        if self.feature_weight == 0 and not distils and not self.train_teacher:
             return {}
         with torch.set_grad_enabled(self.train_teacher):
             final = self.teacher.features(images)[-1]
-            logits = self.teacher.head(final) if self.train_teacher or self.kd_weight > 0 else None
+            logits = self.teacher.head(final) if self.train_teacher or distils else None
         ce = self.ce(logits, labels) if self.train_teacher else None
-        return {"final": final.detach(), "logits": logits, "ce": ce}
+        return {"final": final.detach(), "logits": logits if distils else None, "ce": ce}
 
     def gradient_paths(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The student's own loss and Σ_k of the splices' losses, unweighted, of one forward pass: for an audit."""

@@ -19,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rd_deploy.common import Stopped, UserError, one_line, run_command
 
-KINDS_LOOKED_AT = 100  # moments of training at which it is asked what kinds of step there are
-
 
 def launched() -> bool:
     """Whether torchrun started this process."""
@@ -250,14 +248,8 @@ def data_parallel(task: nn.Module, step: Callable[..., dict]) -> Callable[..., d
     """
     if world() == 1:
         return step
-    return DistributedDataParallel(_Trained(task, step), static_graph=has_one_kind_of_step(task))
-
-
-def has_one_kind_of_step(task: nn.Module) -> bool:
-    """Whether all steps have the same graph; where a splice is drawn or not, they have not."""
-    moments = [number / KINDS_LOOKED_AT for number in range(KINDS_LOOKED_AT + 1)]
-    kinds = [outcome for moment in moments for _, outcome in task.outcomes(moment)]
-    return all(kind == kinds[0] for kind in kinds)
+    # One graph in all steps, or not: where a splice is drawn or none, say.
+    return DistributedDataParallel(_Trained(task, step), static_graph=len(task.kinds()) == 1)
 
 
 class _Trained(nn.Module):

@@ -124,8 +124,7 @@ def _memory_of_a_step(take: Stepper, meta: nn.Module, images: Tensor, labels: Te
     A step before it allocates the momentum, and lets libraries choose their kernels.
     """
     context, size = take.context, take.context.dataset.preprocessing.size
-    kinds = [kind for _, kind in take.task.outcomes(0.0)]
-    kind = max(kinds, key=lambda kind: step_macs(meta, size, **kind))
+    kind = max(take.task.kinds(), key=lambda kind: step_macs(meta, size, **kind))
 
     def step() -> None:
         take(0, images, labels.to(context.device), size=size, kind=kind)

@@ -152,8 +152,8 @@ class Stepper:
         with _explained_compilation(recipe):
             result["loss"].backward()
         if recipe.clip_norm:
-            for parameters in self.networks:
-                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            norms = [nn.utils.clip_grad_norm_(parameters, recipe.clip_norm) for parameters in self.networks]
+            result["terms"]["gradient_norm"] = norms[0]  # the student's, before it is clipped
         self.optimizer.step()
         if self.averaged is not None:
             self.averaged.update_parameters(task.student)

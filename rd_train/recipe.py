@@ -60,6 +60,8 @@ class Recipe:
         feature_reduction: mean over C, H, W (one weight for all sizes) or sum (the paper's: 1e-4 at 224, 1e-3 at 32).
         kd_weight: Weight of the logit distillation against the cross-entropy (kd: 0.5, rd: 0 when not given).
         kd_temperature: Temperature of the logit distillation.
+        kd_start: Fraction of training after which the logit distillation begins.
+        kd_probability: Share of the steps from then on with logit distillation (the cheaper, the fewer).
         mixup: Beta parameter of mixup; 0 is none. The teacher sees the same mixed images.
         cutmix: Beta parameter of CutMix; 0 is none. With both, each batch has one of them.
         resize_start: Size of the first training images as a share of the full size; 1 is full size all along.
@@ -120,6 +122,8 @@ class Recipe:
     feature_reduction: Literal["mean", "sum"] = "mean"
     kd_weight: float | None = None
     kd_temperature: float = 4.0
+    kd_start: float = 0.0
+    kd_probability: float = 1.0
     mixup: float = 0.0
     cutmix: float = 0.0
     resize_start: float = 1.0
@@ -240,7 +244,7 @@ class Recipe:
             "feature_weight": not jointrd,
             "feature_reduction": not jointrd or self.feature_weight == 0,
             "kd_weight": no_kd,
-            "kd_temperature": no_kd or self.kd_weight == 0,
+            **dict.fromkeys(("kd_temperature", "kd_start", "kd_probability"), no_kd or self.kd_weight == 0),
             "resize_window": self.resize_start == 1,
             "audit": no_splices,
             "init": warm or started or residual,
@@ -314,6 +318,8 @@ BOUNDS = {
     "recalibrate": (0, 10**9),
     "kd_weight": (0, 1),
     "kd_temperature": (1e-3, 1e6),
+    "kd_start": (0, 0.95),
+    "kd_probability": (1e-6, 1),
     "epochs": (1, 10**6),
     "batch_size": (2, 10**6),  # BN needs batch statistics
     "lr": (1e-12, 1e6),

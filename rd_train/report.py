@@ -16,7 +16,7 @@ from rd_train.recipe import Recipe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "seconds", "val_loss", "corrupt_images"}
+NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "seconds", "val_loss", "corrupt_images", "gradient_norm"}
 NOT_TERMS |= {"images_per_second", "loader_images_per_second", "model_images_per_second"}
 
 

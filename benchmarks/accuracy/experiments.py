@@ -41,7 +41,7 @@ NEUTRAL = {
 }
 # Settings of a lever that are none themselves.
 PARAMETERS = {
-    *("init_noise", "splice_window", "splice_probability", "kd_temperature"),
+    *("init_noise", "splice_window", "splice_probability", "kd_temperature", "kd_start", "kd_probability"),
     *("warm_start_window", "resize_window", "method"),
 }
 
@@ -105,14 +105,16 @@ PUBLISHED_OPTIONS = Row(
 OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
 
 
+WARM = {"method": "rd", "warm_start": True, "warm_start_window": 0.7}
 # What might make it better, one lever more at a time.
 MORE = (
     Row("plain{}-rd-kd", "ours with logit distillation", {**OURS, "kd_weight": 0.5, "kd_temperature": 4.0}),
     Row("plain{}-rd-window1", "ours with splices to the end", {**OURS, "splice_window": 1.0}),
+    Row("plain{}-rd-warm-start", "ours started as its teacher", WARM),
     Row(
-        "plain{}-rd-warm-start",
-        "ours started as its teacher",
-        {"method": "rd", "warm_start": True, "warm_start_window": 0.7},
+        "plain{}-rd-warm-kd",
+        "ours started as its teacher, then logit distillation in half of the steps",
+        {**WARM, "kd_weight": 0.5, "kd_temperature": 4.0, "kd_start": 0.5, "kd_probability": 0.5},
     ),
     Row("plain{}-rd-branches", "ours with BN branches", {**OURS, "init_noise": 0.3, "reparam": "identity"}),
 )

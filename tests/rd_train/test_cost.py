@@ -33,7 +33,7 @@ def test_ordinary_training_costs_three_forwards_but_for_the_gradient_of_the_imag
 
 
 def test_a_clean_teacher_forward_costs_a_third():
-    task = on_meta(lambda s, t: LogitDistillation(s, t, weight=0.5, temperature=4.0), "plain50", "resnet50")
+    task = on_meta(lambda s, t: LogitDistillation(s, t, kd_weight=0.5, kd_temperature=4.0), "plain50", "resnet50")
     assert relative_cost(task, 224) == pytest.approx(1.34, abs=0.04)
 
 
@@ -73,6 +73,13 @@ def test_a_random_splice_costs_what_its_kinds_of_step_cost_by_their_probability(
     expected = 0.85 * parts[0] + 0.05 * sum(parts[1:])
     assert mean_step_macs(ours, 64) == pytest.approx(expected, rel=1e-9)
     assert step_macs(ours, 64) == parts[0] + sum(part - parts[0] for part in parts[1:])
+
+
+def test_logit_distillation_costs_a_teacher_forward_in_the_steps_that_have_it():
+    options = {"kd_weight": 0.5, "kd_start": 0.5, "kd_probability": 0.3}
+    task = on_meta(partial(LogitDistillation, **options), "plain18", "resnet18")
+    expected = step_macs(on_meta(CrossEntropy, "plain18"), 64) + 0.15 * macs_per_image(task.teacher.arch, 64)
+    assert mean_step_macs(task, 64) == pytest.approx(expected, rel=1e-9)
 
 
 def test_smaller_images_cost_less():

@@ -244,7 +244,7 @@ def test_no_part_of_the_teacher_is_saved_twice():
 
 def test_kd_mixes_its_terms_and_leaves_the_teacher_alone():
     student, teacher = tiny("plain20", 1), tiny("resnet20", 2)
-    result = LogitDistillation(student, teacher, weight=0.3, temperature=2.0).train()(*batch(), PROGRESS)
+    result = LogitDistillation(student, teacher, kd_weight=0.3, kd_temperature=2.0).train()(*batch(), PROGRESS)
     terms = result["terms"]
     assert float(result["loss"].detach()) == pytest.approx(0.7 * float(terms["ce"]) + 0.3 * float(terms["kd"]))
     result["loss"].backward()
@@ -256,7 +256,7 @@ def test_teachers_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="same family and width"):
         ResidualDistillation(student, Network(parse_arch("resnet20", width=1 / 8, in_channels=1, classes=3)))
     with pytest.raises(UserError, match="must agree"):
-        LogitDistillation(student, Network(parse_arch("resnet20", classes=3)), weight=0.5, temperature=1.0)
+        LogitDistillation(student, Network(parse_arch("resnet20", classes=3)), kd_weight=0.5, kd_temperature=1.0)
     deeper = Network(parse_arch("resnet56", width=1 / 16, in_channels=1, classes=3))
     ResidualDistillation(student, deeper)  # a better teacher of the same shape is welcome
 
@@ -325,7 +325,7 @@ def test_the_clean_teacher_runs_only_when_it_is_needed():
 def test_logit_distillation_joins_the_students_own_loss():
     options = {"splice_weight": 0.0, "splice_weight_end": 0.0, "feature_weight": 0.0, "kd_weight": 0.3}
     ours = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), kd_temperature=2.0, **options)
-    kd = LogitDistillation(tiny("plain20", 1), tiny("resnet20", 2), weight=0.3, temperature=2.0)
+    kd = LogitDistillation(tiny("plain20", 1), tiny("resnet20", 2), kd_weight=0.3, kd_temperature=2.0)
     for mine, other in zip(gradients_of(ours, {}), gradients_of(kd, {}), strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -338,3 +338,31 @@ def test_probabilities_of_one_class_are_that_class():
         for targets in (labels, nn.functional.one_hot(labels, 3).double())
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["kd", "rd"])
+def test_logit_distillation_begins_at_its_start_and_is_drawn_by_its_probability(method):
+    options = {"kd_weight": 0.5, "kd_start": 0.4, "kd_probability": 0.3}
+    if method == "kd":
+        task = LogitDistillation(tiny("plain20", 1), tiny("resnet20", 2), **options)
+    else:
+        own = {"splice_probability": 0.6, "splice_weight_end": 0.0, "feature_weight": 0.0}
+        task = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), **own, **options)
+
+    def share(progress):
+        return sum(p for p, outcome in task.outcomes(progress) if outcome["distils"])
+
+    assert [share(0.0), share(0.39), share(0.4), share(1.0)] == pytest.approx([0.0, 0.0, 0.3, 0.3])
+    assert sum(p for p, _ in task.outcomes(0.45)) == pytest.approx(1)
+    assert len(task.kinds()) == (2 if method == "kd" else 6)  # none or either of two splices, distilled or not
+    calls = []
+    task.teacher.conv1.register_forward_hook(lambda *_: calls.append(1))
+    without = gradients_of(task, task.kinds()[0])
+    assert not calls
+    ordinary = CrossEntropy(tiny("plain20", 1))
+    if method == "kd":
+        for mine, other in zip(without, gradients_of(ordinary, {}), strict=True):
+            torch.testing.assert_close(mine, other)
+    assert not task.kinds()[0]["distils"]
+    gradients_of(task, {"distils": True})
+    assert len(calls) == 1

@@ -314,7 +314,7 @@ def test_bn_of_all_processes_is_bn_of_the_whole_batch(tmp_path):
 )
 def test_the_graph_is_static_where_all_steps_are_of_one_kind(options, static):
     recipe = replace(SMALL, **options)
-    assert distributed.has_one_kind_of_step(meta_task(recipe, student_arch(recipe, 1, 10))) == static
+    assert (len(meta_task(recipe, student_arch(recipe, 1, 10)).kinds()) == 1) == static
 
 
 def agreements(folder: Path) -> int:
