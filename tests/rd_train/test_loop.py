@@ -1,7 +1,9 @@
 """Interruption and resume, bit by bit, with real signals to real processes; divergence; evaluation weights."""
 
 import contextlib
+import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,8 +18,9 @@ import torch
 
 from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import load_checkpoint
-from rd_train.data import Meter
-from rd_train.loop import _bottleneck, _Clock
+from rd_train.data import Meter, batches, load_dataset
+from rd_train.distill import CrossEntropy
+from rd_train.loop import Context, Stepper, _bottleneck, _Clock
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
@@ -191,6 +194,22 @@ def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterr
     assert all(torch.allclose(kept.state_dict[name], teacher[name], atol=1e-6) for name in weights)
     with pytest.raises(UserError, match="must be the ResNet of the plain plain32"):
         run(replace(RECIPE, arch="plain32", **flags), tmp_path / "other")
+
+
+def test_the_norm_of_the_gradient_is_that_before_clipping(tmp_path):
+    recipe = replace(RECIPE, method="ce", ema=0.0, clip_norm=0.01)
+    dataset = load_dataset("digits", limit=200)
+    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
+    torch.manual_seed(0)
+    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10)).train()
+    other = copy.deepcopy(network).double()
+    torch.nn.functional.cross_entropy(other(images.double()), labels).backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in other.parameters()))
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    step = Stepper(CrossEntropy(network), 1, context)(0, images, labels)
+    assert float(step.result["terms"]["gradient_norm"]) == pytest.approx(norm, rel=1e-3)
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in network.parameters()))
+    assert clipped == pytest.approx(0.01, rel=1e-3)
 
 
 def test_on_a_gpu_steps_are_timed_by_its_own_clock(monkeypatch):
