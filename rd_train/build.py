@@ -162,17 +162,3 @@ def meta_task(recipe: Recipe, student: Arch, teacher: Arch | None = None) -> nn.
     with torch.device("meta"):
         network = Network(teacher or teacher_arch(recipe, student)) if needs_teacher(recipe) else None
         return build_task(recipe, build_student(recipe, student, network), network)
-
-
-def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD:
-    """SGD with Nesterov momentum over the task's trainable parameters; BN and biases undecayed unless asked for."""
-    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim > 1 or recipe.decay_bn_bias]
-    others = [parameter for parameter in trained if not (parameter.ndim > 1 or recipe.decay_bn_bias)]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-    )

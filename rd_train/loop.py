@@ -24,12 +24,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rd_deploy.common import Stopped, UserError, require, write_text
 from rd_train import distributed
 from rd_train.audit import gradient_audit
-from rd_train.build import build_optimizer, sizes_of
+from rd_train.build import sizes_of
 from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
 from rd_train.data import Dataset, Meter, batches, derive_seed, steps_per_epoch
 from rd_train.evaluation import evaluate, predict, recalibrated
 from rd_train.live import View
 from rd_train.networks import Network, deployed_state, set_fading
+from rd_train.optimizers import build_optimizer
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
 from rd_train.vary import mixed, resized
@@ -136,9 +137,10 @@ class Stepper:
         ``size`` and ``kind`` (an outcome of the task) are those of the step unless given.
         """
         context, recipe, task = self.context, self.context.recipe, self.task
-        rate = learning_rate(number, self.total, peak=recipe.lr, kind=recipe.schedule, warmup=self.warmup)
+        schedule = {"kind": recipe.schedule, "warmup": self.warmup}
+        rate = learning_rate(number, self.total, peak=recipe.lr, **schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(number, self.total, peak=group["initial_lr"], **schedule)
         done = number / self.total
         size = size or self.size_at(done)
         generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, number))

@@ -70,8 +70,11 @@ class Recipe:
         audit: Log and draw, per stage, gradients of the plain and of the teacher path once an epoch.
         epochs: Passes over the training split.
         batch_size: Images per step, of all processes together.
-        lr: Peak learning rate of SGD with Nesterov momentum.
-        momentum: Momentum.
+        optimizer: sgd (with Nesterov momentum), or muon for the kernels of convolutions and sgd for the rest.
+        lr: Peak learning rate of SGD.
+        momentum: Momentum, of Muon too.
+        muon_lr: Peak learning rate of Muon.
+        muon_decay: Decoupled weight decay of Muon: a step shrinks kernels by learning rate times decay.
         weight_decay: L2 penalty.
         decay_bn_bias: Apply weight decay to BN parameters and biases too.
         schedule: cosine, or step (times 0.1 at 50% and 75%).
@@ -132,8 +135,11 @@ class Recipe:
     audit: bool = False
     epochs: int = 10
     batch_size: int = 128
+    optimizer: Literal["sgd", "muon"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
+    muon_lr: float = 0.004
+    muon_decay: float = 0.1
     weight_decay: float = 5e-4
     decay_bn_bias: bool = False
     schedule: Literal["cosine", "step"] = "cosine"
@@ -246,6 +252,7 @@ class Recipe:
             "kd_weight": no_kd,
             **dict.fromkeys(("kd_temperature", "kd_start", "kd_probability"), no_kd or self.kd_weight == 0),
             "resize_window": self.resize_start == 1,
+            **dict.fromkeys(("muon_lr", "muon_decay"), self.optimizer == "sgd"),
             "audit": no_splices,
             "init": warm or started or residual,
             "init_noise": self.init == "kaiming" or warm or started or residual,
@@ -324,6 +331,8 @@ BOUNDS = {
     "batch_size": (2, 10**6),  # BN needs batch statistics
     "lr": (1e-12, 1e6),
     "momentum": (0, 0.9999),
+    "muon_lr": (1e-12, 1e3),
+    "muon_decay": (0, 1e3),
     "weight_decay": (0, 1e3),
     "warmup_epochs": (0, 10**6),
     "label_smoothing": (0, 0.9999),

@@ -38,11 +38,12 @@ NEUTRAL = {
     "recalibrate": 0,
     "label_smoothing": 0.0,
     "ema": 0.0,
+    "optimizer": "sgd",
 }
 # Settings of a lever that are none themselves.
 PARAMETERS = {
     *("init_noise", "splice_window", "splice_probability", "kd_temperature", "kd_start", "kd_probability"),
-    *("warm_start_window", "resize_window", "method"),
+    *("warm_start_window", "resize_window", "method", "muon_lr", "muon_decay"),
 }
 
 
@@ -68,8 +69,10 @@ class Row:
         return self.settings["method"] != "ce"
 
 
+MUON = {"optimizer": "muon", "muon_lr": 0.004, "muon_decay": 0.1}
 KD = {"method": "kd", "kd_weight": 0.5, "kd_temperature": 4.0}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
+RESNET_MUON = Row("resnet{}-muon", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON})
 RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
 PLAIN = Row(
     "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
@@ -109,6 +112,7 @@ WARM = {"method": "rd", "warm_start": True, "warm_start_window": 0.7}
 # What might make it better, one lever more at a time.
 MORE = (
     Row("plain{}-rd-kd", "ours with logit distillation", {**OURS, "kd_weight": 0.5, "kd_temperature": 4.0}),
+    Row("plain{}-rd-muon", "ours by Muon", {**OURS, **MUON}),
     Row("plain{}-rd-window1", "ours with splices to the end", {**OURS, "splice_window": 1.0}),
     Row("plain{}-rd-warm-start", "ours started as its teacher", WARM),
     Row(
@@ -219,7 +223,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
             train_images=55_000,
         ),
         "ablation": Experiment(f"{SUBSET}; ours with one lever out", (RESNET, OUR_ROW, *ablations()), (56,)),
-        "levers": Experiment(f"{SUBSET}; ours with one lever more", (RESNET, OUR_ROW, *MORE), (56,)),
+        "levers": Experiment(f"{SUBSET}; ours with one lever more", (RESNET, RESNET_MUON, OUR_ROW, *MORE), (56,)),
         "depth": Experiment(f"{SUBSET}; by depth", (RESNET, PLAIN, OUR_ROW), (20, 32, 44, 56, 110)),
         "bottleneck": Experiment(
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",

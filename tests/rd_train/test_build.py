@@ -6,9 +6,8 @@ import torchvision
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.build import build_optimizer, load_teacher, meta_task, student_arch, teacher_arch
+from rd_train.build import load_teacher, meta_task, student_arch, teacher_arch
 from rd_train.checkpoint import Checkpoint, save_checkpoint
-from rd_train.distill import CrossEntropy
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 
@@ -73,13 +72,3 @@ def test_ours_is_the_papers_loss_unless_one_splice_is_drawn():
     assert (ours.feature_weight, ours.kd_weight, theirs.kd_weight) == (0, 0, 0)
     assert ours._view[0].bn1.running_mean is None  # batch statistics
     assert theirs._view[0].bn1.running_mean is not None
-
-
-@pytest.mark.parametrize("decay_all", [False, True])
-def test_weight_decay_spares_bn_and_biases_unless_asked(decay_all):
-    network = Network(ARCH)
-    optimizer = build_optimizer(Recipe(decay_bn_bias=decay_all, weight_decay=0.01), CrossEntropy(network))
-    decayed = sum(p.numel() for group in optimizer.param_groups if group["weight_decay"] for p in group["params"])
-    total = sum(p.numel() for p in network.parameters())
-    matrices = sum(p.numel() for p in network.parameters() if p.ndim > 1)
-    assert decayed == (total if decay_all else matrices)

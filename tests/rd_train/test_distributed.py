@@ -23,11 +23,12 @@ from torch import nn
 from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError
 from rd_train import distributed
-from rd_train.build import build_optimizer, build_task, meta_task, student_arch, teacher_arch
+from rd_train.build import build_task, meta_task, student_arch, teacher_arch
 from rd_train.checkpoint import load_checkpoint
 from rd_train.data import batches, derive_seed, load_dataset
 from rd_train.loop import STEP_SEED
 from rd_train.networks import Network
+from rd_train.optimizers import build_optimizer
 from rd_train.recipe import Recipe
 from rd_train.run import run, settle
 from rd_train.schedules import learning_rate

@@ -170,7 +170,11 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr("rd_train.run.stop_on_signals", lambda: contextlib.nullcontext(event))
 
 
-@pytest.mark.parametrize("recipe", [LEVERS, replace(RECIPE, method="rd", warm_start=True, epochs=2, ema=0.0)])
+KD = {"kd_weight": 0.5, "kd_start": 0.3, "kd_probability": 0.5}
+WARM = replace(RECIPE, method="rd", warm_start=True, epochs=2, ema=0.0, optimizer="muon", **KD)
+
+
+@pytest.mark.parametrize("recipe", [LEVERS, WARM])
 def test_resume_is_bit_equal_with_every_lever(recipe, tmp_path, monkeypatch):
     result = run(recipe, tmp_path / "whole")
     stop_at(monkeypatch, 5)
