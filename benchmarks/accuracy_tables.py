@@ -5,9 +5,10 @@ from collections.abc import Callable
 from committed import find, markdown, newest
 
 EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "bottleneck", "glyphs", "gpu")
-SHORT = ("resnet", "plain", "start", "published", "ours")  # rows of the README's table
+SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "ours")  # rows of the README's table
 OTHERS = {
     "resnet": "the ResNet",
+    "resnet-muon": "the ResNet by Muon",
     "plain": "plain cross-entropy",
     "start": "cross-entropy from the same start",
     "published": "the published loss",
@@ -18,7 +19,7 @@ def short() -> str:
     """The README's table: the rows that decide of the main experiment."""
     document = newest("*-accuracy-main.json")
     rows = [row for row in document["rows"] if row["key"] in SHORT]
-    verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "published")))
+    verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "published")))
     return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document)) if part)
 
 
@@ -67,7 +68,7 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
         lever = pair["against"] == "lever"
         if pair["against"] not in (*against, "lever") or not pair["seeds"] or not (lever or pair["interval"]):
             continue
-        between = f"{pair['label']} against ours" if lever else f"ours against {OTHERS[pair['against']]}"
+        between = f"{pair['label']} against {pair['base']}" if lever else f"ours against {OTHERS[pair['against']]}"
         line = f"Depth {pair['depth']}, {between}: {100 * pair['mean']:+.2f} points"
         if pair["interval"]:
             low, high = (100 * bound for bound in pair["interval"])
@@ -79,16 +80,13 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
 
 
 def _verdict(pair: dict, name: str, holds: bool) -> str:
-    asked = {
-        ("resnet", "goal"): "at least the ResNet's mean",
-        ("resnet", "must"): "at most 0.3 points below it",
-        ("published", "must"): "above it by more than the seeds spread",
-    }[pair["against"], name]
-    spread = f" ({100 * pair['spread']:.2f})" if pair["against"] == "published" else ""
-    bound = {"goal": 0.0, "must": -0.003}[name] if pair["against"] == "resnet" else pair["spread"]
+    if pair["against"] == "published":
+        asked, bound = f"above it by more than the seeds spread ({100 * pair['spread']:.2f})", pair["spread"]
+    else:
+        asked, bound = {"goal": ("at least its mean", 0.0), "must": ("at most 0.3 points below it", -0.003)}[name]
     low, high = pair["interval"]
     doubt = "" if (low >= bound if holds else high < bound) else ", though the interval does not exclude the opposite"
-    return f"{name.capitalize()}, {asked}{spread}: {'reached' if holds else '**missed**'} in the mean{doubt}."
+    return f"{name.capitalize()}, {asked}: {'reached' if holds else '**missed**'} in the mean{doubt}."
 
 
 def _unfinished(document: dict) -> str:

@@ -70,7 +70,8 @@ class Recipe:
         audit: Log and draw, per stage, gradients of the plain and of the teacher path once an epoch.
         epochs: Passes over the training split.
         batch_size: Images per step, of all processes together.
-        optimizer: sgd (with Nesterov momentum), or muon for the kernels of convolutions and sgd for the rest.
+        optimizer: sgd (Nesterov's momentum), or muon for the kernels of convolutions and sgd for the rest; muon in rd,
+            else sgd.
         lr: Peak learning rate of SGD.
         momentum: Momentum, of Muon too.
         muon_lr: Peak learning rate of Muon.
@@ -135,7 +136,7 @@ class Recipe:
     audit: bool = False
     epochs: int = 10
     batch_size: int = 128
-    optimizer: Literal["sgd", "muon"] = "sgd"
+    optimizer: Literal["sgd", "muon"] | None = None
     lr: float = 0.1
     momentum: float = 0.9
     muon_lr: float = 0.004
@@ -280,6 +281,7 @@ AS_RELEASED = {
     "splice_weight": 1.0,
     "splice_window": 0.5,
     "clip_norm": 0.0,
+    "optimizer": "sgd",
     "reparam": "none",
     "warm_start": False,
     "mixup": 0.0,
@@ -299,6 +301,7 @@ BY_METHOD = {
     "splice_weight_end": (0.5, 0.0),
     "kd_weight": (0.5, 0.0),
     "clip_norm": (0.0, 1.0),
+    "optimizer": ("sgd", "muon"),
 }
 # Data sets that are read at once: no files to decode later, by workers.
 IN_MEMORY = ("digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100")

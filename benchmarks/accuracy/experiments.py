@@ -14,13 +14,16 @@ from rd_deploy.common import UserError, check_file
 from rd_train.recipe import Recipe
 
 # What all runs share. A method's own default (of clipping, say) must not be what makes the difference.
-SHARED = {"size": 32, "batch_size": 128, "lr": 0.1, "clip_norm": 1.0, "threads": 1}
+SHARED = {"size": 32, "batch_size": 128, "lr": 0.1, "clip_norm": 1.0, "threads": 1, "optimizer": "sgd"}
 PRESET = "fashion-plain20"
 SEEDS = (0, 1, 2)
 
-# Our method: options of rd-train. The ablation follows from it. What distillation adds is seen against the same start.
-SAME_START = {"init": "identity", "init_noise": 0.1}
-OURS = {"method": "rd", **SAME_START}
+# Our method: options of rd-train. The ablation follows from it. What distillation adds is seen against the same start
+# by the same optimiser, which the ResNet is trained with, too.
+MUON = {"optimizer": "muon", "muon_lr": 0.004, "muon_decay": 0.1}
+START = {"init": "identity", "init_noise": 0.1}
+OURS_BY_SGD = {"method": "rd", **START}
+OURS = {**OURS_BY_SGD, **MUON}
 # What a lever is without effect, where that is not the default of rd-train.
 NEUTRAL = {
     "init": "kaiming",
@@ -51,7 +54,8 @@ PARAMETERS = {
 class Row:
     """A way to train: its name, with {} for the network's depth, what it says in a table, and its settings.
 
-    ``must``: its runs come first. ``key``: what comparisons call it.
+    ``must``: its runs come first. ``key``: what comparisons call it. ``base``: the name of the row that it varies, and
+    is compared with.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Row:
     settings: dict
     must: bool = False
     key: str = ""
+    base: str = ""
 
     @property
     def residual(self) -> bool:
@@ -69,23 +74,24 @@ class Row:
         return self.settings["method"] != "ce"
 
 
-MUON = {"optimizer": "muon", "muon_lr": 0.004, "muon_decay": 0.1}
 KD = {"method": "kd", "kd_weight": 0.5, "kd_temperature": 4.0}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
-RESNET_MUON = Row("resnet{}-muon", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON})
+RESNET_MUON = Row(
+    "resnet{}-muon", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, must=True, key="resnet-muon"
+)
 RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
 PLAIN = Row(
     "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
 )
 PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, "init": "kaiming"})
 PLAIN_START = Row(
-    "plain{}-ce-identity",
-    "plain, cross-entropy, from our start",
-    {"method": "ce", **SAME_START},
+    "plain{}-ce-identity-muon",
+    "plain, cross-entropy, from our start by Muon",
+    {"method": "ce", **START, **MUON},
     must=True,
     key="start",
 )
-PLAIN_KD_START = Row("plain{}-kd-identity", "plain, logit distillation, from our start", {**KD, **SAME_START})
+PLAIN_START_BY_SGD = Row("plain{}-ce-identity", "plain, cross-entropy, from our start", {"method": "ce", **START})
 # Initialisation, feature term and BN as in the authors' code; without the shortcuts that it keeps, and clipped as all.
 PUBLISHED = Row(
     "plain{}-jointrd-published",
@@ -105,26 +111,31 @@ PUBLISHED_OPTIONS = Row(
         **{"teacher_bn": "batch", "recalibrate": 2000},
     },
 )
-OUR_ROW = Row("plain{}-rd", "plain, ours", OURS, must=True, key="ours")
+OUR_ROW = Row("plain{}-rd-muon", "plain, ours", OURS, must=True, key="ours", base="plain{}-rd")
+BY_SGD = Row("plain{}-rd", "plain, ours by SGD", OURS_BY_SGD)
 
 
-WARM = {"method": "rd", "warm_start": True, "warm_start_window": 0.7}
-# What might make it better, one lever more at a time.
+def _more(name: str, what: str, **settings) -> Row:
+    return Row(f"{BY_SGD.name}-{name}", f"{BY_SGD.label}, {what}", OURS_BY_SGD | settings, base=BY_SGD.name)
+
+
+# What might make it better, one lever more at a time than by SGD; Muon did.
+SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
+WARM = {"warm_start": True, "warm_start_window": 0.7}
 MORE = (
-    Row("plain{}-rd-kd", "ours with logit distillation", {**OURS, "kd_weight": 0.5, "kd_temperature": 4.0}),
-    Row("plain{}-rd-muon", "ours by Muon", {**OURS, **MUON}),
-    Row("plain{}-rd-window1", "ours with splices to the end", {**OURS, "splice_window": 1.0}),
-    Row("plain{}-rd-warm-start", "ours started as its teacher", WARM),
-    Row(
-        "plain{}-rd-warm-kd",
-        "ours started as its teacher, then logit distillation in half of the steps",
-        {**WARM, "kd_weight": 0.5, "kd_temperature": 4.0, "kd_start": 0.5, "kd_probability": 0.5},
+    _more("kd", "with logit distillation", **SOME_KD),
+    _more("window1", "with splices to the end", splice_window=1.0),
+    _more("warm-start", "started as its teacher", **WARM),
+    _more(
+        "warm-kd",
+        "started as its teacher, then logit distillation in half of the steps",
+        **{**WARM, **SOME_KD, "kd_start": 0.5, "kd_probability": 0.5},
     ),
-    Row("plain{}-rd-branches", "ours with BN branches", {**OURS, "init_noise": 0.3, "reparam": "identity"}),
+    _more("branches", "with BN branches", init_noise=0.3, reparam="identity"),
 )
 
 
-MUST = (RESNET, OUR_ROW, PLAIN_START, PLAIN, PUBLISHED)  # in the order in which their runs come
+MUST = (RESNET, OUR_ROW, RESNET_MUON, PLAIN_START, PLAIN, PUBLISHED)  # in the order in which their runs come
 
 
 def ablations(ours: dict = OURS) -> list[Row]:
@@ -144,8 +155,11 @@ def ablations(ours: dict = OURS) -> list[Row]:
         without = Recipe(**SHARED | settings)
         if name in PARAMETERS or without == recipe or name in without.unused():
             continue
+        if without == Recipe(**SHARED | OURS_BY_SGD):
+            rows.append(replace(BY_SGD, base=OUR_ROW.name))
+            continue
         label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
-        rows.append(Row(f"plain{{}}-rd-without-{name.replace('_', '-')}", label, settings))
+        rows.append(Row(f"{OUR_ROW.name}-without-{name.replace('_', '-')}", label, settings, base=OUR_ROW.name))
     return rows
 
 
@@ -200,16 +214,12 @@ class Experiment:
 FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
 EVERY = (
-    RESNET,
-    RESNET_KD,
-    PLAIN,
-    PLAIN_KD,
-    PLAIN_START,
-    PLAIN_KD_START,
-    PUBLISHED,
-    PUBLISHED_OPTIONS,
-    OUR_ROW,
+    *(RESNET, RESNET_MUON, RESNET_KD),
+    *(PLAIN, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_START),
+    *(PUBLISHED, PUBLISHED_OPTIONS),
+    *(BY_SGD, OUR_ROW),
 )
+DECIDE = (RESNET, RESNET_MUON, PLAIN, PUBLISHED, OUR_ROW)
 
 
 def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
@@ -218,13 +228,15 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         "main": Experiment(SUBSET, EVERY, (20, 56)),
         "full": Experiment(
             FASHION.format("all 55,000 training images"),
-            (RESNET, PLAIN, PUBLISHED, OUR_ROW),
+            DECIDE,
             (20, 56),
             train_images=55_000,
         ),
         "ablation": Experiment(f"{SUBSET}; ours with one lever out", (RESNET, OUR_ROW, *ablations()), (56,)),
-        "levers": Experiment(f"{SUBSET}; ours with one lever more", (RESNET, RESNET_MUON, OUR_ROW, *MORE), (56,)),
-        "depth": Experiment(f"{SUBSET}; by depth", (RESNET, PLAIN, OUR_ROW), (20, 32, 44, 56, 110)),
+        "levers": Experiment(
+            f"{SUBSET}; ours by SGD with one lever more", (RESNET, RESNET_MUON, BY_SGD, *MORE, OUR_ROW), (56,)
+        ),
+        "depth": Experiment(f"{SUBSET}; by depth", (RESNET, RESNET_MUON, PLAIN, OUR_ROW), (20, 32, 44, 56, 110)),
         "bottleneck": Experiment(
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",
             EVERY,
@@ -244,8 +256,8 @@ NAMES = (*experiments(), "glyphs")
 def _on_glyphs(path: Path) -> Experiment:
     """The second data set."""
     what = f"coloured glyphs of fonts that training has not seen, 32x32 ({path.name}, {digest_of(path)})"
-    rows, settings = (RESNET, PLAIN, PUBLISHED, OUR_ROW), {"data": "npz", "data_dir": str(path)}
-    return Experiment(what, rows, (20, 56), settings=settings, tag=f"-glyphs-{digest_of(path)}")
+    settings = {"data": "npz", "data_dir": str(path)}
+    return Experiment(what, DECIDE, (20, 56), settings=settings, tag=f"-glyphs-{digest_of(path)}")
 
 
 def digest_of(path: Path) -> str:

@@ -16,8 +16,11 @@ from pathlib import Path
 from rd_deploy.common import UserError, atomic_path, check_file, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-COLOURS = {"resnet": "#555555", "plain": "#D55E00", "ours": "#0072B2", "published": "#CC79A7", "start": "#009E73"}
-NAMES = {"resnet": "ResNet", "plain": "plain, cross-entropy", "ours": "plain, ours"}
+COLOURS = {
+    **{"resnet": "#555555", "resnet-muon": "#AAAAAA", "plain": "#D55E00", "ours": "#0072B2"},
+    **{"published": "#CC79A7", "start": "#009E73"},
+}
+NAMES = {"resnet": "ResNet", "resnet-muon": "ResNet by Muon", "plain": "plain, cross-entropy", "ours": "plain, ours"}
 OTHER_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#9467BD", "#BCBD22")
 
 

@@ -2,11 +2,13 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 from experiments import RESNET, SHARED, Experiment, Row
 
 WITHIN = 0.003  # of the ResNet's accuracy: what our method must reach; its goal is to equal it
 CONFIDENCE = 0.95
+AGAINST = ("resnet", "resnet-muon", "plain", "start", "published")
 
 
 def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
@@ -30,6 +32,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                     "name": experiment.name(row, depth),
                     "label": row.label,
                     "key": row.key,
+                    "base": row.base and experiment.name(replace(row, name=row.base), depth),
                     "depth": depth,
                     "residual": row.residual,
                     "seeds": [run["seed"] for run in runs],
@@ -83,21 +86,21 @@ def t_interval(values: list[float], confidence: float = CONFIDENCE) -> list[floa
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
-    """Ours against the ResNet, plain training and the published method, at each depth, each with what it decides.
+    """Ours against the ResNets, plain training and the published method, at each depth, each with what it decides.
 
-    Of variants of ours (rows named after it, with a lever more or less): each against ours, as ``lever``.
-    ``holds``: against the ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
+    Of rows that vary another one, by a lever more or less: each against that, as ``lever``.
+    ``holds``: against a ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
     published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty.
     """
     found = []
     for ours in [row for row in rows if row["key"] == "ours"]:
-        for other in [row for row in rows if row["key"] in ("resnet", "plain", "start", "published")]:
-            if other["depth"] != ours["depth"]:
-                continue
+        for other in [row for row in rows if row["key"] in AGAINST and row["depth"] == ours["depth"]]:
             pair = paired(ours, other)
             found.append({**pair, "holds": _holds(pair)})
-        variants = [row for row in rows if row["name"].startswith(f"{ours['name']}-") and row["depth"] == ours["depth"]]
-        found += [{**paired(row, ours), "against": "lever", "label": row["label"], "holds": {}} for row in variants]
+    by_name = {row["name"]: row for row in rows}
+    for row in [row for row in rows if row["base"] in by_name]:
+        labels = {"label": row["label"], "base": by_name[row["base"]]["label"]}
+        found.append({**paired(row, by_name[row["base"]]), "against": "lever", **labels, "holds": {}})
     return found
 
 
@@ -105,6 +108,6 @@ def _holds(pair: dict) -> dict[str, bool]:
     if pair["interval"] is None:
         return {}
     mean = round(pair["mean"], 9)  # of multiples of 1e-4, whose sums are not exact
-    if pair["against"] == "resnet":
+    if pair["against"].startswith("resnet"):
         return {"goal": mean >= 0, "must": mean >= -WITHIN}
     return {"must": mean > round(pair["spread"], 9)} if pair["against"] == "published" else {}

@@ -75,13 +75,13 @@ def call(monkeypatch, *arguments) -> int:
 def test_dry_run(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     flags = ["--dry", "--out", tmp_path / "runs", "--results", tmp_path / "gpu.json"]
-    flags += ["--only", "resnet18-dry,plain18-dry-rd"]
+    flags += ["--only", "resnet18-dry,plain18-dry-rd-muon"]
     assert call(monkeypatch, *flags) == 0
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert (found["complete"], found["card"], len(found["results"])) == (False, "no GPU, a dry run", 4)
-    assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-rd"]
-    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-n256-e1-s1" / "model.pt")
+    assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-rd-muon"]
+    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-muon-n256-e1-s1" / "model.pt")
     assert (checkpoint.arch.name, checkpoint.preprocessing.size) == ("plain18", 8)
     monkeypatch.setattr(gpu, "train", lambda job: pytest.fail("nothing is left to train"))
     assert call(monkeypatch, *flags) == 0
@@ -110,7 +110,7 @@ def test_a_stop_leaves_the_rest_for_the_next_call(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "train", stopped)
     missing = gpu.train_all(jobs, None, lambda missing: None)
-    assert list(missing.values()) == [gpu.INTERRUPTED] + ["not begun"] * 8
+    assert list(missing.values()) == [gpu.INTERRUPTED] + ["not begun"] * 10
     monkeypatch.setattr(gpu, "train", finish)
     assert gpu.train_all(jobs, None, lambda missing: None) == {}
 
@@ -120,7 +120,7 @@ def test_the_time_limit_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.os, "kill", lambda process, number: signal.getsignal(number)(number, None))
     monkeypatch.setattr(gpu, "train", lambda job: finish(job) or gpu.time.sleep(0.3))
     missing = gpu.train_all(jobs_of(tmp_path), 0.001, lambda missing: None)
-    assert len(missing) == 9
+    assert len(missing) == 11
 
 
 def test_the_time_limit_never_comes_when_nobody_listens(tmp_path, monkeypatch):

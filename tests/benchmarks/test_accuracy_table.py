@@ -108,19 +108,20 @@ def test_experiments_share_folders_only_where_they_share_everything():
         for job in experiment.jobs((0,), OUT):
             assert found.setdefault(job.folder, job.recipe()) == job.recipe()
     counts = Counter(job.folder for name in ("main", "depth") for job in EXPERIMENTS[name].jobs((0,), OUT))
-    assert sum(count == 2 for count in counts.values()) == 6  # ResNet, plain, ours at 20 and 56
+    assert sum(count == 2 for count in counts.values()) == 8  # ResNets, plain, ours at 20 and 56
 
 
 def test_names_of_folders_that_results_exist_under():
     folders = {job.folder.name for job in EXPERIMENTS["main"].jobs((0,), OUT)}
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
-    rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity", "plain{}-kd-identity"]
+    rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
+    rows += ["resnet{}-muon", "plain{}-rd-muon", "plain{}-ce-identity-muon"]
     assert folders == {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 30 + [False] * 24
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 30
     for number, job in enumerate(jobs):
         assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
 
@@ -128,7 +129,7 @@ def test_rows_that_decide_come_first_and_after_their_teacher():
 def test_an_ablation_takes_one_lever_out_each():
     ours = {"method": "rd", "init": "identity", "init_noise": 0.2, "kd_weight": 0.5, "kd_temperature": 2.0}
     ours |= {"weight_decay": 1e-4}
-    found = {row.name.removeprefix("plain{}-rd-without-"): row.settings for row in ablations(ours)}
+    found = {row.name.removeprefix("plain{}-rd-muon-without-"): row.settings for row in ablations(ours)}
     assert set(found) == {
         *(
             "init",
@@ -148,8 +149,10 @@ def test_an_ablation_takes_one_lever_out_each():
 
 
 def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
-    covered = {row.name.removeprefix("plain{}-rd-without-").replace("-", "_") for row in ablations()}
-    assert set(experiments.OURS) <= covered | experiments.PARAMETERS
+    names = [row.name for row in ablations()]
+    assert experiments.BY_SGD.name in names  # without Muon
+    covered = {name.removeprefix("plain{}-rd-muon-without-").replace("-", "_") for name in names}
+    assert set(experiments.OURS) <= covered | experiments.PARAMETERS | {"optimizer"}
 
 
 def test_glyphs_are_named_by_their_file(tmp_path):
@@ -181,9 +184,9 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
     assert runner.run_all(jobs, 3, finished=lambda missing: seen.append(dict(missing))) == {}
     assert runner.run_all(jobs, 3) == {}
     assert all(starts(job.folder) == ["fashion-plain20"] for job in jobs)
-    assert len(seen) == 6
+    assert len(seen) == 8
     assert seen[-1] == {}
-    found = {"name": "plain20-rd", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
+    found = {"name": "plain20-rd-muon", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
     found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32"}
     assert {**jobs[0].result(), "settings": None} == found | {"settings": None}
     assert jobs[0].difference(jobs[0].result()["settings"]) is None
@@ -194,7 +197,7 @@ def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
     missing = runner.run_all(jobs, 2)
     plain = [job.folder for job in jobs if "plain32" in job.name]
     assert missing == dict.fromkeys(plain, "ended with 1: student: loss became NaN; try a lower --lr")
-    assert "plain32-rd, seed 0: ended with 1" in capsys.readouterr().out
+    assert "plain32-rd-muon, seed 0: ended with 1" in capsys.readouterr().out
     assert all(job.result() for job in jobs if job.folder not in missing)
 
 
@@ -347,7 +350,7 @@ def test_a_folder_of_other_settings_is_refused(fake):
     job.check_folder()
     (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, init="kaiming")), encoding="utf-8")
     with pytest.raises(
-        UserError, match="a run with init=kaiming, and plain20-tiny-rd now has identity: move the folder"
+        UserError, match="a run with init=kaiming, and plain20-tiny-rd-muon now has identity: move the folder"
     ):
         runner.run_all([job], 1)
 
@@ -365,7 +368,7 @@ def accuracies(name, *values):
 
 
 def test_the_summary_is_mean_and_deviation_over_seeds():
-    results = [*accuracies("plain20-rd", 0.80, 0.82, 0.81), result("resnet20", 0, 0.5, epochs=4, step_cost=1.01)]
+    results = [*accuracies("plain20-rd-muon", 0.80, 0.82, 0.81), result("resnet20", 0, 0.5, epochs=4, step_cost=1.01)]
     single, row = summary.summary(EXPERIMENTS["depth"], results)
     assert (row["mean"], row["std"]) == pytest.approx((0.81, 0.01))
     assert (row["seeds"], row["plain_steps"], single["std"]) == ([0, 1, 2], 30.0, None)
@@ -380,7 +383,7 @@ def test_the_interval_is_students():
 
 
 def compared(ours, resnet, published):
-    results = accuracies("plain56-rd", *ours) + accuracies("resnet56", *resnet)
+    results = accuracies("plain56-rd-muon", *ours) + accuracies("resnet56", *resnet)
     results += accuracies("plain56-jointrd-published", *published)
     pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], results))
     return {pair["against"]: pair for pair in pairs}
@@ -404,13 +407,13 @@ def test_ours_must_be_above_the_published_by_more_than_the_spread():
 
 
 def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():
-    results = [result("plain56-rd", 1, 0.9), result("plain56-rd", 2, 0.8), result("resnet56", 0, 0.1)]
+    results = [result("plain56-rd-muon", 1, 0.9), result("plain56-rd-muon", 2, 0.8), result("resnet56", 0, 0.1)]
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, result("resnet56", 2, 0.7)]))
     assert (pair["seeds"], pair["interval"], pair["holds"]) == ([2], None, {})
     assert pair["mean"] == pytest.approx(0.1)
 
 
-def test_a_lever_is_judged_against_ours_on_the_seeds_that_both_have():
+def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
     results = accuracies("plain56-rd", 0.90, 0.91, 0.92) + accuracies("plain56-rd-kd", 0.91, 0.93)
     results += [result("plain56-rd-window1", 2, 0.91), *accuracies("resnet56", 0.9, 0.9, 0.9)]
     rows = summary.summary(EXPERIMENTS["levers"], results)
@@ -419,10 +422,10 @@ def test_a_lever_is_judged_against_ours_on_the_seeds_that_both_have():
     assert pairs["plain56-rd-window1"]["mean"] == pytest.approx(-0.01)
     low, high = summary.t_interval([0.01, 0.02])
     said = accuracy_tables._verdicts({"comparisons": summary.comparisons(rows)}, ("resnet",))
-    assert said[1:] == [
-        f"Depth 56, ours with logit distillation against ours: +1.50 points, 95% interval {100 * low:+.2f} to "
-        f"{100 * high:+.2f} (2 pairs of seeds).",
-        "Depth 56, ours with splices to the end against ours: -1.00 points (one seed).",
+    assert said == [
+        "Depth 56, plain, ours by SGD, with logit distillation against plain, ours by SGD: +1.50 points, "
+        f"95% interval {100 * low:+.2f} to {100 * high:+.2f} (2 pairs of seeds).",
+        "Depth 56, plain, ours by SGD, with splices to the end against plain, ours by SGD: -1.00 points (one seed).",
     ]
 
 
@@ -438,7 +441,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 54, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 66, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):
@@ -456,7 +459,7 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *flags) == 0
     found = json.loads((tmp_path / "main.json").read_text(encoding="utf-8"))
     assert (found["complete"], {each["seed"] for each in found["missing"]}) == (False, {1, 2})
-    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny", "plain20-tiny-rd"]
+    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny", "plain20-tiny-rd-muon"]
     assert found["rows"][1]["step_cost"] > 1.05
     assert found["rows"][1]["teacher_cost"] == pytest.approx(found["rows"][0]["step_cost"])
     assert "(n=1)" in capsys.readouterr().out

@@ -259,7 +259,7 @@ def test_as_released_sets_each_entry_and_nothing_else(arguments, stem, monkeypat
 def test_as_released_refuses_what_contradicts_it(stem, monkeypatch, capsys):
     monkeypatch.setattr("rd_train.cli._start", lambda options: pytest.fail("was started"))
     others = {"method": "rd", "shortcuts": "none", "init": "dirac", "teacher_bn": "batch", "reparam": "dirac",
-              "feature_reduction": "mean", "warm_start": "true"}  # fmt: skip
+              "feature_reduction": "mean", "warm_start": "true", "optimizer": "muon"}  # fmt: skip
     for name in AS_RELEASED | AS_RELEASED_BY_STEM[stem]:
         value = others.get(name, "1" if name == "recalibrate" else "0.25")
         assert call("--arch", "plain18", "--stem", stem, "--as-released", f"--{name}", value) == 2

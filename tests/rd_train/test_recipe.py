@@ -110,6 +110,7 @@ def test_what_is_not_given_is_the_methods_own():
     ours, theirs = Recipe(), Recipe(method="jointrd")
     assert (ours.method, ours.teacher_bn, ours.kd_weight, ours.clip_norm) == ("rd", "batch", 0.0, 1.0)
     assert (ours.splice_weight_end, theirs.splice_weight_end) == (0.0, 0.5)
+    assert (ours.optimizer, theirs.optimizer) == ("muon", "sgd")
     assert (theirs.teacher_bn, theirs.kd_weight, theirs.clip_norm) == ("eval", 0.5, 0.0)
     assert (
         Recipe(clip_norm=0, kd_weight=1, teacher_bn="eval").to_dict().items()
@@ -139,6 +140,10 @@ def test_options_without_effect_are_named():
     assert Recipe(splice_probability=0.5).unused() == []
     assert Recipe(method="jointrd", splices="all").unused() == ["splices"]
     assert Recipe(resize_window=0.2).unused() == ["resize_window"]
+    assert Recipe(muon_lr=0.01, kd_weight=0.5, kd_start=0.5, kd_probability=0.1).unused() == []
+    assert Recipe(method="ce", optimizer="muon", muon_lr=0.01).unused() == []
+    assert Recipe(method="ce", muon_lr=0.01, muon_decay=0.0).unused() == ["muon_lr", "muon_decay"]
+    assert Recipe(kd_start=0.5, kd_probability=0.1).unused() == ["kd_start", "kd_probability"]
     assert Recipe(workers=2, max_corrupt=0, split_seed=1).unused() == ["split_seed", "workers", "max_corrupt"]
     assert Recipe(data="caltech101", workers=2, max_corrupt=0, split_seed=1).unused() == []
     assert Recipe(start_weights="x.pt", method="ce", init="kaiming", init_noise=0.2).unused() == ["init", "init_noise"]
