@@ -5,7 +5,7 @@ from collections.abc import Callable
 from committed import find, markdown, newest
 
 EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "bottleneck", "glyphs", "gpu")
-SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "ours")  # rows of the README's table
+SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
 OTHERS = {
     "resnet": "the ResNet",
     "resnet-muon": "the ResNet by Muon",
@@ -68,7 +68,7 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
         lever = pair["against"] == "lever"
         if pair["against"] not in (*against, "lever") or not pair["seeds"] or not (lever or pair["interval"]):
             continue
-        between = f"{pair['label']} against {pair['base']}" if lever else f"ours against {OTHERS[pair['against']]}"
+        between = f"{pair['label']} against {pair['base'] if lever else OTHERS[pair['against']]}"
         line = f"Depth {pair['depth']}, {between}: {100 * pair['mean']:+.2f} points"
         if pair["interval"]:
             low, high = (100 * bound for bound in pair["interval"])

@@ -1,4 +1,4 @@
-"""From a recipe to architectures, networks, a task and an optimiser."""
+"""From a recipe to architectures, networks and a task."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -203,7 +203,10 @@ def _go_on(folder: Path, tensorboard: bool) -> dict:
         if distributed.restarted():  # a process died when everything was written
             return {"folder": folder, **json.loads((folder / "result.json").read_text(encoding="utf-8"))}
         raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
-    recipe = Recipe(**read_values(folder / "recipe.yaml"))
+    values = read_values(folder / "recipe.yaml")
+    if set(values) != {each.name for each in fields(Recipe)}:  # an entry that is missing may have another default today
+        raise UserError(f"{folder / 'recipe.yaml'} was written by another version of rd-train; start a new run")
+    recipe = Recipe(**values)
     if settle(recipe) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
     return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=tensorboard)}

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rd_train.distill import MOMENTS, CrossEntropy
 from rd_train.networks import Arch, Network
+from rd_train.optimizers import NEWTON_SCHULZ, is_kernel
+from rd_train.recipe import Recipe
 
 
 def macs_per_image(arch: Arch, size: int) -> int:
@@ -47,8 +49,25 @@ def mean_step_macs(task: nn.Module, size: int, size_at: Callable[[float], int] |
     return total / MOMENTS
 
 
-def relative_cost(task: nn.Module, size: int, size_at: Callable[[float], int] | None = None) -> float:
-    """`mean_step_macs` of a task (on the meta device) in units of a cross-entropy step of the plain network."""
+def update_macs(recipe: Recipe, task: nn.Module) -> int:
+    """Multiply-accumulates of Muon in one step of the optimiser, whatever the batch; those of SGD are not counted.
+
+    Each of Newton and Schulz's five iterations has three products of matrices, m x n and m x m with m the shorter side
+    of a kernel's matrix: 2 m² n + m³.
+    """
+    if recipe.optimizer != "muon":
+        return 0
+    shapes = [sorted((len(kernel), kernel[0].numel())) for kernel in task.parameters() if is_kernel(kernel)]
+    return sum(NEWTON_SCHULZ * (2 * m * m * n + m**3) for m, n in shapes)
+
+
+def relative_cost(
+    task: nn.Module, size: int, size_at: Callable[[float], int] | None = None, update: float = 0.0
+) -> float:
+    """`mean_step_macs` of a task (on the meta device) in units of a cross-entropy step of the plain network.
+
+    ``update``: what the optimiser needs per image, besides.
+    """
     with torch.device("meta"):
         plain = CrossEntropy(Network(replace(task.student.arch.deployed, shortcuts="none")))
-    return mean_step_macs(task, size, size_at) / step_macs(plain, size)
+    return (mean_step_macs(task, size, size_at) + update) / step_macs(plain, size)

@@ -254,7 +254,7 @@ class ResidualDistillation(_Distillation):
 
     def gradient_paths(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The student's own loss and Σ_k of the splices' losses, unweighted, of one forward pass: for an audit."""
-        features, clean = self.student.features(images), self._teacher(images, labels)
+        features, clean = self.student.features(images), self._teacher(images, labels, distils=False)
         own, _ = self._own_loss(self.student.head(features[-1]), features[-1], labels, clean)
         return own, sum(self._splice_loss(k, features[k - 1], labels, clean)[0] for k in self.splices)
 

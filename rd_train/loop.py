@@ -416,7 +416,7 @@ class State:
         values = load_plain(self.path, "training state")
         try:
             self.task.load_state_dict(values["task"], strict=True)
-            self.optimizer.load_state_dict(values["optimizer"])
+            self._load_optimizer(values["optimizer"])
             if self.averaged is not None:
                 self.averaged.load_state_dict(values["averaged"], strict=True)
             self.step, self.seconds = int(values["step"]), float(values["seconds"])
@@ -430,6 +430,17 @@ class State:
         except Exception as error:  # a hostile file can hold anything
             raise UserError(f"training state {self.path} does not fit its recipe; start a new run") from error
 
+    def _load_optimizer(self, state: dict) -> None:
+        """Take the momenta; what else the file says of a group (its learning rate, say) is the recipe's business."""
+        groups = self.optimizer.param_groups
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self.optimizer.load_state_dict(state)
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
+        for parameter, values in self.optimizer.state.items():
+            if any(torch.is_tensor(value) and value.shape != parameter.shape for value in values.values()):
+                raise ValueError("momentum")
+
 
 def _check_finite(values: dict, phase: str, state: State) -> None:
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -437,7 +448,7 @@ def _check_finite(values: dict, phase: str, state: State) -> None:
         kept = f"last good state: {state.path}" if state.path.exists() else "no epoch was finished"
         raise Stopped(
             f"{phase}: {bad[0]} became NaN or infinite before step {state.step}; {kept}; "
-            "try a lower --lr, --clip-norm 1 or more --warmup-epochs",
+            "try a lower --lr (--muon-lr of kernels by Muon), --clip-norm 1 or more --warmup-epochs",
             code=1,
         )
 

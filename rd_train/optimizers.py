@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rd_train.recipe import Recipe
 
+NEWTON_SCHULZ = 5  # iterations of Muon
+
 
 class KernelMuon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) on kernels (C_out, C_in, k, k), each as the (C_out, C_in·k·k) that multiplies patches.
@@ -23,22 +25,25 @@ class KernelMuon(torch.optim.Muon):
         super().__init__([nn.Parameter(_matrix(kernel.detach(), kernel)) for kernel in kernels], **options)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         matrices = [matrix for group in self.param_groups for matrix in group["params"]]
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
             if matrix.data_ptr() != kernel.data_ptr():
                 raise RuntimeError("a kernel was moved after its optimiser was made")
             matrix.grad = None if kernel.grad is None else _matrix(kernel.grad, kernel)
-        super().step(closure)
+        super().step()
         for matrix in matrices:
             matrix.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the kernels' gradients; they are always set to None."""
         for kernel in self.kernels:
-            if set_to_none:
-                kernel.grad = None
-            elif kernel.grad is not None:
-                kernel.grad.zero_()
+            kernel.grad = None
+
+
+def is_kernel(parameter: Tensor) -> bool:
+    """Whether a trained parameter is a convolution's kernel, which Muon moves."""
+    return parameter.requires_grad and parameter.ndim == 4
 
 
 def _matrix(x: Tensor, kernel: Tensor) -> Tensor:
@@ -84,12 +89,13 @@ def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD | Severa
     With Muon, SGD has what is no kernel of a convolution; Muon's decay is its own (of the weights, lr · decay a step).
     """
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    kernels = [parameter for parameter in trained if parameter.ndim == 4 and recipe.optimizer == "muon"]
-    others = [parameter for parameter in trained if not (parameter.ndim == 4 and recipe.optimizer == "muon")]
+    by_muon = recipe.optimizer == "muon"
+    kernels = [parameter for parameter in trained if by_muon and is_kernel(parameter)]
+    others = [parameter for parameter in trained if not (by_muon and is_kernel(parameter))]
     decayed = [parameter for parameter in others if parameter.ndim > 1 or recipe.decay_bn_bias]
     free = [parameter for parameter in others if not (parameter.ndim > 1 or recipe.decay_bn_bias)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    found = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=recipe.lr,
         momentum=recipe.momentum,
@@ -97,7 +103,8 @@ def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD | Severa
     )
     if kernels:
         options = {"weight_decay": recipe.muon_decay, "momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
-        found = Several(found, KernelMuon(kernels, lr=recipe.muon_lr, **options))
-    for group in found.param_groups:
+        muon = KernelMuon(kernels, lr=recipe.muon_lr, ns_steps=NEWTON_SCHULZ, **options)
+        optimizer = Several(optimizer, muon)
+    for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return found
+    return optimizer

@@ -25,7 +25,7 @@ from rd_train.build import (
     teacher_arch,
 )
 from rd_train.checkpoint import Checkpoint, load_checkpoint
-from rd_train.cost import macs_per_image, mean_step_macs, relative_cost
+from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, update_macs
 from rd_train.data import Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
@@ -310,10 +310,11 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     """Say what will be trained on what and at which cost; returns the figures."""
     size = dataset.preprocessing.size
     task = meta_task(recipe, arch, teacher.arch if teacher is not None else None)
+    update = update_macs(recipe, task) / recipe.batch_size
     plan = {
         "parameters": deployed_parameters(arch),
         "macs_per_image": macs_per_image(arch.deployed, size),
-        "step_cost": round(relative_cost(task, size, sizes_of(recipe, size)), 4),
+        "step_cost": round(relative_cost(task, size, sizes_of(recipe, size), update), 4),
     }
     print(
         f"data     {dataset.name}: {len(dataset.train):,} train, {len(dataset.val):,} validation, "

@@ -13,8 +13,8 @@ A training step of ResNet-18 on a 32x32 image takes 1.66 G multiply-accumulates 
 images 183 TFLOP: 0.74 s at a quarter of the 989 TFLOP/s that an H100 has in dense bf16. Its convolutions write 0.61 M
 values an image, 1.2 MB in bf16; with BN and ReLU fused about ten passes over them in both directions are 12 MB an image
 or 0.7 TB an epoch, 0.27 s at three quarters of 3.35 TB/s. Together 1.0 s an epoch; 214 steps of 256 images leave Python
-5 ms each in it. 100 epochs: about 2 minutes by cross-entropy and by rd (1.08 times the arithmetic), plus compiling for
-a minute. ResNet-50: 3.89 G, 428 TFLOP, 1.7 s and 1.5 s for its wider maps: 5 to 6 minutes. ``--list`` says the first
+5 ms each in it. 100 epochs: about 2 minutes by cross-entropy and by rd (1.2 times the arithmetic, with Muon's), plus
+compiling for a minute. ResNet-50: 3.89 G, 428 TFLOP, 1.7 s and 1.5 s for its wider maps: 5 to 6 minutes. ``--list`` says the first
 part, from the count, for each run.
 """
 
@@ -40,7 +40,7 @@ import rd_train.run
 from rd_deploy.bench.environment import packages
 from rd_deploy.common import Stopped, UserError, one_line, run_command, write_json
 from rd_train.build import meta_task, student_arch
-from rd_train.cost import mean_step_macs
+from rd_train.cost import mean_step_macs, update_macs
 from rd_train.data import Dataset, MemorySplit, load_dataset
 
 PEAK, UTILISATION = 989e12, 0.25  # dense bf16 of an H100 SXM; the share that is expected of it
@@ -129,7 +129,8 @@ def expected_seconds(job: Job) -> float:
     """The arithmetic of a run at `UTILISATION` of `PEAK`; maps, compiling and evaluation come besides."""
     recipe = job.recipe()
     task = meta_task(recipe, student_arch(recipe, 1, 10))
-    return 2 * mean_step_macs(task, recipe.size) * recipe.train_limit * recipe.epochs / (PEAK * UTILISATION)
+    macs = mean_step_macs(task, recipe.size) + update_macs(recipe, task) / recipe.batch_size
+    return 2 * macs * recipe.train_limit * recipe.epochs / (PEAK * UTILISATION)
 
 
 def train(job: Job) -> None:

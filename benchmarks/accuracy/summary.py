@@ -8,7 +8,8 @@ from experiments import RESNET, SHARED, Experiment, Row
 
 WITHIN = 0.003  # of the ResNet's accuracy: what our method must reach; its goal is to equal it
 CONFIDENCE = 0.95
-AGAINST = ("resnet", "resnet-muon", "plain", "start", "published")
+# What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
+AGAINST = {"ours": ("resnet", "resnet-muon", "plain", "start", "published"), "sgd": ("resnet", "published")}
 
 
 def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
@@ -86,17 +87,18 @@ def t_interval(values: list[float], confidence: float = CONFIDENCE) -> list[floa
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
-    """Ours against the ResNets, plain training and the published method, at each depth, each with what it decides.
+    """Ours, and ours by SGD, against ResNets, plain training and the published method, each with what it decides.
 
     Of rows that vary another one, by a lever more or less: each against that, as ``lever``.
     ``holds``: against a ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
     published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty.
     """
     found = []
-    for ours in [row for row in rows if row["key"] == "ours"]:
-        for other in [row for row in rows if row["key"] in AGAINST and row["depth"] == ours["depth"]]:
+    for ours in [row for row in rows if row["key"] in AGAINST]:
+        against = AGAINST[ours["key"]]
+        for other in [row for row in rows if row["key"] in against and row["depth"] == ours["depth"]]:
             pair = paired(ours, other)
-            found.append({**pair, "holds": _holds(pair)})
+            found.append({**pair, "label": ours["label"], "holds": _holds(pair)})
     by_name = {row["name"]: row for row in rows}
     for row in [row for row in rows if row["base"] in by_name]:
         labels = {"label": row["label"], "base": by_name[row["base"]]["label"]}

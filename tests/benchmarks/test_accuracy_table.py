@@ -386,6 +386,7 @@ def compared(ours, resnet, published):
     results = accuracies("plain56-rd-muon", *ours) + accuracies("resnet56", *resnet)
     results += accuracies("plain56-jointrd-published", *published)
     pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], results))
+    assert all(pair["ours"] == "plain56-rd-muon" for pair in pairs)
     return {pair["against"]: pair for pair in pairs}
 
 
@@ -413,6 +414,17 @@ def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():
     assert pair["mean"] == pytest.approx(0.1)
 
 
+def test_ours_by_sgd_is_judged_against_what_is_by_sgd_and_no_pair_comes_twice():
+    for name in ("main", "ablation", "levers"):
+        experiment = EXPERIMENTS[name]
+        results = [result(experiment.name(row, 56), 0, 0.9) for row in experiment.rows]
+        pairs = summary.comparisons(summary.summary(experiment, results))
+        named = [frozenset((pair["ours"], pair["other"])) for pair in pairs]
+        assert len(set(named)) == len(named)
+        others = {pair["against"] for pair in pairs if pair["ours"] == "plain56-rd"} - {"lever"}
+        assert others == {"main": {"resnet", "published"}, "ablation": {"resnet"}, "levers": {"resnet"}}[name]
+
+
 def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
     results = accuracies("plain56-rd", 0.90, 0.91, 0.92) + accuracies("plain56-rd-kd", 0.91, 0.93)
     results += [result("plain56-rd-window1", 2, 0.91), *accuracies("resnet56", 0.9, 0.9, 0.9)]
@@ -422,7 +434,8 @@ def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
     assert pairs["plain56-rd-window1"]["mean"] == pytest.approx(-0.01)
     low, high = summary.t_interval([0.01, 0.02])
     said = accuracy_tables._verdicts({"comparisons": summary.comparisons(rows)}, ("resnet",))
-    assert said == [
+    assert said[0].startswith("Depth 56, plain, ours by SGD against the ResNet: +1.00 points")
+    assert said[1:] == [
         "Depth 56, plain, ours by SGD, with logit distillation against plain, ours by SGD: +1.50 points, "
         f"95% interval {100 * low:+.2f} to {100 * high:+.2f} (2 pairs of seeds).",
         "Depth 56, plain, ours by SGD, with splices to the end against plain, ours by SGD: -1.00 points (one seed).",

@@ -5,10 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, step_macs
+from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, step_macs, update_macs
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
 from rd_train.networks import Network, parse_arch
+from rd_train.optimizers import build_optimizer
+from rd_train.recipe import Recipe
 
 
 def on_meta(make, *names):
@@ -80,6 +83,21 @@ def test_logit_distillation_costs_a_teacher_forward_in_the_steps_that_have_it():
     task = on_meta(partial(LogitDistillation, **options), "plain18", "resnet18")
     expected = step_macs(on_meta(CrossEntropy, "plain18"), 64) + 0.15 * macs_per_image(task.teacher.arch, 64)
     assert mean_step_macs(task, 64) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain20", "plain50"])
+def test_muons_products_are_counted(name):
+    network = Network(parse_arch(name, width=0.25, in_channels=1, classes=10))
+    recipe = Recipe(optimizer="muon")
+    optimizer = build_optimizer(recipe, CrossEntropy(network))
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert update_macs(recipe, CrossEntropy(network)) == counter.get_total_flops() // 2
+    assert update_macs(Recipe(optimizer="sgd"), CrossEntropy(network)) == 0
+    ordinary = on_meta(CrossEntropy, "plain18")
+    assert relative_cost(ordinary, 64, update=step_macs(ordinary, 64) / 4) == 1.25
 
 
 def test_smaller_images_cost_less():

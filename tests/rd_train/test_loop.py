@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from rd_deploy.common import Stopped, UserError
-from rd_train.checkpoint import load_checkpoint
+from rd_train.checkpoint import load_checkpoint, save_plain
 from rd_train.data import Meter, batches, load_dataset
 from rd_train.distill import CrossEntropy
-from rd_train.loop import Context, Stepper, _bottleneck, _Clock
+from rd_train.loop import Context, State, Stepper, _bottleneck, _Clock
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
@@ -214,6 +214,37 @@ def test_the_norm_of_the_gradient_is_that_before_clipping(tmp_path):
     assert float(step.result["terms"]["gradient_norm"]) == pytest.approx(norm, rel=1e-3)
     clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in network.parameters()))
     assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_each_optimiser_follows_the_schedule_from_its_own_peak(tmp_path, optimizer):
+    recipe = replace(RECIPE, method="ce", ema=0.0, optimizer=optimizer, muon_lr=0.004, lr=0.05)
+    dataset = load_dataset("digits", limit=200)
+    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
+    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    take = Stepper(CrossEntropy(network).train(), 2, context)
+
+    def rates() -> list[float]:
+        take(0, images, labels)
+        return [group["lr"] for group in take.optimizer.param_groups]
+
+    expected = [0.05 / 2] * 2 + [0.004 / 2] * (optimizer == "muon")  # the first of two steps of warm-up
+    assert rates() == pytest.approx(expected)
+    # A state says nothing of rates; that of an earlier version did not know of them either.
+    state = State(context, "student", take.task, take.optimizer, None)
+    values = copy.deepcopy(state.values())
+    parts = values["optimizer"].get("parts", [values["optimizer"]])
+    for group in [group for part in parts for group in part["param_groups"]]:
+        group |= {"initial_lr": "much", "momentum": 7.0}
+    save_plain(state.path, values)
+    state.load(8)
+    assert rates() == pytest.approx(expected)
+    assert {group["momentum"] for group in take.optimizer.param_groups} == {recipe.momentum}
+    parts[-1]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    save_plain(state.path, values)
+    with pytest.raises(UserError, match="does not fit"):
+        state.load(8)
 
 
 def test_on_a_gpu_steps_are_timed_by_its_own_clock(monkeypatch):

@@ -13,10 +13,12 @@ from rd_train.recipe import Recipe
 ARCH = parse_arch("plain20", width=1 / 8, in_channels=1, classes=3)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 @pytest.mark.parametrize("decay_all", [False, True])
-def test_weight_decay_spares_bn_and_biases_unless_asked(decay_all):
+def test_weight_decay_spares_bn_and_biases_unless_asked(decay_all, optimizer):
     network = Network(ARCH)
-    optimizer = build_optimizer(Recipe(decay_bn_bias=decay_all, weight_decay=0.01), CrossEntropy(network))
+    recipe = Recipe(decay_bn_bias=decay_all, weight_decay=0.01, optimizer=optimizer)
+    optimizer = build_optimizer(recipe, CrossEntropy(network))
     decayed = sum(p.numel() for group in optimizer.param_groups if group["weight_decay"] for p in group["params"])
     total = sum(p.numel() for p in network.parameters())
     matrices = sum(p.numel() for p in network.parameters() if p.ndim > 1)
