@@ -14,7 +14,7 @@ images 183 TFLOP: 0.74 s at a quarter of the 989 TFLOP/s that an H100 has in den
 values an image, 1.2 MB in bf16; with BN and ReLU fused about ten passes over them in both directions are 12 MB an image
 or 0.7 TB an epoch, 0.27 s at three quarters of 3.35 TB/s. Together 1.0 s an epoch; 214 steps of 256 images leave Python
 5 ms each in it. 100 epochs: about 2 minutes by cross-entropy and by rd (1.2 times the arithmetic, with Muon's), plus
-compiling for a minute. ResNet-50: 3.89 G, 428 TFLOP, 1.7 s and 1.5 s for its wider maps: 5 to 6 minutes. ``--list`` says
+compiling for a minute. ResNet-50: 3.89 G, 428 TFLOP, 1.7 s and 1.5 s for wider maps: 5 to 6 minutes. ``--list`` says
 the first part, from the count, for each run.
 """
 
