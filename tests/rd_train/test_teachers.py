@@ -216,7 +216,7 @@ def test_a_teacher_deeper_than_the_counterpart_teaches_by_splices_and_logits():
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     for task in (
         ResidualDistillation(plain, teacher, kd_weight=0.5, teacher_bn="batch"),
-        LogitDistillation(plain, teacher, weight=0.5, temperature=4.0),
+        LogitDistillation(plain, teacher, kd_weight=0.5, kd_temperature=4.0),
     ):
         plain.zero_grad()
         task.train()(images, labels, torch.tensor(0.0))["loss"].backward()
