@@ -457,12 +457,11 @@ def filled(page: str, text: str) -> str:
 
 
 def text_of(page: str) -> str | None:
-    """A page as it is; the page of accuracy begins as its template with the first results, and until then is none."""
-    path = ROOT / page
-    if page == "docs/accuracy.md" and not path.exists():
+    """The text around a page's tables: the page's own; that of accuracy's is its template's, once there are results."""
+    if page == "docs/accuracy.md":
         found = any(find(f"*-accuracy-{name}.json") for name in EXPERIMENTS)
         return (ROOT / "benchmarks" / "accuracy" / "page.md").read_text(encoding="utf-8") if found else None
-    return path.read_text(encoding="utf-8")
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def main() -> int:
@@ -470,11 +469,11 @@ def main() -> int:
     differing = []
     for page in PAGES:
         path = ROOT / page
-        before = text_of(page)
-        if before is None:
+        text = text_of(page)
+        if text is None:
             continue
-        after = filled(page, before)
-        if after == before and path.exists():
+        after = filled(page, text)
+        if path.exists() and after == path.read_text(encoding="utf-8"):
             continue
         differing.append(page)
         if "--check" not in sys.argv[1:]:

@@ -75,7 +75,8 @@ class Row:
         return self.settings["method"] != "ce"
 
 
-KD = {"method": "kd", "kd_weight": 0.5, "kd_temperature": 4.0}
+SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
+KD = {"method": "kd", **SOME_KD}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
 RESNET_MUON = Row(
     "resnet{}-muon", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, must=True, key="resnet-muon"
@@ -112,8 +113,8 @@ PUBLISHED_OPTIONS = Row(
         **{"teacher_bn": "batch", "recalibrate": 2000},
     },
 )
-OUR_ROW = Row("plain{}-rd-muon", "plain, ours", OURS, must=True, key="ours", base="plain{}-rd")
 BY_SGD = Row("plain{}-rd", "plain, ours by SGD", OURS_BY_SGD, key="sgd")
+OUR_ROW = Row("plain{}-rd-muon", "plain, ours", OURS, must=True, key="ours", base=BY_SGD.name)
 
 
 def _more(name: str, what: str, **settings) -> Row:
@@ -121,7 +122,6 @@ def _more(name: str, what: str, **settings) -> Row:
 
 
 # What might make it better, one lever more at a time than by SGD; Muon did.
-SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
 WARM = {"warm_start": True, "warm_start_window": 0.7}
 MORE = (
     _more("kd", "with logit distillation", **SOME_KD),

@@ -40,7 +40,7 @@ def test_muon_moves_kernels_by_the_orthogonal_factor_of_their_gradient_and_sgd_t
     recipe = Recipe(optimizer="muon", lr=0.1, muon_lr=0.02, muon_decay=0.5, weight_decay=0.0)
     before, plain = copy.deepcopy(network), copy.deepcopy(network)
     stepped(recipe, network)
-    stepped(Recipe(lr=0.1, weight_decay=0.0), plain)
+    stepped(Recipe(optimizer="sgd", lr=0.1, weight_decay=0.0), plain)
     for name, value in network.named_parameters():
         old = before.get_parameter(name).detach()
         if value.ndim != 4:
