@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from committed import find, markdown, newest
 
-EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "bottleneck", "glyphs", "gpu")
+EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
 OTHERS = {
     "resnet": "the ResNet",
@@ -31,9 +31,12 @@ def experiment(name: str) -> Callable[[], str]:
         if document is None:
             script = "gpu.py" if name == "gpu" else f"table.py {name}"
             return f"Not run yet: `python benchmarks/accuracy/{script}`."
-        verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
-        parts = (_unfinished(document), _by_depth(document["rows"], seconds=True), verdicts, _source(document))
-        return "\n\n".join(part for part in parts if part)
+        if name == "rates":
+            made = (_rates(document["rows"]),)
+        else:
+            verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
+            made = (_by_depth(document["rows"], seconds=True), verdicts)
+        return "\n\n".join(part for part in (_unfinished(document), *made, _source(document)) if part)
 
     return table
 
@@ -51,6 +54,18 @@ def _by_depth(rows: list[dict], seconds: bool = False) -> str:
         lines.append([*line, f"{deepest['seconds']:,.0f}"] if seconds else line)
     header = ["test accuracy, %", *(f"depth {depth}" for depth in depths), "cost", "its teacher's"]
     return markdown([*header, "seconds"] if seconds else header, lines)
+
+
+def _rates(rows: list[dict]) -> str:
+    """What chooses a rate, validation, beside what it comes to."""
+    lines = [
+        [
+            row["label"],
+            *("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("validation", "mean", "training")),
+        ]
+        for row in rows
+    ]
+    return markdown(["%", "validation", "test", "training, last epoch"], lines)
 
 
 def _cell(row: dict | None) -> str:

@@ -136,6 +136,23 @@ MORE = (
 )
 
 
+def _at_rate(row: Row, tag: str, name: str, rate: float) -> Row:
+    """A row at another rate of its optimiser than `SHARED`'s or `MUON`'s."""
+    return Row(f"{row.name}{tag}", f"{row.label}, rate {rate}", row.settings | {name: rate})
+
+
+# Where the rates of ours and of the ResNet come from: each optimiser's, for both, chosen by validation.
+RATES = tuple(
+    varied
+    for by_sgd, by_muon in ((RESNET, RESNET_MUON), (BY_SGD, OUR_ROW))
+    for varied in (
+        by_sgd,
+        *(_at_rate(by_sgd, f"-lr{tag}", "lr", rate) for tag, rate in (("2", 0.2), ("05", 0.05))),
+        by_muon,
+        *(_at_rate(by_muon, tag, "muon_lr", rate) for tag, rate in (("02", 0.02), ("008", 0.008), ("002", 0.002))),
+    )
+)
+
 MUST = (RESNET, OUR_ROW, RESNET_MUON, PLAIN_START, PLAIN, PUBLISHED)  # in the order in which their runs come
 
 
@@ -168,7 +185,8 @@ def ablations(ours: dict = OURS) -> list[Row]:
 class Experiment:
     """Rows at some depths on one data set, over seeds.
 
-    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth.
+    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth. ``seeds``: those
+    that make it complete.
     """
 
     what: str
@@ -178,6 +196,7 @@ class Experiment:
     train_images: int = 20_000
     settings: dict = field(default_factory=dict)
     tag: str = ""
+    seeds: tuple[int, ...] = SEEDS
 
     def with_epochs(self, epochs: int | None) -> "Experiment":
         """The same with another number of epochs, or as it is."""
@@ -239,6 +258,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         "levers": Experiment(
             f"{SUBSET}; ours by SGD with one lever more", (RESNET, RESNET_MUON, BY_SGD, *MORE, OUR_ROW), (56,)
         ),
+        "rates": Experiment(f"{SUBSET}; rates of both optimisers", RATES, (56,), seeds=SEEDS[:1]),
         "depth": Experiment(f"{SUBSET}; by depth", (RESNET, RESNET_MUON, PLAIN, OUR_ROW), (20, 32, 44, 56, 110)),
         "bottleneck": Experiment(
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",

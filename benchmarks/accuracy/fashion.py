@@ -77,6 +77,7 @@ def main() -> None:
     command = (
         f"python benchmarks/accuracy/fashion.py --epochs20 {options.epochs20} --epochs56 {options.epochs56} "
         f"--workers {options.workers} --seed {options.seed}"
+        + (f" --only {','.join(options.only)}" if options.only else "")
     )
     results = [each.result() for each in jobs]
     write_json(options.results, {**document(what, command, options), "results": results})

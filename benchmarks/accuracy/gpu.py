@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiments import EVERY, MUST, SEEDS, Experiment, digest_of
-from runner import INTERRUPTED, Job, check, parser_of, told_to_stop
-from table import report, say, state
+from experiments import EVERY, MUST, Experiment, digest_of
+from runner import INTERRUPTED, Job, asked, check, parser_of, told_to_stop
+from table import report, runs_of, say, state
 from torch import Tensor
 
 import rd_train.run
@@ -115,7 +115,7 @@ def data_on(device: torch.device) -> Iterator[None]:
 def experiment_of(options: argparse.Namespace) -> Experiment:
     """What the options ask for."""
     if options.dry:
-        return Experiment("a dry run", MUST, (18,), 1, 256, DRY, "-dry")
+        return Experiment("a dry run", MUST, (18,), 1, 256, DRY, "-dry", (0, 1))
     path = options.data_dir
     npz = path is not None and path.suffix == ".npz"
     data = {"data": "npz" if npz else "fashion-mnist"} | ({"data_dir": str(path)} if path else {})
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, "runs/gpu", "runs/accuracy-gpu.json", several=False)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--depths", type=lambda text: tuple(map(int, text.split(","))), default=(18, 34, 50))
-    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), help="those to train")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--images", type=int, default=55_000, help="training images")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
@@ -196,13 +196,13 @@ def command() -> int:
     parser = _parser()
     options = parser.parse_args()
     if options.dry:
-        options.seeds, options.epochs = (0, 1), None
+        options.epochs = None
     experiment = experiment_of(options)
-    jobs = experiment.jobs(options.seeds, options.out)
+    jobs = runs_of(experiment, options)
     check(parser, options, {job.name for job in jobs})
-    jobs = [job for job in jobs if job.name in (options.only or [job.name])]
+    wanted = asked(jobs, options)
     if options.list:
-        print("\n".join(f"{state(job):10} {expected_seconds(job):6.0f} s {job.folder}" for job in jobs))
+        print("\n".join(f"{state(job):10} {expected_seconds(job):6.0f} s {job.folder}" for job in wanted))
         return 0
     device = torch.device("cpu" if options.dry else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -223,10 +223,10 @@ def command() -> int:
 
     started = time.monotonic()
     with data_on(device):
-        found = write(train_all(jobs, options.minutes, write))
+        found = write(train_all(wanted, options.minutes, write))
     say(found)
     print(f"{time.monotonic() - started:.0f} s; wrote {options.results}{'' if found['complete'] else ', incomplete'}")
-    return int(any(job.result() is None for job in jobs))
+    return int(any(job.result() is None for job in wanted))
 
 
 if __name__ == "__main__":

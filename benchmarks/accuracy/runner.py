@@ -70,7 +70,9 @@ class Job:
         found = {key: value for key, value in found.items() if key != "teacher_weights"}
         recipe = read_values(self.folder / "recipe.yaml")
         settings = {name: value for name, value in recipe.items() if name not in OF_THE_MACHINE}
-        return {"name": self.name, **found, "settings": settings}
+        metrics = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        fit = json.loads(metrics[-1])["train_accuracy"]
+        return {"name": self.name, **found, "last_train_accuracy": fit, "settings": settings}
 
     def result(self) -> dict | None:
         """The earlier result, or else what the folder holds."""
@@ -229,10 +231,19 @@ def parser_of(description: str, out: str, results: str, *, several: bool = True)
         parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     else:
         parser.set_defaults(workers=1)
-    parser.add_argument("--only", type=lambda text: text.split(","), help="names of runs, with commas between them")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="names of the runs to train, with commas between them"
+    )
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
     parser.set_defaults(earlier=[])
     return parser
+
+
+def asked(jobs: list[Job], options: argparse.Namespace) -> list[Job]:
+    """The jobs that the options want trained; what they leave out counts all the same where it is there."""
+    return [
+        job for job in jobs if job.name in (options.only or [job.name]) and job.seed in (options.seeds or [job.seed])
+    ]
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: set[str]) -> None:
@@ -248,7 +259,6 @@ def document(what: str, command: str, options: argparse.Namespace) -> dict:
     return {
         "what": what,
         "command": command
-        + (f" --only {','.join(options.only)}" if options.only else "")
         + (f" --earlier {' '.join(path.name for path in options.earlier)}" if options.earlier else ""),
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),

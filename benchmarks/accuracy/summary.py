@@ -15,9 +15,11 @@ AGAINST = {"ours": ("resnet", "resnet-muon", "plain", "start", "published"), "sg
 def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     """A line for each row and depth that has results: accuracy over seeds, cost, seconds.
 
-    ``std`` is that of the sample (n - 1). ``step_cost``: multiply-accumulates of a step in units of a cross-entropy
-    step of the plain network; ``plain_steps``: of the whole training, in the same units; ``teacher_cost``: what the
-    teacher's own training costs in units of a whole cross-entropy training of the plain network, None without one.
+    ``std`` is that of the sample (n - 1). ``validation``: mean accuracy of the epoch that was chosen; ``training``:
+    that of the last epoch, None where a result does not say it. ``step_cost``: multiply-accumulates of a step in units
+    of a cross-entropy step of the plain network; ``plain_steps``: of the whole training, in the same units;
+    ``teacher_cost``: what the teacher's own training costs in units of a whole cross-entropy training of the plain
+    network, None without one.
     """
     lines = []
     for row in experiment.rows:
@@ -26,6 +28,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
             if not runs:
                 continue
             accuracies = [run["test_accuracy"] for run in runs]
+            training = [run.get("last_train_accuracy") for run in runs]
             teachers = _runs(experiment, RESNET, depth, results) if row.has_teacher else []
             plain, teacher = (_plain_steps(run[0], experiment) if run else None for run in (runs, teachers))
             lines.append(
@@ -40,6 +43,8 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                     "test_accuracies": accuracies,
                     "mean": statistics.mean(accuracies),
                     "std": statistics.stdev(accuracies) if len(runs) > 1 else None,
+                    "validation": statistics.mean(run["val_accuracy"] for run in runs),
+                    "training": None if None in training else statistics.mean(training),
                     "step_cost": runs[0]["step_cost"],
                     "plain_steps": plain,
                     "teacher_cost": teacher * runs[0]["step_cost"] / plain if teachers else None,

@@ -8,6 +8,7 @@
 main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
 full         the rows that decide, on all 55,000 training images
 ablation     our method with one lever out at a time, depth 56
+rates        the ResNet and our method by both optimisers at several rates, depth 56, one seed
 levers       our method with one lever more, depth 56: what was tried to make it better
 depth        20, 32, 44, 56, 110: ResNet, plain by cross-entropy, ours
 bottleneck   plain-50 at a quarter of its width, every row
@@ -28,8 +29,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import NAMES, SEEDS, Experiment, check_names, experiments
-from runner import Job, check, document, parser_of, run_all, to_train
+from experiments import NAMES, Experiment, check_names, experiments
+from runner import Job, asked, check, document, parser_of, run_all, to_train
 from summary import comparisons, summary
 
 from rd_deploy.common import UserError, check_file, run_command, write_json
@@ -40,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, "runs/table", "runs/accuracy-NAME.json")
     parser.add_argument("names", nargs="*", default=["main"], metavar="EXPERIMENT", help=", ".join(NAMES))
     parser.add_argument("--epochs", type=int, help="another number of epochs than the experiments' own")
-    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=SEEDS)
+    parser.add_argument(
+        "--seeds", type=lambda text: tuple(map(int, text.split(","))), help="those to train, instead of all"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     parser.add_argument(
         "--earlier", type=Path, nargs="+", metavar="JSON",
@@ -94,13 +97,18 @@ def _equal(job: Job, results: list[dict]) -> dict | None:
     return None
 
 
+def runs_of(experiment: Experiment, options: argparse.Namespace) -> list[Job]:
+    """All runs of an experiment, those of further seeds too that were asked for."""
+    return experiment.jobs(tuple(sorted({*experiment.seeds, *(options.seeds or ())})), options.out)
+
+
 def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Path, str], options) -> dict:
-    """An experiment's JSON of ``jobs``; complete only with every row and seed of the experiment."""
+    """An experiment's JSON: all results that there are of its ``jobs``, whatever was asked to be trained now."""
     found = {job.folder: result for job in jobs if (result := job.result()) is not None}
     results = list(found.values())
     lost = [
         {"name": job.name, "seed": job.seed, "why": missing.get(job.folder, "not begun")}
-        for job in experiment.jobs(tuple(sorted({*SEEDS, *options.seeds})), options.out)
+        for job in jobs
         if job.folder not in found
     ]
     teachers = {job.teacher for job in jobs}
@@ -110,9 +118,8 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         if job.earlier is not None and job.folder in teachers and (now := job.trained()) is not None
     ]
     rows = summary(experiment, results)
-    seeds = ",".join(map(str, options.seeds))
     epochs = f" --epochs {options.epochs}" if options.epochs else ""
-    command = f"python benchmarks/accuracy/table.py {name}{epochs} --seeds {seeds}"
+    command = f"python benchmarks/accuracy/table.py {name}{epochs}"
     return {
         "experiment": name,
         **document(experiment.what, command, options),
@@ -161,14 +168,11 @@ def command() -> int:
         raise UserError("--results must have NAME in its file's name where there are several experiments")
     known = experiments(options.glyphs)
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
-    jobs = {name: each.jobs(options.seeds, options.out) for name, each in found.items()}
+    jobs = {name: runs_of(each, options) for name, each in found.items()}
     check(parser, options, {job.name for each in jobs.values() for job in each})
     earlier = read_earlier(options.earlier)
-    jobs = {
-        name: with_earlier([job for job in each if job.name in (options.only or [job.name])], earlier)
-        for name, each in jobs.items()
-    }
-    once = {job.folder: job for each in jobs.values() for job in each}
+    jobs = {name: with_earlier(each, earlier) for name, each in jobs.items()}
+    once = {job.folder: job for each in jobs.values() for job in asked(each, options)}
     once = sorted(once.values(), key=lambda job: not job.must)  # stable: those that decide first, of all experiments
     if options.list:
         training = to_train(once)

@@ -97,6 +97,7 @@ def jobs_of(out: Path) -> list:
 def finish(job):
     job.folder.mkdir(parents=True)
     (job.folder / "recipe.yaml").write_text(dump_yaml(job.recipe()), encoding="utf-8")
+    (job.folder / "metrics.jsonl").write_text('{"train_accuracy": 0.5}\n', encoding="utf-8")
     (job.folder / "result.json").write_text(json.dumps({"test_accuracy": 0.5}), encoding="utf-8")
 
 

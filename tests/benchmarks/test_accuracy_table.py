@@ -65,7 +65,8 @@ if flags["arch"] == "plain110" and options[0] != "--resume":
     time.sleep(60)
 (folder / "model.pt").write_text("model")
 found = {"test_accuracy": 0.9, "seconds": 1.0, "seed": int(flags["seed"]), "teacher_weights": "x"}
-found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32"}
+found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32", "val_accuracy": 0.8}
+(folder / "metrics.jsonl").write_text('{"train_accuracy": 0.5}\\n{"train_accuracy": 0.7}\\n')
 (folder / "result.json").write_text(json.dumps(found))
 """
 
@@ -98,8 +99,8 @@ def test_every_run_is_a_recipe_of_its_own_with_a_folder_of_its_own(name):
         assert recipes[-1].arch.startswith("resnet") == job.name.startswith("resnet")
     assert len({job.folder for job in jobs}) == len(set(map(repr, recipes))) == len(jobs)
     for field in ("size", "epochs", "batch_size", "lr", "clip_norm", "train_limit", "width", "stem"):
-        taken_out = name == "ablation" and field == "clip_norm"
-        assert len({getattr(recipe, field) for recipe in recipes}) == 1 + taken_out, field
+        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3}.get((name, field), 1)
+        assert len({getattr(recipe, field) for recipe in recipes}) == values, field
 
 
 def test_experiments_share_folders_only_where_they_share_everything():
@@ -187,7 +188,8 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
     assert len(seen) == 8
     assert seen[-1] == {}
     found = {"name": "plain20-rd-muon", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
-    found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32"}
+    found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32", "val_accuracy": 0.8}
+    found |= {"last_train_accuracy": 0.7}
     assert {**jobs[0].result(), "settings": None} == found | {"settings": None}
     assert jobs[0].difference(jobs[0].result()["settings"]) is None
 
@@ -360,7 +362,7 @@ def test_a_folder_of_other_settings_is_refused(fake):
 
 def result(name, seed, accuracy, **others):
     found = {"name": name, "seed": seed, "test_accuracy": accuracy, "epochs": 2, "train_images": 1280}
-    return found | {"step_cost": 1.5, "seconds": 4.0} | others
+    return found | {"step_cost": 1.5, "seconds": 4.0, "val_accuracy": accuracy - 0.01} | others
 
 
 def accuracies(name, *values):
@@ -374,6 +376,20 @@ def test_the_summary_is_mean_and_deviation_over_seeds():
     assert (row["seeds"], row["plain_steps"], single["std"]) == ([0, 1, 2], 30.0, None)
     assert (row["teacher_cost"], single["teacher_cost"]) == (2.02, None)  # twice the student's epochs
     assert (row["depth"], row["key"], row["label"]) == (20, "ours", "plain, ours")
+    assert row["validation"] == pytest.approx(0.80)
+    assert row["training"] is None
+
+
+def test_the_table_of_rates_shows_what_chose_and_the_fit(monkeypatch):
+    names = [("resnet56", 0.9), ("plain56-rd-muon", 0.91), ("plain56-rd-muon002", 0.92)]
+    results = [result(name, 0, accuracy, last_train_accuracy=0.95) for name, accuracy in names[1:]]
+    rows = summary.summary(EXPERIMENTS["rates"], [result(*names[0][:1], 0, names[0][1]), *results])
+    assert accuracy_tables._rates(rows).splitlines()[2:] == [
+        "| ResNet, cross-entropy | 89.00 | 90.00 | - |",
+        "| plain, ours | 90.00 | 91.00 | 95.00 |",
+        "| plain, ours, rate 0.002 | 91.00 | 92.00 | 95.00 |",
+    ]
+    assert {job.seed for job in table.runs_of(EXPERIMENTS["rates"], Namespace(seeds=None, out=OUT))} == {0}
 
 
 def test_the_interval_is_students():
@@ -465,6 +481,23 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
         call(monkeypatch, "glyphs")
 
 
+def test_what_was_not_asked_for_is_not_trained_and_counts_where_it_is_there(fake, monkeypatch):
+    monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
+    flags = ["--out", fake, "--results", fake / "NAME.json"]
+    asked = [("resnet20-tiny", "0,1"), ("plain20-tiny-rd-muon", "1,5")]
+    codes = [call(monkeypatch, *flags, "--only", only, "--seeds", seeds) for only, seeds in asked]
+    assert codes == [0, 1]  # seed 5 of ours has no teacher
+    found = json.loads((fake / "main.json").read_text(encoding="utf-8"))
+    there = [(each["name"], each["seed"]) for each in found["results"]]
+    assert there == [("resnet20-tiny", 0), ("resnet20-tiny", 1), ("plain20-tiny-rd-muon", 1)]
+    lost = {(each["name"], each["seed"]): each["why"] for each in found["missing"]}
+    assert set(lost) == {
+        *(("resnet20-tiny", seed) for seed in (2, 5)),
+        *(("plain20-tiny-rd-muon", s) for s in (0, 2, 5)),
+    }
+    assert lost["plain20-tiny-rd-muon", 5] == "its teacher resnet20-tiny-n256-e2-s5 has no result"
+
+
 def test_trained_for_real(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -480,6 +513,6 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     text = accuracy_tables.experiment("main")()
     accuracy = 100 * found["rows"][1]["mean"]
     assert f"| plain, ours | {accuracy:.2f} (1) | {found['rows'][1]['step_cost']:.2f} | " in text
-    assert text.endswith("From `results.json`, made by `python benchmarks/accuracy/table.py main --seeds 0`.")
+    assert text.endswith("From `results.json`, made by `python benchmarks/accuracy/table.py main`.")
     assert call(monkeypatch, *flags, "--list") == 0
     assert capsys.readouterr().out.count("complete ") == 2

@@ -42,7 +42,7 @@ def results(missing: int = 0) -> dict:
         {
             **{"name": MAIN.name(row, depth), "seed": seed, "test_accuracy": mean.get(row.key, 0.85) + 0.001 * seed},
             **{"epochs": 10, "train_images": 20_000, "step_cost": 1.0 if row.key == "plain" else 1.5, "seconds": 7.0},
-            **{"precision": "bf16"},
+            **{"precision": "bf16", "val_accuracy": 0.9},
         }
         for row in MAIN.rows
         for depth in MAIN.depths
