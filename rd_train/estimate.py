@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import checkpoint_values, plain_size
+from rd_train.context import Context, student_checkpoint
 from rd_train.cost import mean_step_macs, step_macs
 from rd_train.data import Split, batches, steps_per_epoch
 from rd_train.evaluation import evaluation_size, predict
 from rd_train.html_report import THUMBNAIL, WORST
 from rd_train.live import in_words
-from rd_train.loop import Context, State, Stepper, student_checkpoint
+from rd_train.loop import Stepper
 from rd_train.recipe import Recipe
+from rd_train.state import State
 
 STEPS = 5
 LONGEST = 60.0  # seconds a phase: slow steps are timed until then, at least one

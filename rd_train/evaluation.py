@@ -2,19 +2,16 @@
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rd_train import distributed
+from rd_train.context import Context
 from rd_train.data import Split, evaluation_batches, fixed_sample
 from rd_train.networks import Network
 from rd_train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from rd_train.loop import Context
 
 
 def evaluation_size(recipe: Recipe) -> int:
@@ -49,7 +46,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(network: Network, split: Split, context: "Context") -> Predictions:
+def predict(network: Network, split: Split, context: Context) -> Predictions:
     """Run a network over a whole split but for its corrupt images, once.
 
     Processes share the images among them; each gets all predictions.
@@ -75,14 +72,14 @@ def predict(network: Network, split: Split, context: "Context") -> Predictions:
     return Predictions(indices, labels, predicted.long(), confidence.float(), truth.float(), loss / len(indices))
 
 
-def evaluate(network: Network, split: Split, context: "Context") -> tuple[float, float]:
+def evaluate(network: Network, split: Split, context: Context) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean cross-entropy of a network on a whole split."""
     seen = predict(network, split, context)
     return seen.accuracy, seen.loss
 
 
 @torch.no_grad()
-def recalibrated(network: Network, context: "Context") -> Network:
+def recalibrated(network: Network, context: Context) -> Network:
     """A copy whose BN statistics are the means over batches of ``recipe.recalibrate`` training images, unvaried.
 
     Those that training leaves behind lag behind the weights, and are those of augmented or mixed images. The images are

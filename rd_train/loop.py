@@ -5,86 +5,35 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 """
 
 import contextlib
-import json
 import math
-import shutil
-import signal
 import threading
-import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rd_deploy.common import Stopped, UserError, require, write_text
+from rd_deploy.common import Stopped, UserError
 from rd_train import distributed
 from rd_train.audit import gradient_audit
 from rd_train.build import sizes_of
-from rd_train.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
-from rd_train.data import Dataset, Meter, batches, derive_seed, steps_per_epoch
+from rd_train.checkpoint import save_checkpoint
+from rd_train.clock import Clock
+from rd_train.context import Context, student_checkpoint
+from rd_train.data import Meter, batches, derive_seed, steps_per_epoch
 from rd_train.evaluation import evaluate, predict, recalibrated
-from rd_train.live import View
-from rd_train.networks import Network, deployed_state, set_fading
+from rd_train.metrics import drop_rows_after, log, read_rows
+from rd_train.networks import Network, set_fading
 from rd_train.optimizers import build_optimizer
 from rd_train.recipe import Recipe
 from rd_train.schedules import learning_rate
+from rd_train.state import State
 from rd_train.vary import mixed, resized
 
 CHECK_EVERY = 20  # steps between looks at the loss, which make a GPU wait
 STEP_SEED = 0x57E9  # sets the draws of a step apart from those of its batch
-
-
-@dataclass
-class Context:
-    """What every phase of a run shares."""
-
-    recipe: Recipe
-    dataset: Dataset
-    folder: Path
-    device: torch.device
-    autocast: bool
-    stop: threading.Event
-    writer: object | None = None  # TensorBoard's SummaryWriter
-    view: View = field(default_factory=View)
-
-    def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
-        """Images or a network on the device, in the memory format; a network before a task aliases it.
-
-        With ``sync_bn``, its BN are those of all processes together.
-        """
-        if self.recipe.sync_bn and isinstance(what, nn.Module):
-            distributed.synchronise_bn(what)
-        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        return what.to(self.device, memory_format=layout)
-
-    def cast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a run stops between two steps; a second Ctrl-C stops at once."""
-    event = threading.Event()
-
-    def handler(number: int, frame: object) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, action in previous.items():
-            signal.signal(number, action)
 
 
 def vary(images: Tensor, labels: Tensor, size: int, context: Context, generator: np.random.Generator) -> tuple:
@@ -177,7 +126,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     if not distributed.same_everywhere(state.step):
         raise UserError(f"the processes see different files in {context.folder}; all machines must share that folder")
     if distributed.first():
-        _drop_rows_after(context.folder, phase, state.step)
+        drop_rows_after(context.folder, phase, state.step)
         rows = [row for row in read_rows(context.folder) if row["phase"] == phase]
         context.view.start(phase, epochs, per_epoch, state.step, rows)
     take.share()
@@ -188,7 +137,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
         options = {"seed": recipe.seed, "epoch": epoch, "start": done, "meter": meter}
         loader = batches(split, recipe.batch_size, **options, **distributed.share())
         task.train()
-        clock = _Clock(state.seconds, meter, context.device)
+        clock = Clock(state.seconds, meter, context.device)
         for images, labels in _until_stopped(loader, context.stop):
             clock.begin_step()
             labels = labels.to(context.device)
@@ -256,7 +205,7 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
         return gradient_audit(task, context.place(images), labels.to(context.device))
 
 
-def _end_epoch(phase: str, epoch: int, rate: float, state: "State", context: Context, clock: "_Clock") -> None:
+def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Context, clock: Clock) -> None:
     """Validate, keep the student if it is the best so far, log, save."""
     task, validation = state.task, context.dataset.val
     speeds = clock.speeds()
@@ -279,7 +228,7 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "State", context: Con
     context.dataset.skipped.agree()
     row |= {"corrupt_images": len(context.dataset.skipped), **speeds, "seconds": clock.total()}
     state.seconds = row["seconds"]
-    _log(row, context, left_out=len(validation) - len(seen.indices))
+    log(row, context, left_out=len(validation) - len(seen.indices))
     if distributed.first():
         context.view.epoch(row)
     state.sums.clear()
@@ -287,61 +236,6 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: "State", context: Con
     state.save()
     if distributed.any_process(context.stop.is_set()):
         _stop(context)
-
-
-class _Clock:
-    """Seconds of a phase over its interruptions; images per second of the epoch, of its loader and of its steps.
-
-    Images are those of all processes.
-    """
-
-    def __init__(self, before: float, meter: Meter, device: torch.device):
-        self.before, self.started, self.images = before, time.monotonic(), 0
-        self.meter, self.cuda = meter, device.type == "cuda"
-        self.stepped = 0.0  # seconds of finished steps
-        self.begun: float | torch.cuda.Event | None = None
-        self.running: deque[tuple] = deque()  # CUDA events around steps that may not be finished yet
-
-    def begin_step(self) -> None:
-        """When a batch has come. A GPU works behind the Python code, so its own clock is read."""
-        self.begun = self._now()
-
-    def end_step(self, images: int) -> None:
-        self.images += images
-        if not self.cuda:
-            self.stepped += time.monotonic() - self.begun
-            return
-        self.running.append((self.begun, self._now()))
-        while self.running and self.running[0][1].query():
-            self._finish_step()
-
-    def _now(self) -> "float | torch.cuda.Event":
-        if not self.cuda:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _finish_step(self) -> None:
-        begun, ended = self.running.popleft()
-        ended.synchronize()
-        self.stepped += begun.elapsed_time(ended) / 1000
-
-    def speeds(self) -> dict[str, float]:
-        """Images per second of the epoch, that the loader could have made, and that the steps alone could have."""
-        while self.running:
-            self._finish_step()
-        return {
-            "images_per_second": self.rate(),
-            "loader_images_per_second": self.meter.rate() * distributed.world(),
-            "model_images_per_second": self.images / max(1e-9, self.stepped),
-        }
-
-    def total(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    def rate(self) -> float:
-        return self.images / max(1e-9, time.monotonic() - self.started)
 
 
 @contextlib.contextmanager
@@ -354,92 +248,6 @@ def _explained_compilation(recipe: Recipe) -> Iterator[None]:
             raise
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise UserError(f"torch.compile failed ({reason[:160]}); run with --compile false") from error
-
-
-class State:
-    """Everything a phase needs to go on: tensors, step, running sums, best epoch, seconds."""
-
-    def __init__(self, context: Context, phase: str, task: nn.Module, optimizer, averaged: AveragedModel | None):
-        self.path = context.folder / f"{phase}-state.pt"
-        self.task, self.optimizer, self.averaged = task, optimizer, averaged
-        self.step, self.seconds = 0, 0.0
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        self.counts: dict[str, int] = defaultdict(int)  # of steps; not every kind of step has every term
-        self.best: dict = {"epoch": 0, "val_accuracy": -1.0, "val_loss": math.inf}
-
-    def add(self, result: dict, labels: Tensor) -> None:
-        """Add a step to the running sums of the epoch (on the device: nothing waits)."""
-        entries = {"loss": result["loss"].detach(), **result["terms"]}
-        entries["train_accuracy"] = (result["output"].detach().argmax(1) == labels).float().mean()
-        for name, value in entries.items():
-            self.sums[name] = self.sums[name].to(value.device) + value.double()
-            self.counts[name] += 1
-
-    def means(self) -> dict[str, float]:
-        """Means of the epoch so far over all processes, of each term over the steps that had it."""
-        distributed.average(self.sums.values())
-        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-
-    def agree(self) -> None:
-        """Make BN's running statistics those of all processes' images (their means); twice is as good as once."""
-        for module in (self.task, self.averaged):
-            if module is not None:
-                distributed.average_statistics(module)
-
-    def improves(self, accuracy: float, loss: float) -> bool:
-        """Higher validation accuracy; among equals the lower loss."""
-        return (accuracy, -loss) > (self.best["val_accuracy"], -self.best["val_loss"])
-
-    def save(self) -> None:
-        """Write everything; processes go on when the first one has."""
-        if distributed.first():
-            save_plain(self.path, self.values())
-        distributed.barrier()
-
-    def values(self) -> dict:
-        """What is saved."""
-        return {
-            "task": self.task.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "sums": dict(self.sums),
-            "counts": dict(self.counts),
-            "best": self.best,
-        }
-
-    def load(self, total: int) -> None:
-        """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
-        if not self.path.exists():
-            return
-        values = load_plain(self.path, "training state")
-        try:
-            self.task.load_state_dict(values["task"], strict=True)
-            self._load_optimizer(values["optimizer"])
-            if self.averaged is not None:
-                self.averaged.load_state_dict(values["averaged"], strict=True)
-            self.step, self.seconds = int(values["step"]), float(values["seconds"])
-            self.best = {name: type(self.best[name])(values["best"][name]) for name in self.best}
-            self.sums.update({str(name): torch.as_tensor(value).double() for name, value in values["sums"].items()})
-            self.counts.update({str(name): int(value) for name, value in values["counts"].items()})
-            if set(self.counts) != set(self.sums) or min(self.counts.values(), default=1) < 1:
-                raise ValueError("counts")
-            if not 0 <= self.step <= total or any(value.ndim for value in self.sums.values()):
-                raise ValueError("step or sums")
-        except Exception as error:  # a hostile file can hold anything
-            raise UserError(f"training state {self.path} does not fit its recipe; start a new run") from error
-
-    def _load_optimizer(self, state: dict) -> None:
-        """Take the momenta; what else the file says of a group (its learning rate, say) is the recipe's business."""
-        groups = self.optimizer.param_groups
-        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        self.optimizer.load_state_dict(state)
-        for group, options in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(options)
-        for parameter, values in self.optimizer.state.items():
-            if any(torch.is_tensor(value) and value.shape != parameter.shape for value in values.values()):
-                raise ValueError("momentum")
 
 
 def _check_finite(values: dict, phase: str, state: State) -> None:
@@ -457,76 +265,7 @@ def _stop(context: Context) -> None:
     raise Stopped(f"stopped; go on with: rd-train --resume {context.folder}", code=130)
 
 
-def student_checkpoint(network: Network, context: Context, best: dict) -> Checkpoint:
-    """A network of the run as it is kept."""
-    dataset, recipe = context.dataset, context.recipe.to_dict()
-    return Checkpoint(
-        network.arch, deployed_state(network), dataset.preprocessing, dataset.classes, recipe, provenance=dict(best)
-    )
-
-
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
     path = context.folder / ("model.pt" if phase == "student" else "teacher.pt")
     if distributed.first():
         save_checkpoint(path, student_checkpoint(network, context, best))
-
-
-def _terms(means: dict) -> str:
-    terms = " ".join(f"{name} {value:.3f}" for name, value in means.items() if name.endswith(("ce", "kd", "feature")))
-    return f"loss {means['loss']:.3f} ({terms})"
-
-
-def _log(row: dict, context: Context, left_out: int) -> None:
-    if not distributed.first():
-        return
-    with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    if context.writer is not None:
-        for name, value in row.items():
-            if isinstance(value, float):
-                context.writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
-        context.writer.flush()
-    print(
-        f"{row['phase']} epoch {row['epoch']}: {_terms(row)} train {row['train_accuracy']:.2%} "
-        f"val {row['val_accuracy']:.2%}{f' ({left_out} corrupt images left out)' if left_out else ''} "
-        f"{row['images_per_second']:.0f} img/s; {_bottleneck(row)}",
-        flush=True,
-    )
-
-
-def _bottleneck(row: dict) -> str:
-    """Which of loader and model is the slower, in words."""
-    loader, model = row["loader_images_per_second"], row["model_images_per_second"]
-    slower = "loader" if loader < model else "model"
-    return f"loader {loader:.0f} img/s, model {model:.0f} img/s: the {slower} is the bottleneck"
-
-
-def read_rows(folder: Path) -> list[dict]:
-    """The rows of a run's ``metrics.jsonl``; a damaged line is a `UserError`, but for a last one that was cut short."""
-    path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        # Killed while it wrote the last line: the epoch of that line was not saved either.
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; start a new run") from error
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) and "phase" in row for row in rows):
-        raise UserError(f"{path} holds lines that are no rows of a run; start a new run")
-    return rows
-
-
-def _drop_rows_after(folder: Path, phase: str, step: int) -> None:
-    """Forget what was logged after the saved state, so that a resumed log equals an uninterrupted one."""
-    kept = [row for row in read_rows(folder) if row["phase"] != phase or row["step"] <= step]
-    if (folder / "metrics.jsonl").exists():
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def tensorboard_writer(folder: Path, *, resume: bool) -> object:
-    """TensorBoard's writer for a run; steps that a resumed run repeats are logged twice, with the same values."""
-    require("tensorboard", "tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    if not resume:
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    return SummaryWriter(folder / "tensorboard")

@@ -10,7 +10,7 @@ from rd_train.audit import plot_audit
 from rd_train.data import Dataset
 from rd_train.evaluation import Predictions
 from rd_train.html_report import page
-from rd_train.loop import read_rows
+from rd_train.metrics import read_rows
 from rd_train.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -25,13 +25,15 @@ from rd_train.build import (
     teacher_arch,
 )
 from rd_train.checkpoint import Checkpoint, load_checkpoint
+from rd_train.context import Context, stop_on_signals
 from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, update_macs
 from rd_train.data import Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
 from rd_train.evaluation import evaluate, predict, statistics_size
 from rd_train.live import View, shown
-from rd_train.loop import Context, fit, stop_on_signals, tensorboard_writer
+from rd_train.loop import fit
+from rd_train.metrics import tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.teachers import is_published, load_published, settled_name

@@ -14,10 +14,10 @@ from PIL import Image
 
 from rd_deploy.common import UserError
 from rd_deploy.preprocessing import Preprocessing
+from rd_train.context import Context
 from rd_train.data import Meter, batches, evaluation_batches, load_dataset
 from rd_train.encoded import encoded_preprocessing
 from rd_train.evaluation import evaluate
-from rd_train.loop import Context
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.skipped import Skipped

@@ -15,11 +15,12 @@ import torch
 from rd_deploy.common import Stopped, run_command
 from rd_train.build import build_task, meta_task, student_arch
 from rd_train.cli import command
+from rd_train.context import Context
 from rd_train.cost import macs_per_image, mean_step_macs, step_macs
 from rd_train.data import load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import _endless, _timed_steps, report_bytes
-from rd_train.loop import Context, Step, Stepper
+from rd_train.loop import Step, Stepper
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import dry_run, run
@@ -70,7 +71,8 @@ import torch
 from rd_train.build import build_task, meta_task
 from rd_train.data import load_dataset
 from rd_train.estimate import _memory_of_a_step
-from rd_train.loop import Context, Stepper
+from rd_train.context import Context
+from rd_train.loop import Stepper
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rd_train.context import Context
 from rd_train.data import load_dataset
 from rd_train.evaluation import evaluate, predict, recalibrated
-from rd_train.loop import Context
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 
