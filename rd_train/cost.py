@@ -49,16 +49,16 @@ def mean_step_macs(task: nn.Module, size: int, size_at: Callable[[float], int] |
     return total / MOMENTS
 
 
-def update_macs(recipe: Recipe, task: nn.Module) -> int:
-    """Multiply-accumulates of Muon in one step of the optimiser, whatever the batch; those of SGD are not counted.
+def update_macs(recipe: Recipe, task: nn.Module) -> float:
+    """Multiply-accumulates of Muon in a step, per image of its batch; those of SGD are not counted.
 
     Each of Newton and Schulz's five iterations has three products of matrices, m x n and m x m with m the shorter side
     of a kernel's matrix: 2 m² n + m³.
     """
     if recipe.optimizer != "muon":
-        return 0
+        return 0.0
     shapes = [sorted((len(kernel), kernel[0].numel())) for kernel in task.parameters() if is_kernel(kernel)]
-    return sum(NEWTON_SCHULZ * (2 * m * m * n + m**3) for m, n in shapes)
+    return sum(NEWTON_SCHULZ * (2 * m * m * n + m**3) for m, n in shapes) / recipe.batch_size
 
 
 def relative_cost(
@@ -66,7 +66,7 @@ def relative_cost(
 ) -> float:
     """`mean_step_macs` of a task (on the meta device) in units of a cross-entropy step of the plain network.
 
-    ``update``: what the optimiser needs per image, besides.
+    ``update``: `update_macs`, besides.
     """
     with torch.device("meta"):
         plain = CrossEntropy(Network(replace(task.student.arch.deployed, shortcuts="none")))

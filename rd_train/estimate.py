@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import checkpoint_values, plain_size
 from rd_train.context import Context, student_checkpoint
-from rd_train.cost import mean_step_macs, step_macs
+from rd_train.cost import mean_step_macs, step_macs, update_macs
 from rd_train.data import Split, batches, steps_per_epoch
 from rd_train.evaluation import evaluation_size, predict
 from rd_train.html_report import THUMBNAIL, WORST
@@ -60,7 +60,7 @@ def measure(name: str, task: nn.Module, meta: nn.Module, epochs: int, context: C
     seconds, macs, timed = _timed_steps(take, meta, stream)
     stream.close()
     full = dataset.preprocessing.size
-    step_seconds = seconds / macs * mean_step_macs(meta, full, take.size_at)
+    step_seconds = seconds / macs * (mean_step_macs(meta, full, take.size_at) + update_macs(recipe, meta))
     per_image = _evaluation_seconds(task, context)
     steps = steps_per_epoch(dataset.train, recipe.batch_size)
     audit = 2 * step_seconds if recipe.audit and getattr(task, "splices", ()) else 0.0  # a forward, two backwards
@@ -88,7 +88,7 @@ def _timed_steps(take: Stepper, meta: nn.Module, stream: Iterator) -> tuple[floa
         step = take(number, images, labels.to(context.device))
         _wait(context)
         seconds += monotonic() - start
-        macs += step_macs(meta, step.size, **step.kind)
+        macs += step_macs(meta, step.size, **step.kind) + update_macs(context.recipe, meta)
         timed += 1
         if context.stop.is_set():
             raise Stopped("stopped; nothing was written", code=130)

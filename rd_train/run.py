@@ -155,9 +155,7 @@ def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
             teacher = _new_teacher(context, plan.arch)
             if epochs := _teacher_epochs(recipe, plan):
                 task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
-                with torch.device("meta"):
-                    meta = CrossEntropy(Network(teacher.arch))
-                phases.append(measure("teacher", task, meta, epochs, context))
+                phases.append(measure("teacher", task, _meta_teacher(teacher.arch), epochs, context))
         meta = meta_task(recipe, plan.arch, None if teacher is None else teacher.arch)
         task = _student_task(context, replace(plan, teacher=teacher))
         phases.append(measure("student", task, meta, recipe.epochs, context))
@@ -200,10 +198,20 @@ def _work(context: Context, plan: _Plan) -> dict[str, float]:
     """Multiply-accumulates of each phase, but for the batch size: what the time that is left is shared out by."""
     recipe, size = context.recipe, context.dataset.preprocessing.size
     sizes, steps = sizes_of(recipe, size), steps_per_epoch(context.dataset.train, recipe.batch_size)
-    meta, work = meta_task(recipe, plan.arch, None if plan.teacher is None else plan.teacher.arch), {}
+    meta = meta_task(recipe, plan.arch, None if plan.teacher is None else plan.teacher.arch)
+    phases = {"student": (recipe.epochs, meta)}
     if epochs := _teacher_epochs(recipe, plan):
-        work["teacher"] = epochs * steps * mean_step_macs(CrossEntropy(meta.teacher.requires_grad_()), size, sizes)
-    return work | {"student": recipe.epochs * steps * mean_step_macs(meta, size, sizes)}
+        phases["teacher"] = (epochs, _meta_teacher(meta.teacher.arch))
+    return {
+        name: epochs * steps * (mean_step_macs(task, size, sizes) + update_macs(recipe, task))
+        for name, (epochs, task) in phases.items()
+    }
+
+
+def _meta_teacher(arch: Arch) -> CrossEntropy:
+    """The task of the teacher's phase without memory, for counting."""
+    with torch.device("meta"):
+        return CrossEntropy(Network(arch))
 
 
 def _new_teacher(context: Context, arch: Arch) -> Network:
@@ -312,7 +320,7 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     """Say what will be trained on what and at which cost; returns the figures."""
     size = dataset.preprocessing.size
     task = meta_task(recipe, arch, teacher.arch if teacher is not None else None)
-    update = update_macs(recipe, task) / recipe.batch_size
+    update = update_macs(recipe, task)
     plan = {
         "parameters": deployed_parameters(arch),
         "macs_per_image": macs_per_image(arch.deployed, size),

@@ -129,7 +129,7 @@ def expected_seconds(job: Job) -> float:
     """The arithmetic of a run at `UTILISATION` of `PEAK`; maps, compiling and evaluation come besides."""
     recipe = job.recipe()
     task = meta_task(recipe, student_arch(recipe, 1, 10))
-    macs = mean_step_macs(task, recipe.size) + update_macs(recipe, task) / recipe.batch_size
+    macs = mean_step_macs(task, recipe.size) + update_macs(recipe, task)
     return 2 * macs * recipe.train_limit * recipe.epochs / (PEAK * UTILISATION)
 
 

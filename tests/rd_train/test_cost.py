@@ -94,7 +94,7 @@ def test_muons_products_are_counted(name):
         parameter.grad = torch.randn_like(parameter)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    assert update_macs(recipe, CrossEntropy(network)) == counter.get_total_flops() // 2
+    assert update_macs(recipe, CrossEntropy(network)) == counter.get_total_flops() / 2 / recipe.batch_size
     assert update_macs(Recipe(optimizer="sgd"), CrossEntropy(network)) == 0
     ordinary = on_meta(CrossEntropy, "plain18")
     assert relative_cost(ordinary, 64, update=step_macs(ordinary, 64) / 4) == 1.25

@@ -16,7 +16,7 @@ from rd_deploy.common import Stopped, run_command
 from rd_train.build import build_task, meta_task, student_arch
 from rd_train.cli import command
 from rd_train.context import Context
-from rd_train.cost import macs_per_image, mean_step_macs, step_macs
+from rd_train.cost import macs_per_image, mean_step_macs, step_macs, update_macs
 from rd_train.data import load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import _endless, _timed_steps, report_bytes
@@ -129,7 +129,8 @@ class Take:
 
     def __call__(self, *arguments):
         step = self.stepper(*arguments)
-        self.clock += 1e-6 * step_macs(self.meta, step.size, **step.kind)
+        update = update_macs(self.context.recipe, self.meta)
+        self.clock += 1e-6 * (step_macs(self.meta, step.size, **step.kind) + update)
         return step
 
 
@@ -146,7 +147,7 @@ def test_steps_that_differ_are_weighed_by_their_macs(monkeypatch, tmp_path):
     seconds, macs, timed = _timed_steps(take, meta, _endless(context.dataset.train, recipe))
     # So that the mean over all steps can be told from these five, whichever kinds they were.
     assert (seconds, timed) == (pytest.approx(1e-6 * macs), 5)
-    assert macs != pytest.approx(5 * mean_step_macs(meta, 8, take.stepper.size_at))
+    assert macs != pytest.approx(5 * (mean_step_macs(meta, 8, take.stepper.size_at) + update_macs(recipe, meta)))
 
 
 def test_slow_steps_are_timed_until_a_limit(monkeypatch, tmp_path):
