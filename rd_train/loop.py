@@ -7,7 +7,7 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ class Stepper:
         self.networks = [[p for p in part.parameters() if p.requires_grad] for part in task.children()]
         per_epoch = steps_per_epoch(context.dataset.train, recipe.batch_size)
         self.total, self.warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
-        self.run_step = torch.compile(task) if recipe.compile else task
+        self.run_step = _compiled(task) if recipe.compile else task
         self.size_at = sizes_of(recipe, context.dataset.preprocessing.size)
 
     def share(self) -> None:
@@ -236,6 +236,16 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Conte
     state.save()
     if distributed.any_process(context.stop.is_set()):
         _stop(context)
+
+
+def _compiled(task: nn.Module) -> Callable:
+    """The task under torch.compile, which compiles each kind of step by itself, and again where images grow.
+
+    Beyond its limit it would run what is left uncompiled, and only a warning would say so.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * len(task.kinds()))
+    return torch.compile(task)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from rd_deploy.common import Stopped, UserError
+from rd_train.build import build_task, student_arch
 from rd_train.checkpoint import load_checkpoint
 from rd_train.context import Context
 from rd_train.data import batches, load_dataset
@@ -199,6 +201,25 @@ def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterr
     assert all(torch.allclose(kept.state_dict[name], teacher[name], atol=1e-6) for name in weights)
     with pytest.raises(UserError, match="must be the ResNet of the plain plain32"):
         run(replace(RECIPE, arch="plain32", **flags), tmp_path / "other")
+
+
+def test_every_kind_of_step_is_compiled(tmp_path, monkeypatch):
+    recipe = replace(RECIPE, method="rd", arch="plain18", stem="small", width=1 / 16, resize_start=0.5, compile=True)
+    recipe = replace(recipe, kd_weight=0.5, kd_start=0.3, kd_probability=0.5, ema=0.0)
+    dataset = load_dataset("digits", limit=200)
+    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
+    arch = student_arch(recipe, 1, 10)
+    task = build_task(recipe, Network(arch), Network(replace(arch, shortcuts="all"))).train()
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    # Traced but not built by Inductor, which would take minutes; an uncompiled step is an error here.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        take = Stepper(task, 2, context)
+        assert len(task.kinds()) == 8
+        for size in (4, 8):
+            for kind in task.kinds():
+                assert math.isfinite(take(0, images, labels, size=size, kind=kind).result["loss"].item())
+    torch.compiler.reset()
 
 
 def test_the_norm_of_the_gradient_is_that_before_clipping(tmp_path):
