@@ -38,7 +38,11 @@ class State:
         return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
 
     def agree(self) -> None:
-        """Make BN's running statistics those of all processes' images (their means); twice is as good as once."""
+        """Make BN's running statistics those of all processes' images (their means); twice is as good as once.
+
+        Weights, too: on unlike hardware those by Muon, whose sums are in bf16, drift apart.
+        """
+        distributed.average(parameter for parameter in self.task.parameters() if parameter.requires_grad)
         for module in (self.task, self.averaged):
             if module is not None:
                 distributed.average_statistics(module)
