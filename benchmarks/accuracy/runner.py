@@ -87,10 +87,12 @@ class Job:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             return
-        if difference := self.difference(read_values(path)):
+        values = read_values(path)
+        if difference := self.difference(values):
             name, found, wanted = difference
+            has = f"with {name}={found}" if name in values else f"of another version, without {name}"
             raise UserError(
-                f"{self.folder} holds a run with {name}={found}, and {self.name} now has {wanted}: "
+                f"{self.folder} holds a run {has}, and {self.name} now has {wanted}: "
                 "move the folder away, or give another --out"
             )
 

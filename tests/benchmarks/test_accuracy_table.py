@@ -355,6 +355,10 @@ def test_a_folder_of_other_settings_is_refused(fake):
         UserError, match="a run with init=kaiming, and plain20-tiny-rd-muon now has identity: move the folder"
     ):
         runner.run_all([job], 1)
+    older = "".join(line for line in dump_yaml(same).splitlines(True) if not line.startswith("init_noise"))
+    (job.folder / "recipe.yaml").write_text(older, encoding="utf-8")
+    with pytest.raises(UserError, match="a run of another version, without init_noise, and plain20-tiny-rd-muon now"):
+        runner.run_all([replace(job, settings=job.settings | {"init_noise": 0.2})], 1)
 
 
 # --- the summary
