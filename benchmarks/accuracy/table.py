@@ -12,6 +12,7 @@ rates        the ResNet and our method by both optimisers at several rates, dept
 levers       our method with one lever more, depth 56: what was tried to make it better
 depth        20, 32, 44, 56, 110: ResNet, plain by cross-entropy, ours
 bottleneck   plain-50 at a quarter of its width, every row
+topology     plain-18, 34 and 50, each as wide as takes the same time, a quarter of it
 glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/accuracy/glyphs.py makes)
 
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet

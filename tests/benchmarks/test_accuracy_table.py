@@ -99,7 +99,7 @@ def test_every_run_is_a_recipe_of_its_own_with_a_folder_of_its_own(name):
         assert recipes[-1].arch.startswith("resnet") == job.name.startswith("resnet")
     assert len({job.folder for job in jobs}) == len(set(map(repr, recipes))) == len(jobs)
     for field in ("size", "epochs", "batch_size", "lr", "clip_norm", "train_limit", "width", "stem"):
-        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3}.get((name, field), 1)
+        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3, ("topology", "width"): 3}.get((name, field), 1)
         assert len({getattr(recipe, field) for recipe in recipes}) == values, field
 
 
@@ -118,6 +118,17 @@ def test_names_of_folders_that_results_exist_under():
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
     rows += ["resnet{}-muon", "plain{}-rd-muon", "plain{}-ce-identity-muon"]
     assert folders == {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
+
+
+def test_topologies_share_the_bottleneck_and_differ_in_width():
+    names = {job.folder.name for job in EXPERIMENTS["topology"].jobs((0,), OUT)}
+    kinds = ("resnet{}", "plain{}-ce-identity-muon", "plain{}-rd-muon")
+    sizes = ("18-small-w0.375", "34-small-w0.28125", "50-small-w0.25")
+    assert names == {f"{kind.format(size)}-n20000-e10-s0" for kind in kinds for size in sizes}
+    bottleneck = {job.folder: job.recipe() for job in EXPERIMENTS["bottleneck"].jobs((0,), OUT)}
+    shared = [job for job in EXPERIMENTS["topology"].jobs((0,), OUT) if job.folder in bottleneck]
+    assert len(shared) == 3
+    assert all(job.recipe() == bottleneck[job.folder] and job.recipe().width == 0.25 for job in shared)
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
