@@ -185,8 +185,8 @@ def ablations(ours: dict = OURS) -> list[Row]:
 class Experiment:
     """Rows at some depths on one data set, over seeds.
 
-    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth. ``widths``: of each
-    depth, named after the tag. ``seeds``: those that make it complete.
+    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth. ``widths``: of
+    each depth, named after the tag. ``seeds``: those that make it complete.
     """
 
     what: str
