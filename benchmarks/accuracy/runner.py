@@ -242,10 +242,14 @@ def parser_of(description: str, out: str, results: str, *, several: bool = True)
 
 
 def asked(jobs: list[Job], options: argparse.Namespace) -> list[Job]:
-    """The jobs that the options want trained; what they leave out counts all the same where it is there."""
-    return [
-        job for job in jobs if job.name in (options.only or [job.name]) and job.seed in (options.seeds or [job.seed])
-    ]
+    """The jobs that the options want trained, and the teachers that these need.
+
+    What they leave out counts all the same where it is there.
+    """
+    names, seeds = ([job.name for job in jobs], [job.seed for job in jobs])
+    wanted = [job for job in jobs if job.name in (options.only or names) and job.seed in (options.seeds or seeds)]
+    teachers = {job.teacher for job in wanted if job.result() is None}
+    return [job for job in jobs if job in wanted or job.folder in teachers]
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: set[str]) -> None:
