@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from committed import find, markdown, newest
 
-EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "rates", "bottleneck", "topology", "glyphs", "gpu")
+EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
 OTHERS = {
     "resnet": "the ResNet",
@@ -15,12 +15,25 @@ OTHERS = {
 }
 
 
+COLUMNS = (
+    "Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: multiply-accumulates of the training in "
+    "units of training the plain network by cross-entropy; the teacher's own training comes besides. Intervals are "
+    "Student's t, which takes the few differences to be normal."
+)
+RATES = (
+    "One seed. Validation is of the epoch that it chose, by which the test images are scored; training is the mean over "
+    "the last epoch's steps, of augmented images and of weights that still moved."
+)
+
+
 def short() -> str:
     """The README's table: the rows that decide of the main experiment."""
     document = newest("*-accuracy-main.json")
     rows = [row for row in document["rows"] if row["key"] in SHORT]
     verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "published")))
-    return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document)) if part)
+    return "\n\n".join(
+        part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document, COLUMNS)) if part
+    )
 
 
 def experiment(name: str) -> Callable[[], str]:
@@ -32,11 +45,11 @@ def experiment(name: str) -> Callable[[], str]:
             script = "gpu.py" if name == "gpu" else f"table.py {name}"
             return f"Not run yet: `python benchmarks/accuracy/{script}`."
         if name == "rates":
-            made = (_rates(document["rows"]),)
+            made, columns = (_rates(document["rows"]),), RATES
         else:
             verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
-            made = (_by_depth(document["rows"], seconds=True), verdicts)
-        return "\n\n".join(part for part in (_unfinished(document), *made, _source(document)) if part)
+            made, columns = (_by_depth(document["rows"], seconds=True), verdicts), COLUMNS
+        return "\n\n".join(part for part in (_unfinished(document), *made, _source(document, columns)) if part)
 
     return table
 
@@ -115,17 +128,16 @@ def _unfinished(document: dict) -> str:
     return f"**Unfinished: {len(missing)} of {runs} runs are missing.** {named}{more}."
 
 
-def _source(document: dict) -> str:
+def _source(document: dict, columns: str) -> str:
     """What the columns mean and where they come from."""
     settings = sorted({(run["epochs"], run["precision"]) for run in document["results"]})
     trained = " and ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
     machine = document.get("card") or document["machine"]["cpu"]
     seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
     parts = (
-        f"{document['what']}; {trained}. Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: ",
-        "multiply-accumulates of the training in units of training the plain network by cross-entropy; the teacher's ",
-        "own training comes besides. Intervals are Student's t, which takes the few differences to be normal. Seconds ",
-        f"are {seconds}. {machine}, {document['date']}, commit {document['commit']}. {document['note']} ",
+        f"{document['what']}; {trained}. {columns} ",
+        f"Seconds are {seconds}. " if columns == COLUMNS else "",
+        f"{machine}, {document['date']}, commit {document['commit']}. {document['note']} ",
         *_again(document),
         f"From `{document['path']}`, made by `{document['command']}`.",
     )
@@ -135,13 +147,16 @@ def _source(document: dict) -> str:
 def _again(document: dict) -> list[str]:
     """Where results came from that another machine made, and what became of teachers that were trained again."""
     origins = {
-        (run["from"]["file"], run["from"]["machine"]["cpu"], run["from"]["date"], run["from"]["commit"])
+        tuple(run["from"].get(key, "") for key in ("file", "date", "commit", "note")) + (run["from"]["machine"]["cpu"],)
         for run in document["results"]
         if "from" in run
     }
     if not origins:
         return []
-    named = "; ".join(f"{file}: {cpu}, {date}, commit {commit}" for file, cpu, date, commit in sorted(origins))
+    named = "; ".join(
+        f"{file}: {cpu}, {date}, commit {commit}{f': {note}' if note else ''}"
+        for file, date, commit, note, cpu in sorted(origins)
+    )
     count = sum("from" in run for run in document["results"])
     said = f"{count} of the results are of an earlier machine ({named}), their seconds too. "
     again = document["trained_again"]

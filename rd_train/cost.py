@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rd_train import distributed
 from rd_train.distill import MOMENTS, CrossEntropy
 from rd_train.networks import Arch, Network
 from rd_train.optimizers import NEWTON_SCHULZ, is_kernel
@@ -52,13 +53,15 @@ def mean_step_macs(task: nn.Module, size: int, size_at: Callable[[float], int] |
 def update_macs(recipe: Recipe, task: nn.Module) -> float:
     """Multiply-accumulates of Muon in a step, per image of its batch; those of SGD are not counted.
 
+    All processes of a run make all of them.
+
     Each of Newton and Schulz's five iterations has three products of matrices, m x n and m x m with m the shorter side
     of a kernel's matrix: 2 m² n + m³.
     """
     if recipe.optimizer != "muon":
         return 0.0
     shapes = [sorted((len(kernel), kernel[0].numel())) for kernel in task.parameters() if is_kernel(kernel)]
-    return sum(NEWTON_SCHULZ * (2 * m * m * n + m**3) for m, n in shapes) / recipe.batch_size
+    return sum(NEWTON_SCHULZ * (2 * m * m * n + m**3) for m, n in shapes) * distributed.world() / recipe.batch_size
 
 
 def relative_cost(

@@ -239,12 +239,13 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Conte
 
 
 def _compiled(task: nn.Module) -> Callable:
-    """The task under torch.compile, which compiles each kind of step by itself, and again where images grow.
+    """The task under torch.compile, which compiles each kind of step by itself, and once more where images grow.
 
-    Beyond its limit it would run what is left uncompiled, and only a warning would say so.
+    Beyond its limit it would run what is left uncompiled, and only a warning would say so: here that is an error.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 2 * len(task.kinds()))
+    config.fail_on_recompile_limit_hit = True
     return torch.compile(task)
 
 
@@ -253,7 +254,7 @@ def _explained_compilation(recipe: Recipe) -> Iterator[None]:
     """Turn a failing torch.compile (no compiler, say), which only its first calls can do, into one line."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         if not recipe.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = next(line for line in str(error).splitlines() if line.strip())

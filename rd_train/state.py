@@ -40,12 +40,13 @@ class State:
     def agree(self) -> None:
         """Make BN's running statistics those of all processes' images (their means); twice is as good as once.
 
-        Weights, too: on unlike hardware those by Muon, whose sums are in bf16, drift apart.
+        And trained weights: equal on equal hardware, on other those by Muon, whose sums are in bf16, drift apart.
         """
-        distributed.average(parameter for parameter in self.task.parameters() if parameter.requires_grad)
-        for module in (self.task, self.averaged):
-            if module is not None:
-                distributed.average_statistics(module)
+        modules = [module for module in (self.task, self.averaged) if module is not None]
+        frozen = {parameter for parameter in self.task.parameters() if not parameter.requires_grad}
+        distributed.average(p for module in modules for p in module.parameters() if p not in frozen)
+        for module in modules:
+            distributed.average_statistics(module)
 
     def improves(self, accuracy: float, loss: float) -> bool:
         """Higher validation accuracy; among equals the lower loss."""

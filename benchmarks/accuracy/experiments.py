@@ -141,7 +141,7 @@ def _at_rate(row: Row, tag: str, name: str, rate: float) -> Row:
     return Row(f"{row.name}{tag}", f"{row.label}, rate {rate}", row.settings | {name: rate})
 
 
-# Where the rates of ours and of the ResNet come from: each optimiser's, for both, chosen by validation.
+# What the rates of each optimiser give, for the ResNet and for ours alike.
 RATES = tuple(
     varied
     for by_sgd, by_muon in ((RESNET, RESNET_MUON), (BY_SGD, OUR_ROW))
@@ -185,8 +185,8 @@ def ablations(ours: dict = OURS) -> list[Row]:
 class Experiment:
     """Rows at some depths on one data set, over seeds.
 
-    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth. ``widths``: of
-    each depth, named after the tag. ``seeds``: those that make it complete.
+    ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth. ``seeds``: those
+    that make it complete.
     """
 
     what: str
@@ -197,7 +197,6 @@ class Experiment:
     settings: dict = field(default_factory=dict)
     tag: str = ""
     seeds: tuple[int, ...] = SEEDS
-    widths: dict[int, float] = field(default_factory=dict)
 
     def with_epochs(self, epochs: int | None) -> "Experiment":
         """The same with another number of epochs, or as it is."""
@@ -205,12 +204,7 @@ class Experiment:
 
     def name(self, row: Row, depth: int) -> str:
         """A run's name, without its seed."""
-        width = f"-w{self.widths[depth]:g}" if depth in self.widths else ""
-        return row.name.format(f"{depth}{self.tag}{width}")
-
-    def settings_at(self, depth: int) -> dict:
-        """The settings of all rows at a depth."""
-        return self.settings | ({"width": self.widths[depth]} if depth in self.widths else {})
+        return row.name.format(f"{depth}{self.tag}")
 
     def job(self, row: Row, depth: int, seed: int, out: Path) -> Job:
         """One run; its teacher, where it has one, is the ResNet of this depth and seed."""
@@ -220,7 +214,7 @@ class Experiment:
 
         kind = "resnet" if row.residual else "plain"
         shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs, "seed": seed}
-        settings = shared | {"arch": f"{kind}{depth}"} | self.settings_at(depth) | row.settings
+        settings = shared | {"arch": f"{kind}{depth}"} | self.settings | row.settings
         teacher = folder(RESNET) if row.has_teacher else None
         return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.must)
 
@@ -237,9 +231,6 @@ class Experiment:
         ]
 
 
-# A quarter of the widths at which plain-18 and plain-34 take at most plain-50's time on the native engine (bf16, one
-# image of 224x224): its MACs spent on other shapes.
-EQUAL_LATENCY = {18: 1.5 / 4, 34: 1.125 / 4, 50: 1 / 4}
 FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
 EVERY = (
@@ -273,17 +264,8 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",
             EVERY,
             (50,),
-            settings={"stem": "small"},
-            tag="-small",
-            widths={50: EQUAL_LATENCY[50]},
-        ),
-        "topology": Experiment(
-            f"{SUBSET}; widths of equal latency, of which a quarter, 3x3 stem",
-            (RESNET, PLAIN_START, OUR_ROW),
-            (18, 34, 50),
-            settings={"stem": "small"},
-            tag="-small",
-            widths=EQUAL_LATENCY,
+            settings={"stem": "small", "width": 0.25},
+            tag="-small-w0.25",
         ),
     }
     if glyphs is not None:

@@ -12,7 +12,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from runner import Job, check, document, parser_of, run_all
+from runner import Job, asked, check, document, parser_of, run_all
 
 from rd_deploy.common import write_json
 
@@ -63,10 +63,11 @@ def main() -> None:
     parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.seeds = None
     resnets = [job(f"resnet{depth}", f"fashion-resnet{depth}", depth, options, method="ce") for depth in (56, 20)]
     plain = students(options)
-    check(parser, options, {each.name for each in resnets + plain})
-    jobs = [each for each in resnets + plain if not options.only or each.name in options.only]
+    check(parser, options, {each.name for each in resnets + plain}, {options.seed})
+    jobs = asked(resnets + plain, options)
     missing = run_all(jobs, options.workers)
     if missing:
         raise SystemExit(f"no results yet of {', '.join(each.name for each in jobs if each.folder in missing)}")

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from experiments import EVERY, MUST, Experiment, digest_of
 from runner import INTERRUPTED, Job, asked, check, parser_of, told_to_stop
-from table import report, runs_of, say, state
+from table import report, say, state
 from torch import Tensor
 
 import rd_train.run
@@ -192,14 +192,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command() -> int:
-    """Train what is missing and write the JSON; exit code 1 while something is missing."""
+    """Train what is missing and write the JSON; exit code 1 while a run that was asked for is missing."""
     parser = _parser()
     options = parser.parse_args()
     if options.dry:
         options.epochs = None
     experiment = experiment_of(options)
-    jobs = runs_of(experiment, options)
-    check(parser, options, {job.name for job in jobs})
+    jobs = experiment.jobs(experiment.seeds, options.out)
+    check(parser, options, {job.name for job in jobs}, set(experiment.seeds))
     wanted = asked(jobs, options)
     if options.list:
         print("\n".join(f"{state(job):10} {expected_seconds(job):6.0f} s {job.folder}" for job in wanted))

@@ -70,8 +70,9 @@ class Job:
         found = {key: value for key, value in found.items() if key != "teacher_weights"}
         recipe = read_values(self.folder / "recipe.yaml")
         settings = {name: value for name, value in recipe.items() if name not in OF_THE_MACHINE}
-        metrics = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        fit = json.loads(metrics[-1])["train_accuracy"]
+        metrics = self.folder / "metrics.jsonl"
+        rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        fit = json.loads(rows[-1])["train_accuracy"] if rows else None
         return {"name": self.name, **found, "last_train_accuracy": fit, "settings": settings}
 
     def result(self) -> dict | None:
@@ -87,17 +88,14 @@ class Job:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             return
-        values = read_values(path)
-        if difference := self.difference(values):
-            name, found, wanted = difference
-            has = f"with {name}={found}" if name in values else f"of another version, without {name}"
+        if difference := self.difference(read_values(path)):
             raise UserError(
-                f"{self.folder} holds a run {has}, and {self.name} now has {wanted}: "
+                f"{self.folder} holds a run {difference} as {self.name} has now: "
                 "move the folder away, or give another --out"
             )
 
-    def difference(self, settings: dict) -> tuple | None:
-        """The first setting in which a run was another one: its name, its value there, and what it is today.
+    def difference(self, settings: dict) -> str | None:
+        """The first setting in which a run was another one, in words.
 
         Not what has no effect, says where a run is, or is settled by the machine (a precision of ``auto``, say).
         """
@@ -106,7 +104,8 @@ class Job:
         for name in [field.name for field in fields(Recipe) if field.name not in OF_THE_MACHINE]:
             found, wanted = getattr(theirs, name), getattr(ours, name)
             if found != wanted and wanted not in (None, "auto") and name not in inert:
-                return name, found, wanted
+                was = f"with {name}={found}" if name in settings else f"of another version, without {name}"
+                return f"{was}, not {name}={wanted}"
         return None
 
 
@@ -242,22 +241,28 @@ def parser_of(description: str, out: str, results: str, *, several: bool = True)
 
 
 def asked(jobs: list[Job], options: argparse.Namespace) -> list[Job]:
-    """The jobs that the options want trained, and the teachers that these need.
+    """Of all jobs those that the options want trained, and the teachers that these need.
 
-    What they leave out counts all the same where it is there.
+    What is left out counts where it is there; so every folder must hold what it should.
     """
+    for job in [job for job in jobs if job.earlier is None]:
+        job.check_folder()
     names, seeds = ([job.name for job in jobs], [job.seed for job in jobs])
     wanted = [job for job in jobs if job.name in (options.only or names) and job.seed in (options.seeds or seeds)]
     teachers = {job.teacher for job in wanted if job.result() is None}
     return [job for job in jobs if job in wanted or job.folder in teachers]
 
 
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: set[str]) -> None:
-    """Refuse what `parser_of`'s options cannot mean."""
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: set[str], seeds: set[int]) -> None:
+    """Refuse what the options of benchmarks cannot mean, of which ``runs`` and ``seeds`` there are."""
     if options.workers < 1:
         parser.error("--workers must be at least 1")
     if unknown := set(options.only or ()) - runs:
         parser.error(f"--only: no runs {', '.join(sorted(unknown))}; there are {', '.join(sorted(runs))}")
+    if unknown := set(options.seeds or ()) - seeds:
+        parser.error(
+            f"--seeds: no {', '.join(map(str, sorted(unknown)))}; there are {', '.join(map(str, sorted(seeds)))}"
+        )
 
 
 def document(what: str, command: str, options: argparse.Namespace) -> dict:

@@ -12,7 +12,6 @@ rates        the ResNet and our method by both optimisers at several rates, dept
 levers       our method with one lever more, depth 56: what was tried to make it better
 depth        20, 32, 44, 56, 110: ResNet, plain by cross-entropy, ours
 bottleneck   plain-50 at a quarter of its width, every row
-topology     plain-18, 34 and 50, each as wide as takes the same time, a quarter of it
 glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/accuracy/glyphs.py makes)
 
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
@@ -31,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments import NAMES, Experiment, check_names, experiments
-from runner import Job, asked, check, document, parser_of, run_all, to_train
+from runner import INTERRUPTED, Job, asked, check, document, parser_of, run_all, to_train
 from summary import comparisons, summary
 
 from rd_deploy.common import UserError, check_file, run_command, write_json
@@ -68,7 +67,7 @@ def read_earlier(files: list[Path]) -> dict[tuple[str, int], list[dict]]:
         text = check_file(path, "file of results", 16 << 20).read_bytes()
         try:
             document = json.loads(text)
-            origin = {key: document[key] for key in ("date", "commit", "machine")} | {"file": path.name}
+            origin = {key: document[key] for key in ("date", "commit", "machine", "note")} | {"file": path.name}
             for each in document["results"]:
                 Recipe(**each["settings"])
                 found[each["name"], each["seed"]].append({"from": origin} | each)
@@ -91,16 +90,10 @@ def _equal(job: Job, results: list[dict]) -> dict | None:
         difference = job.difference(each["settings"])
         if difference is None:
             return each
-        name, then, now = difference
-        refused.append(f"{job.name}, seed {job.seed}: not taken from {each['from']['file']}: {name}={then}, now {now}")
+        refused.append(f"{job.name}, seed {job.seed}: not taken from {each['from']['file']}: {difference}")
     if refused:
         print("\n".join(refused))
     return None
-
-
-def runs_of(experiment: Experiment, options: argparse.Namespace) -> list[Job]:
-    """All runs of an experiment, those of further seeds too that were asked for."""
-    return experiment.jobs(tuple(sorted({*experiment.seeds, *(options.seeds or ())})), options.out)
 
 
 def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Path, str], options) -> dict:
@@ -108,7 +101,11 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
     found = {job.folder: result for job in jobs if (result := job.result()) is not None}
     results = list(found.values())
     lost = [
-        {"name": job.name, "seed": job.seed, "why": missing.get(job.folder, "not begun")}
+        {
+            "name": job.name,
+            "seed": job.seed,
+            "why": missing.get(job.folder, INTERRUPTED if job.begun() else "not begun"),
+        }
         for job in jobs
         if job.folder not in found
     ]
@@ -169,8 +166,9 @@ def command() -> int:
         raise UserError("--results must have NAME in its file's name where there are several experiments")
     known = experiments(options.glyphs)
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
-    jobs = {name: runs_of(each, options) for name, each in found.items()}
-    check(parser, options, {job.name for each in jobs.values() for job in each})
+    jobs = {name: each.jobs(each.seeds, options.out) for name, each in found.items()}
+    every = [job for each in jobs.values() for job in each]
+    check(parser, options, {job.name for job in every}, {job.seed for job in every})
     earlier = read_earlier(options.earlier)
     jobs = {name: with_earlier(each, earlier) for name, each in jobs.items()}
     once = {job.folder: job for each in jobs.values() for job in asked(each, options)}

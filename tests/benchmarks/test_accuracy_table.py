@@ -99,7 +99,7 @@ def test_every_run_is_a_recipe_of_its_own_with_a_folder_of_its_own(name):
         assert recipes[-1].arch.startswith("resnet") == job.name.startswith("resnet")
     assert len({job.folder for job in jobs}) == len(set(map(repr, recipes))) == len(jobs)
     for field in ("size", "epochs", "batch_size", "lr", "clip_norm", "train_limit", "width", "stem"):
-        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3, ("topology", "width"): 3}.get((name, field), 1)
+        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3}.get((name, field), 1)
         assert len({getattr(recipe, field) for recipe in recipes}) == values, field
 
 
@@ -118,17 +118,6 @@ def test_names_of_folders_that_results_exist_under():
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
     rows += ["resnet{}-muon", "plain{}-rd-muon", "plain{}-ce-identity-muon"]
     assert folders == {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
-
-
-def test_topologies_share_the_bottleneck_and_differ_in_width():
-    names = {job.folder.name for job in EXPERIMENTS["topology"].jobs((0,), OUT)}
-    kinds = ("resnet{}", "plain{}-ce-identity-muon", "plain{}-rd-muon")
-    sizes = ("18-small-w0.375", "34-small-w0.28125", "50-small-w0.25")
-    assert names == {f"{kind.format(size)}-n20000-e10-s0" for kind in kinds for size in sizes}
-    bottleneck = {job.folder: job.recipe() for job in EXPERIMENTS["bottleneck"].jobs((0,), OUT)}
-    shared = [job for job in EXPERIMENTS["topology"].jobs((0,), OUT) if job.folder in bottleneck]
-    assert len(shared) == 3
-    assert all(job.recipe() == bottleneck[job.folder] and job.recipe().width == 0.25 for job in shared)
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
@@ -291,7 +280,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     options.earlier = [path]
     found = table.report("depth", experiment, known, {}, options)
     assert [run["test_accuracy"] for run in found["results"]] == [0.8, 0.9, 0.9]
-    origin = {"file": "depth.json", **{key: former[key] for key in ("date", "commit", "machine")}}
+    origin = {"file": "depth.json", **{key: former[key] for key in ("date", "commit", "machine", "note")}}
     assert [run.get("from") for run in found["results"]] == [origin, origin, None]
     assert found["command"].endswith("--earlier depth.json")
     assert found["trained_again"] == [{"name": "resnet20", "seed": 0, "earlier": 0.8, "again": 0.9}]
@@ -304,7 +293,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert [job.earlier["from"]["file"] for job in third] == ["depth.json", "depth.json", "third.json"]
     other = replace(here[1], settings={**here[1].settings, "lr": 0.05})
     assert table.with_earlier([other], table.read_earlier([path]))[0].earlier is None
-    assert "plain20-ce-kaiming, seed 0: not taken from depth.json: lr=0.1, now 0.05" in capsys.readouterr().out
+    assert "plain20-ce-kaiming, seed 0: not taken from depth.json: with lr=0.1, not lr=0.05" in capsys.readouterr().out
     former["results"][0]["settings"]["momentum"] = 0.8
     path.write_text(json.dumps(former))
     # One of the same name in another file (of another size, say) hides none.
@@ -313,7 +302,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert table.with_earlier(here[:1], table.read_earlier([path]))[0].earlier is None
 
 
-ABOUT = '{"date": "", "commit": "", "machine": {}, "results": '
+ABOUT = '{"date": "", "commit": "", "note": "", "machine": {}, "results": '
 SETTINGS = '[{"name": "resnet20", "seed": 0, "settings": {"lr": -1}}]'
 
 
@@ -363,12 +352,12 @@ def test_a_folder_of_other_settings_is_refused(fake):
     job.check_folder()
     (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, init="kaiming")), encoding="utf-8")
     with pytest.raises(
-        UserError, match="a run with init=kaiming, and plain20-tiny-rd-muon now has identity: move the folder"
+        UserError, match="a run with init=kaiming, not init=identity as plain20-tiny-rd-muon has now: move"
     ):
         runner.run_all([job], 1)
     older = "".join(line for line in dump_yaml(same).splitlines(True) if not line.startswith("init_noise"))
     (job.folder / "recipe.yaml").write_text(older, encoding="utf-8")
-    with pytest.raises(UserError, match="a run of another version, without init_noise, and plain20-tiny-rd-muon now"):
+    with pytest.raises(UserError, match="a run of another version, without init_noise, not init_noise"):
         runner.run_all([replace(job, settings=job.settings | {"init_noise": 0.2})], 1)
 
 
@@ -404,7 +393,7 @@ def test_the_table_of_rates_shows_what_chose_and_the_fit(monkeypatch):
         "| plain, ours | 90.00 | 91.00 | 95.00 |",
         "| plain, ours, rate 0.002 | 91.00 | 92.00 | 95.00 |",
     ]
-    assert {job.seed for job in table.runs_of(EXPERIMENTS["rates"], Namespace(seeds=None, out=OUT))} == {0}
+    assert EXPERIMENTS["rates"].seeds == (0,)
 
 
 def test_the_interval_is_students():
@@ -499,15 +488,34 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
 def test_what_was_not_asked_for_is_not_trained_and_counts_where_it_is_there(fake, monkeypatch):
     monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
     flags = ["--out", fake, "--results", fake / "NAME.json"]
-    asked = [("resnet20-tiny", "0,1"), ("plain20-tiny-rd-muon", "1,5")]
+    asked = [("resnet20-tiny", "0"), ("plain20-tiny-rd-muon", "1")]
     codes = [call(monkeypatch, *flags, "--only", only, "--seeds", seeds) for only, seeds in asked]
     assert codes == [0, 0]
     found = json.loads((fake / "main.json").read_text(encoding="utf-8"))
     there = {(each["name"], each["seed"]) for each in found["results"]}
-    # Seed 5 is ours with the teacher that it needs.
-    assert there == {*(("resnet20-tiny", seed) for seed in (0, 1, 5)), *(("plain20-tiny-rd-muon", s) for s in (1, 5))}
+    # Seed 1 is ours with the teacher that it needs.
+    assert there == {("resnet20-tiny", 0), ("resnet20-tiny", 1), ("plain20-tiny-rd-muon", 1)}
     lost = {(each["name"], each["seed"]) for each in found["missing"]}
     assert lost == {("resnet20-tiny", 2), ("plain20-tiny-rd-muon", 0), ("plain20-tiny-rd-muon", 2)}
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *flags, "--seeds", "5")
+    # A folder that nobody asked for would pass for what is reported.
+    recipe = fake / "resnet20-tiny-n256-e2-s0" / "recipe.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 3"), encoding="utf-8")
+    with pytest.raises(UserError, match="holds a run with epochs=3, not epochs=2 as resnet20-tiny"):
+        call(monkeypatch, *flags, "--only", "plain20-tiny-rd-muon", "--seeds", "1")
+
+
+def test_a_run_that_was_begun_is_not_called_one_that_was_not(fake, monkeypatch):
+    monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
+    begun = TINY.job(OUR_ROW, 20, 1, fake).folder
+    begun.mkdir(parents=True)
+    (begun / "student-state.pt").touch()
+    assert call(monkeypatch, "--out", fake, "--results", fake / "NAME.json", "--seeds", "0") == 0
+    missing = json.loads((fake / "main.json").read_text(encoding="utf-8"))["missing"]
+    why = {(each["name"], each["seed"]): each["why"] for each in missing}
+    assert why["plain20-tiny-rd-muon", 1] == runner.INTERRUPTED
+    assert why["plain20-tiny-rd-muon", 2] == "not begun"
 
 
 def test_trained_for_real(tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_logit_distillation_costs_a_teacher_forward_in_the_steps_that_have_it():
 
 
 @pytest.mark.parametrize("name", ["plain20", "plain50"])
-def test_muons_products_are_counted(name):
+def test_muons_products_are_counted(name, monkeypatch):
     network = Network(parse_arch(name, width=0.25, in_channels=1, classes=10))
     recipe = Recipe(optimizer="muon")
     optimizer = build_optimizer(recipe, CrossEntropy(network))
@@ -95,6 +95,8 @@ def test_muons_products_are_counted(name):
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     assert update_macs(recipe, CrossEntropy(network)) == counter.get_total_flops() / 2 / recipe.batch_size
+    monkeypatch.setattr("rd_train.distributed.world", lambda: 3)
+    assert update_macs(recipe, CrossEntropy(network)) == 3 * counter.get_total_flops() / 2 / recipe.batch_size
     assert update_macs(Recipe(optimizer="sgd"), CrossEntropy(network)) == 0
     ordinary = on_meta(CrossEntropy, "plain18")
     assert relative_cost(ordinary, 64, update=step_macs(ordinary, 64) / 4) == 1.25
