@@ -21,8 +21,8 @@ COLUMNS = (
     "Student's t, which takes the few differences to be normal."
 )
 RATES = (
-    "One seed. Validation is of the epoch that it chose, by which the test images are scored; training is the mean over "
-    "the last epoch's steps, of augmented images and of weights that still moved."
+    "One seed. Validation and test are of the epoch that validation chose; training is the mean over the last epoch's "
+    "steps, of augmented images and of weights that still moved."
 )
 
 
@@ -147,7 +147,7 @@ def _source(document: dict, columns: str) -> str:
 def _again(document: dict) -> list[str]:
     """Where results came from that another machine made, and what became of teachers that were trained again."""
     origins = {
-        tuple(run["from"].get(key, "") for key in ("file", "date", "commit", "note")) + (run["from"]["machine"]["cpu"],)
+        (*(run["from"].get(key, "") for key in ("file", "date", "commit", "note")), run["from"]["machine"]["cpu"])
         for run in document["results"]
         if "from" in run
     }
