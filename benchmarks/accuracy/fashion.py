@@ -67,7 +67,7 @@ def main() -> None:
     resnets = [job(f"resnet{depth}", f"fashion-resnet{depth}", depth, options, method="ce") for depth in (56, 20)]
     plain = students(options)
     check(parser, options, {each.name for each in resnets + plain}, {options.seed})
-    jobs = asked(resnets + plain, options)
+    jobs = asked(resnets + plain, options, (options.seed,))
     missing = run_all(jobs, options.workers)
     if missing:
         raise SystemExit(f"no results yet of {', '.join(each.name for each in jobs if each.folder in missing)}")

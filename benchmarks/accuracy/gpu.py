@@ -200,7 +200,7 @@ def command() -> int:
     experiment = experiment_of(options)
     jobs = experiment.jobs(experiment.seeds, options.out)
     check(parser, options, {job.name for job in jobs}, set(experiment.seeds))
-    wanted = asked(jobs, options)
+    wanted = asked(jobs, options, options.seeds or experiment.seeds)
     if options.list:
         print("\n".join(f"{state(job):10} {expected_seconds(job):6.0f} s {job.folder}" for job in wanted))
         return 0

@@ -240,15 +240,14 @@ def parser_of(description: str, out: str, results: str, *, several: bool = True)
     return parser
 
 
-def asked(jobs: list[Job], options: argparse.Namespace) -> list[Job]:
+def asked(jobs: list[Job], options: argparse.Namespace, seeds: tuple[int, ...]) -> list[Job]:
     """Of all jobs those that the options want trained, and the teachers that these need.
 
     What is left out counts where it is there; so every folder must hold what it should.
     """
     for job in [job for job in jobs if job.earlier is None]:
         job.check_folder()
-    names, seeds = ([job.name for job in jobs], [job.seed for job in jobs])
-    wanted = [job for job in jobs if job.name in (options.only or names) and job.seed in (options.seeds or seeds)]
+    wanted = [job for job in jobs if job.name in (options.only or [job.name]) and job.seed in seeds]
     teachers = {job.teacher for job in wanted if job.result() is None}
     return [job for job in jobs if job in wanted or job.folder in teachers]
 

@@ -16,7 +16,8 @@ glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/ac
 
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
 of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments
-share are trained once. The rows that decide come first, for all seeds. After each run every experiment's JSON is
+share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only, and
+have of the others what is there). After each run every experiment's JSON is
 written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else
 ran), our method's paired differences, and what is still missing.
 """
@@ -29,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import NAMES, Experiment, check_names, experiments
+from experiments import NAMES, SEEDS, Experiment, check_names, experiments
 from runner import INTERRUPTED, Job, asked, check, document, parser_of, run_all, to_train
 from summary import comparisons, summary
 
@@ -42,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", default=["main"], metavar="EXPERIMENT", help=", ".join(NAMES))
     parser.add_argument("--epochs", type=int, help="another number of epochs than the experiments' own")
     parser.add_argument(
-        "--seeds", type=lambda text: tuple(map(int, text.split(","))), help="those to train, instead of all"
+        "--seeds",
+        type=lambda text: tuple(map(int, text.split(","))),
+        help="those to train, instead of each experiment's own",
     )
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     parser.add_argument(
@@ -107,7 +110,7 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
             "why": missing.get(job.folder, INTERRUPTED if job.begun() else "not begun"),
         }
         for job in jobs
-        if job.folder not in found
+        if job.folder not in found and job.seed in experiment.seeds
     ]
     teachers = {job.teacher for job in jobs}
     again = [
@@ -166,12 +169,16 @@ def command() -> int:
         raise UserError("--results must have NAME in its file's name where there are several experiments")
     known = experiments(options.glyphs)
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
-    jobs = {name: each.jobs(each.seeds, options.out) for name, each in found.items()}
+    jobs = {name: each.jobs(SEEDS, options.out) for name, each in found.items()}
     every = [job for each in jobs.values() for job in each]
     check(parser, options, {job.name for job in every}, {job.seed for job in every})
     earlier = read_earlier(options.earlier)
     jobs = {name: with_earlier(each, earlier) for name, each in jobs.items()}
-    once = {job.folder: job for each in jobs.values() for job in asked(each, options)}
+    once = {
+        job.folder: job
+        for name, each in jobs.items()
+        for job in asked(each, options, options.seeds or found[name].seeds)
+    }
     once = sorted(once.values(), key=lambda job: not job.must)  # stable: those that decide first, of all experiments
     if options.list:
         training = to_train(once)

@@ -109,7 +109,7 @@ def test_experiments_share_folders_only_where_they_share_everything():
         for job in experiment.jobs((0,), OUT):
             assert found.setdefault(job.folder, job.recipe()) == job.recipe()
     counts = Counter(job.folder for name in ("main", "depth") for job in EXPERIMENTS[name].jobs((0,), OUT))
-    assert sum(count == 2 for count in counts.values()) == 8  # ResNets, plain, ours at 20 and 56
+    assert sum(count == 2 for count in counts.values()) == 6  # ResNets, plain, ours at 20 and 56
 
 
 def test_names_of_folders_that_results_exist_under():
@@ -185,7 +185,7 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
     assert runner.run_all(jobs, 3, finished=lambda missing: seen.append(dict(missing))) == {}
     assert runner.run_all(jobs, 3) == {}
     assert all(starts(job.folder) == ["fashion-plain20"] for job in jobs)
-    assert len(seen) == 8
+    assert len(seen) == 6
     assert seen[-1] == {}
     found = {"name": "plain20-rd-muon", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
     found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32", "val_accuracy": 0.8}
@@ -504,6 +504,16 @@ def test_what_was_not_asked_for_is_not_trained_and_counts_where_it_is_there(fake
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 3"), encoding="utf-8")
     with pytest.raises(UserError, match="holds a run with epochs=3, not epochs=2 as resnet20-tiny"):
         call(monkeypatch, *flags, "--only", "plain20-tiny-rd-muon", "--seeds", "1")
+
+
+def test_seeds_that_an_experiment_does_without_count_where_they_are_there(fake, monkeypatch):
+    monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": replace(TINY, seeds=(0,))})
+    flags = ["--out", fake, "--results", fake / "NAME.json"]
+    assert call(monkeypatch, *flags, "--seeds", "1") == 0
+    assert call(monkeypatch, *flags) == 0
+    found = json.loads((fake / "main.json").read_text(encoding="utf-8"))
+    assert found["complete"]
+    assert [row["seeds"] for row in found["rows"]] == [[0, 1], [0, 1]]
 
 
 def test_a_run_that_was_begun_is_not_called_one_that_was_not(fake, monkeypatch):
