@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "accuracy"
@@ -27,8 +28,10 @@ import table
 from experiments import OUR_ROW, PLAIN, RESNET, SEEDS, Experiment, ablations
 
 from rd_deploy.common import UserError
+from rd_train.checkpoint import load_checkpoint
 from rd_train.cli import _parse, _recipe
-from rd_train.recipe import dump_yaml, preset_values
+from rd_train.recipe import Recipe, dump_yaml, preset_values
+from rd_train.run import run
 
 OUT = Path("runs/table")
 EXPERIMENTS = experiments.experiments()
@@ -154,6 +157,17 @@ def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
     assert experiments.BY_SGD.name in names  # without Muon
     covered = {name.removeprefix("plain{}-rd-muon-without-").replace("-", "_") for name in names}
     assert set(experiments.OURS) <= covered | experiments.PARAMETERS | {"optimizer"}
+
+
+def test_ours_without_splices_is_cross_entropy_from_the_same_start(tmp_path):
+    shared = {**experiments.SHARED, **experiments.OURS, "arch": "plain20", "width": 0.25, "epochs": 1, "batch_size": 50}
+    shared |= {"train_limit": 100, "size": 8, "precision": "fp32", "device": "cpu", "warmup_epochs": 0.5}
+    weights = []
+    for method in ({"splice_weight": 0.0}, {"method": "ce"}):
+        run(Recipe(**shared | method), tmp_path / str(len(weights)))
+        weights.append(load_checkpoint(tmp_path / str(len(weights)) / "model.pt").state_dict)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert experiments.PLAIN_START.name in [row.name for row in ablations()]
 
 
 def test_glyphs_are_named_by_their_file(tmp_path):
