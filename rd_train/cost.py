@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rd_train import distributed
 from rd_train.distill import MOMENTS, CrossEntropy
 from rd_train.networks import Arch, Network
-from rd_train.optimizers import NEWTON_SCHULZ, is_kernel
+from rd_train.optimizers import NEWTON_SCHULZ, muon_kernels
 from rd_train.recipe import Recipe
 
 
@@ -58,9 +58,7 @@ def update_macs(recipe: Recipe, task: nn.Module) -> float:
     Each of Newton and Schulz's five iterations has three products of matrices, m x n and m x m with m the shorter side
     of a kernel's matrix: 2 m² n + m³.
     """
-    if recipe.optimizer != "muon":
-        return 0.0
-    shapes = [sorted((len(kernel), kernel[0].numel())) for kernel in task.parameters() if is_kernel(kernel)]
+    shapes = [sorted((len(kernel), kernel[0].numel())) for kernel in muon_kernels(recipe, task)]
     return sum(NEWTON_SCHULZ * (2 * m * m * n + m**3) for m, n in shapes) * distributed.world() / recipe.batch_size
 
 

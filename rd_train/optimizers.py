@@ -41,9 +41,11 @@ class KernelMuon(torch.optim.Muon):
             kernel.grad = None
 
 
-def is_kernel(parameter: Tensor) -> bool:
-    """Whether a trained parameter is a convolution's kernel, which Muon moves."""
-    return parameter.requires_grad and parameter.ndim == 4
+def muon_kernels(recipe: Recipe, task: nn.Module) -> list[nn.Parameter]:
+    """The kernels that Muon moves: the student's. A teacher that learns beside it, and connectors, learn by SGD."""
+    if recipe.optimizer != "muon":
+        return []
+    return [parameter for parameter in task.student.parameters() if parameter.requires_grad and parameter.ndim == 4]
 
 
 def _matrix(x: Tensor, kernel: Tensor) -> Tensor:
@@ -89,9 +91,8 @@ def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD | Severa
     With Muon, SGD has what is no kernel of a convolution; Muon's decay is its own (of the weights, lr · decay a step).
     """
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    by_muon = recipe.optimizer == "muon"
-    kernels = [parameter for parameter in trained if by_muon and is_kernel(parameter)]
-    others = [parameter for parameter in trained if not (by_muon and is_kernel(parameter))]
+    kernels = muon_kernels(recipe, task)
+    others = [parameter for parameter in trained if not any(parameter is kernel for kernel in kernels)]
     decayed = [parameter for parameter in others if parameter.ndim > 1 or recipe.decay_bn_bias]
     free = [parameter for parameter in others if not (parameter.ndim > 1 or recipe.decay_bn_bias)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]

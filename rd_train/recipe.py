@@ -70,8 +70,8 @@ class Recipe:
         audit: Log and draw, per stage, gradients of the plain and of the teacher path once an epoch.
         epochs: Passes over the training split.
         batch_size: Images per step, of all processes together.
-        optimizer: sgd (Nesterov's momentum), or muon for the kernels of convolutions and sgd for the rest; muon in rd,
-            else sgd.
+        optimizer: sgd (Nesterov's momentum), or muon for the student's kernels of convolutions and sgd for the rest, a
+            teacher included; muon in rd, else sgd.
         lr: Peak learning rate of SGD.
         momentum: Momentum, of Muon too.
         muon_lr: Peak learning rate of Muon.

@@ -125,6 +125,16 @@ def test_a_moving_average_is_what_is_kept(tmp_path):
         assert 0 < distance < 1
 
 
+def test_a_teacher_is_trained_by_sgd_whatever_moves_the_student(tmp_path):
+    kept = []
+    for optimizer in ("sgd", "muon"):
+        run(replace(RECIPE, method="rd", optimizer=optimizer, epochs=1), tmp_path / optimizer)
+        kept.append([load_checkpoint(tmp_path / optimizer / name).state_dict for name in ("teacher.pt", "model.pt")])
+    teachers, students = zip(*kept, strict=True)
+    assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[0])
+    assert not torch.equal(students[0]["layer2.0.conv1.weight"], students[1]["layer2.0.conv1.weight"])
+
+
 def test_joint_teacher_is_trained_in_the_same_phase(tmp_path):
     result = run(replace(RECIPE, teacher_mode="joint", epochs=1, ema=0.0), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,10 +1,12 @@
 """Which parameters are decayed, and Muon's steps against the singular value decomposition."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from rd_train.build import build_task
 from rd_train.distill import CrossEntropy
 from rd_train.networks import Network, parse_arch
 from rd_train.optimizers import build_optimizer
@@ -65,6 +67,17 @@ def test_muon_does_not_depend_on_the_memory_format():
         stepped(Recipe(optimizer="muon", muon_lr=1.0), network)
     for name, value in one.named_parameters():
         torch.testing.assert_close(other.get_parameter(name).contiguous(), value, rtol=0.05, atol=0.03)
+
+
+def test_a_teacher_and_connectors_learn_by_sgd():
+    recipe = Recipe(method="jointrd", teacher_mode="joint", optimizer="muon", arch="plain20", width=1 / 8)
+    task = build_task(recipe, Network(ARCH), Network(replace(ARCH, shortcuts="all")))
+    by_sgd, by_muon = build_optimizer(recipe, task).parts
+    kernels = [parameter for parameter in task.student.parameters() if parameter.ndim == 4]
+    assert [kernel.data_ptr() for kernel in by_muon.kernels] == [kernel.data_ptr() for kernel in kernels]
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in by_sgd.param_groups) == len(trained) - len(kernels)
+    assert any(p.ndim == 4 for group in by_sgd.param_groups for p in group["params"])
 
 
 def test_a_kernel_that_was_moved_is_told():
