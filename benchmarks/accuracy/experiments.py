@@ -189,7 +189,7 @@ class Experiment:
     """Rows at some depths on one data set, over seeds.
 
     ``settings``: those of all rows, over `SHARED`; ``tag`` names them in every run, after the depth. ``seeds``: those
-    that make it complete; of the other `SEEDS` it has what is there or is asked for.
+    that make it complete; of ``more_seeds`` it has what is there or is asked for.
     """
 
     what: str
@@ -200,6 +200,7 @@ class Experiment:
     settings: dict = field(default_factory=dict)
     tag: str = ""
     seeds: tuple[int, ...] = SEEDS
+    more_seeds: tuple[int, ...] = ()
 
     def with_epochs(self, epochs: int | None) -> "Experiment":
         """The same with another number of epochs, or as it is."""
@@ -255,6 +256,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
             (20, 56),
             train_images=55_000,
             seeds=SEEDS[:1],
+            more_seeds=SEEDS[1:],
         ),
         "ablation": Experiment(
             f"{SUBSET}; ours with one lever out", (RESNET, replace(OUR_ROW, base=""), *ablations()), (56,)
@@ -263,7 +265,13 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
             f"{SUBSET}; ours by SGD with one lever more", (RESNET, RESNET_MUON, BY_SGD, *MORE, OUR_ROW), (56,)
         ),
         "rates": Experiment(f"{SUBSET}; rates of both optimisers", RATES, (56,), seeds=SEEDS[:1]),
-        "depth": Experiment(f"{SUBSET}; by depth", (RESNET, PLAIN, OUR_ROW), (20, 32, 44, 56, 110), seeds=SEEDS[:1]),
+        "depth": Experiment(
+            f"{SUBSET}; by depth",
+            (RESNET, PLAIN, OUR_ROW),
+            (20, 32, 44, 56, 110),
+            seeds=SEEDS[:1],
+            more_seeds=SEEDS[1:],
+        ),
         "bottleneck": Experiment(
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",
             EVERY,

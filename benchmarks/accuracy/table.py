@@ -16,8 +16,8 @@ glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/ac
 
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
 of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments
-share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only, and
-have of the others what is there). After each run every experiment's JSON is
+share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only; the
+first and the last have of the others what is there). After each run every experiment's JSON is
 written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else
 ran), our method's paired differences, and what is still missing.
 """
@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import NAMES, SEEDS, Experiment, check_names, experiments
+from experiments import NAMES, Experiment, check_names, experiments
 from runner import INTERRUPTED, Job, asked, check, document, parser_of, run_all, to_train
 from summary import comparisons, summary
 
@@ -169,7 +169,7 @@ def command() -> int:
         raise UserError("--results must have NAME in its file's name where there are several experiments")
     known = experiments(options.glyphs)
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
-    jobs = {name: each.jobs(SEEDS, options.out) for name, each in found.items()}
+    jobs = {name: each.jobs((*each.seeds, *each.more_seeds), options.out) for name, each in found.items()}
     every = [job for each in jobs.values() for job in each]
     check(parser, options, {job.name for job in every}, {job.seed for job in every})
     earlier = read_earlier(options.earlier)

@@ -521,7 +521,7 @@ def test_what_was_not_asked_for_is_not_trained_and_counts_where_it_is_there(fake
 
 
 def test_seeds_that_an_experiment_does_without_count_where_they_are_there(fake, monkeypatch):
-    monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": replace(TINY, seeds=(0,))})
+    monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": replace(TINY, seeds=(0,), more_seeds=(1,))})
     flags = ["--out", fake, "--results", fake / "NAME.json"]
     assert call(monkeypatch, *flags, "--seeds", "1") == 0
     assert call(monkeypatch, *flags) == 0
