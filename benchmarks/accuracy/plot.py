@@ -10,6 +10,7 @@ in cross-entropy trainings of the plain network; hollow with the training of the
 import argparse
 import json
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +21,8 @@ COLOURS = {
     **{"resnet": "#555555", "resnet-muon": "#AAAAAA", "plain": "#D55E00", "ours": "#0072B2"},
     **{"published": "#CC79A7", "start": "#009E73"},
 }
-NAMES = {"resnet": "ResNet", "resnet-muon": "ResNet by Muon", "plain": "plain, cross-entropy", "ours": "plain, ours"}
+NAMES = {"resnet": "ResNet", "resnet-muon": "ResNet by Muon", "plain": "plain, cross-entropy"}
+NAMES |= {"start": "plain, cross-entropy, from our start by Muon", "ours": "plain, ours"}
 OTHER_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#9467BD", "#BCBD22")
 
 
@@ -57,7 +59,7 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
         )
     depths = sorted({row["depth"] for row in (depth or main)["rows"]})
     by_depth.set(xlabel="depth", ylabel="test accuracy, %", xticks=depths)
-    by_depth.set_title((depth or main)["what"], fontsize=7)
+    by_depth.set_title(textwrap.fill((depth or main)["what"], 70), fontsize=8)
     _draw_costs(by_cost, main)
     for axes in (by_depth, by_cost):
         axes.grid(alpha=0.25)
