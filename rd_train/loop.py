@@ -239,12 +239,13 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Conte
 
 
 def _compiled(task: nn.Module) -> Callable:
-    """The task under torch.compile, which compiles each kind of step by itself, and once more where images grow.
+    """The task under torch.compile, which compiles each kind of step by itself, and again as images grow.
 
-    Beyond its limit it would run what is left uncompiled, and only a warning would say so: here that is an error.
+    (Twice, and more where a map grows from a single pixel.) Beyond its limit it would run what is left uncompiled, and
+    only a warning would say so: here that is an error.
     """
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 2 * len(task.kinds()))
+    config.recompile_limit = max(config.recompile_limit, 8 * len(task.kinds()))
     config.fail_on_recompile_limit_hit = True
     return torch.compile(task)
 
@@ -258,6 +259,8 @@ def _explained_compilation(recipe: Recipe) -> Iterator[None]:
         if not recipe.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = next(line for line in str(error).splitlines() if line.strip())
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            reason = f"more than {torch._dynamo.config.recompile_limit} compilations of one function"
         raise UserError(f"torch.compile failed ({reason[:160]}); run with --compile false") from error
 
 

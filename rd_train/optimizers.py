@@ -92,7 +92,8 @@ def build_optimizer(recipe: Recipe, task: nn.Module) -> torch.optim.SGD | Severa
     """
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     kernels = muon_kernels(recipe, task)
-    others = [parameter for parameter in trained if not any(parameter is kernel for kernel in kernels)]
+    by_muon = set(kernels)
+    others = [parameter for parameter in trained if parameter not in by_muon]
     decayed = [parameter for parameter in others if parameter.ndim > 1 or recipe.decay_bn_bias]
     free = [parameter for parameter in others if not (parameter.ndim > 1 or recipe.decay_bn_bias)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -209,7 +209,7 @@ def _work(context: Context, plan: _Plan) -> dict[str, float]:
 
 
 def _of_teacher(context: Context) -> Context:
-    """The context of the teacher's own phase: a ResNet learns by SGD, which Muon at our rate was no match for."""
+    """The context of the teacher's own phase: it learns by SGD, since ResNets did not gain from Muon at our rate."""
     return replace(context, recipe=replace(context.recipe, optimizer="sgd"))
 
 

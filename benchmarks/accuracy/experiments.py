@@ -176,8 +176,8 @@ def ablations(ours: dict = OURS) -> list[Row]:
         if without == Recipe(**SHARED | OURS_BY_SGD):
             rows.append(replace(BY_SGD, base=OUR_ROW.name))
             continue
-        if ours == OURS and name == "splice_weight":  # without splices it is cross-entropy from the same start
-            rows.append(replace(PLAIN_START, key="", base=OUR_ROW.name))
+        if name == "splice_weight" and settings == OURS | {"splice_weight": 0.0}:  # cross-entropy from the same start
+            rows.append(replace(PLAIN_START, label=f"without splices: {PLAIN_START.label}", key="", base=OUR_ROW.name))
             continue
         label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
         rows.append(Row(f"{OUR_ROW.name}-without-{name.replace('_', '-')}", label, settings, base=OUR_ROW.name))

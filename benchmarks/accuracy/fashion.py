@@ -80,7 +80,7 @@ def main() -> None:
         f"--workers {options.workers} --seed {options.seed}"
         + (f" --only {','.join(options.only)}" if options.only else "")
     )
-    results = [each.result() for each in jobs]
+    results = [each.result() for each in jobs if each.name in (options.only or [each.name])]
     write_json(options.results, {**document(what, command, options), "results": results})
     print(f"wrote {options.results}")
 

@@ -245,7 +245,7 @@ def asked(jobs: list[Job], options: argparse.Namespace, seeds: tuple[int, ...]) 
 
     What is left out counts where it is there; so every folder must hold what it should.
     """
-    for job in [job for job in jobs if job.earlier is None]:
+    for job in jobs:
         job.check_folder()
     wanted = [job for job in jobs if job.name in (options.only or [job.name]) and job.seed in seeds]
     teachers = {job.teacher for job in wanted if job.result() is None}

@@ -129,7 +129,9 @@ def test_a_teacher_is_trained_by_sgd_whatever_moves_the_student(tmp_path):
     kept = []
     for optimizer in ("sgd", "muon"):
         run(replace(RECIPE, method="rd", optimizer=optimizer, epochs=1), tmp_path / optimizer)
-        kept.append([load_checkpoint(tmp_path / optimizer / name).state_dict for name in ("teacher.pt", "model.pt")])
+        files = [load_checkpoint(tmp_path / optimizer / name) for name in ("teacher.pt", "model.pt")]
+        assert [file.recipe["optimizer"] for file in files] == ["sgd", optimizer]
+        kept.append([file.state_dict for file in files])
     teachers, students = zip(*kept, strict=True)
     assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[0])
     assert not torch.equal(students[0]["layer2.0.conv1.weight"], students[1]["layer2.0.conv1.weight"])
