@@ -30,7 +30,7 @@ def short() -> str:
     """The README's table: the rows that decide of the main experiment."""
     document = newest("*-accuracy-main.json")
     rows = [row for row in document["rows"] if row["key"] in SHORT]
-    verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "published")))
+    verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "start", "published")))
     return "\n\n".join(
         part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document, COLUMNS)) if part
     )
