@@ -43,8 +43,7 @@ class State:
         And trained weights: equal on equal hardware, on other those by Muon, whose sums are in bf16, drift apart.
         """
         modules = [module for module in (self.task, self.averaged) if module is not None]
-        frozen = {parameter for parameter in self.task.parameters() if not parameter.requires_grad}
-        distributed.average(p for module in modules for p in module.parameters() if p not in frozen)
+        distributed.average(p for module in modules for p in module.parameters() if p.requires_grad)
         for module in modules:
             distributed.average_statistics(module)
 

@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--epochs56", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.seeds = None
     resnets = [job(f"resnet{depth}", f"fashion-resnet{depth}", depth, options, method="ce") for depth in (56, 20)]
     plain = students(options)
     check(parser, options, {each.name for each in resnets + plain}, {options.seed})

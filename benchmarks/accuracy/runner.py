@@ -236,7 +236,7 @@ def parser_of(description: str, out: str, results: str, *, several: bool = True)
         "--only", type=lambda text: text.split(","), help="names of the runs to train, with commas between them"
     )
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
-    parser.set_defaults(earlier=[])
+    parser.set_defaults(earlier=[], seeds=None)
     return parser
 
 
@@ -248,8 +248,8 @@ def asked(jobs: list[Job], options: argparse.Namespace, seeds: tuple[int, ...]) 
     for job in jobs:
         job.check_folder()
     wanted = [job for job in jobs if job.name in (options.only or [job.name]) and job.seed in seeds]
-    teachers = {job.teacher for job in wanted if job.result() is None}
-    return [job for job in jobs if job in wanted or job.folder in teachers]
+    folders = {job.folder for job in wanted} | {job.teacher for job in wanted if job.result() is None}
+    return [job for job in jobs if job.folder in folders]
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: set[str], seeds: set[int]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import stepped
 
 from rd_deploy.common import Stopped, UserError
 from rd_train.build import build_task, student_arch
@@ -254,11 +255,6 @@ def test_the_norm_of_the_gradient_is_that_before_clipping(tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_each_optimiser_follows_the_schedule_from_its_own_peak(tmp_path, optimizer):
     recipe = replace(RECIPE, method="ce", ema=0.0, optimizer=optimizer, muon_lr=0.004, lr=0.05)
-    dataset = load_dataset("digits", limit=200)
-    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
-    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
-    take = Stepper(CrossEntropy(network).train(), 2, context)
-    take(0, images, labels)
+    take = stepped(recipe, tmp_path)
     expected = [0.05 / 2] * 2 + [0.004 / 2] * (optimizer == "muon")  # the first of two steps of warm-up
     assert [group["lr"] for group in take.optimizer.param_groups] == pytest.approx(expected)

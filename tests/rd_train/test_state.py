@@ -1,18 +1,13 @@
 """What is taken from the state of a phase and what is not (resuming is tested with the loop)."""
 
 import copy
-import threading
 
 import pytest
 import torch
+from steps import stepped
 
 from rd_deploy.common import UserError
 from rd_train.checkpoint import save_plain
-from rd_train.context import Context
-from rd_train.data import batches, load_dataset
-from rd_train.distill import CrossEntropy
-from rd_train.loop import Stepper
-from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.state import State
 
@@ -21,13 +16,8 @@ from rd_train.state import State
 def test_a_state_brings_momenta_and_no_rates(tmp_path, optimizer):
     """That of an earlier version may not know of the rates, and a hostile one may hold anything."""
     recipe = Recipe(method="ce", optimizer=optimizer, batch_size=50, precision="fp32", device="cpu", threads=1)
-    dataset = load_dataset("digits", limit=200)
-    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
-    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
-    take = Stepper(CrossEntropy(network).train(), 2, context)
-    take(0, images, labels)
-    state = State(context, "student", take.task, take.optimizer, None)
+    take = stepped(recipe, tmp_path)
+    state = State(take.context, "student", take.task, take.optimizer, None)
     expected = [{k: v for k, v in group.items() if k != "params"} for group in take.optimizer.param_groups]
     momenta = [values["momentum_buffer"].clone() for values in take.optimizer.state.values()]
 
