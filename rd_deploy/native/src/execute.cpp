@@ -212,8 +212,14 @@ class Work {
         Product p = product(head, taps_, count, count, out_[0]);
         p.add = list_added(head, 0, count);
         take_slice(p, head);
+        p.next = weight_of(1);
         multiply(p);
         further_layers(count);
+    }
+
+    // A layer's weights; null where there is no such layer.
+    const std::byte *weight_of(std::size_t layer) const {
+        return layer < o_.layers.size() ? o_.layers[layer].weight : nullptr;
     }
 
     // This item's share of a single layer's outputs.
@@ -236,6 +242,8 @@ class Work {
                 list_outputs(layer.map, layer.out, o_.scratch.tile[1], first, piece, out);
                 Product p = product(layer, in, piece, piece, out);
                 p.add = list_added(layer, first, piece);
+                p.next = weight_of(i + 1);
+                if (!p.next && first + piece < count) p.next = weight_of(1);
                 multiply(p);
                 in = out;
             }
@@ -320,10 +328,16 @@ class Work {
         const int last = step.blocks() * (slice_ + 1) / o_.slices;
         for (int first = step.blocks() * slice_ / o_.slices; first < last; first += kProductBlocks) {
             p.blocks = std::min(kProductBlocks, last - first);
+            const int following = first + p.blocks;
+            const std::byte *const after =
+                following < last ? head.weight + static_cast<std::size_t>(following * t * t) * block : weight_of(1);
             for (int position = 0; position < t * t; position++) {
                 p.a = taps_ + position * tiles;
                 p.out = outputs(o_.scratch.product_rows) + position * tiles;
-                p.w = head.weight + static_cast<std::size_t>(first * t * t + position) * block;
+                const std::byte *const weights =
+                    head.weight + static_cast<std::size_t>(first * t * t + position) * block;
+                p.w = weights;
+                p.next = position + 1 < t * t ? weights + block : after;
                 multiply(p);
             }
             head.winograd->output({products, tiles, kProductBlocks * kLane, p.blocks, step.bias + first * kLane,

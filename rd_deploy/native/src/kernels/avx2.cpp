@@ -6,6 +6,8 @@
 // A block of 16 outputs is two registers: 12 accumulators, 2 weights, 1 broadcast of 16.
 #define RD_TILE_PIXELS 6
 #define RD_TILE_BLOCKS 1
+#define RD_STEPS_UNROLLED 4
+#define RD_FETCH_NEXT
 #define RD_MULTIPLY_ADD(a, w, sum) _mm256_fmadd_ps(a, w, sum)
 #include "generic.h"
 

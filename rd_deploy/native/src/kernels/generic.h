@@ -2,7 +2,9 @@
 //
 // Before including it, a file defines RD_ISA_NAME (a string), RD_VECTOR_BYTES (of a register: 16, 32 or 64) and
 // RD_TILE_PIXELS and RD_TILE_BLOCKS (the register tile), so that accumulators, weights and one broadcast fit into the
-// registers. It may define RD_MULTIPLY_ADD, RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used.
+// registers. It may define RD_MULTIPLY_ADD, RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used,
+// RD_STEPS_UNROLLED (steps of the inner loop, where its own instructions are many beside those of a step), and
+// RD_FETCH_NEXT to have weights fetched as `Fetch` says.
 //
 // Everything is in an unnamed namespace: two files' copies of one function must never be merged by the linker.
 #pragma once
@@ -15,15 +17,22 @@ namespace rd {
 namespace {
 
 #define RD_INLINE inline __attribute__((always_inline))
+#define RD_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define RD_UNROLL _Pragma("clang loop unroll(full)")
+#define RD_UNROLL RD_PRAGMA(clang loop unroll(full))
+#define RD_UNROLL_BY(count) RD_PRAGMA(clang loop unroll_count(count))
 #else
-#define RD_UNROLL _Pragma("GCC unroll 64")
+#define RD_UNROLL RD_PRAGMA(GCC unroll 64)
+#define RD_UNROLL_BY(count) RD_PRAGMA(GCC unroll count)
+#endif
+#ifdef RD_STEPS_UNROLLED
+#define RD_UNROLL_STEPS RD_UNROLL_BY(RD_STEPS_UNROLLED)
+#else
+#define RD_UNROLL_STEPS
 #endif
 
 constexpr int kLanes = RD_VECTOR_BYTES / 4;  // floats in a register
 constexpr int kParts = 16 / kLanes;          // registers in a block of 16 outputs
-constexpr int kAhead = 2048;                 // bytes of weights to be fetched ahead: 512 to 4096 made no difference
 
 typedef float Floats __attribute__((vector_size(RD_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(RD_VECTOR_BYTES)));
@@ -179,9 +188,44 @@ RD_INLINE void finish_raw(const Ending &e, Floats (&sum)[Pixels][Registers]) {
     for (int i = 0; i < Pixels; i++) Fp32::write_row<Registers>(static_cast<float *>(e.out[i]) + e.offset, sum[i]);
 }
 
+// Weights come from memory once per run: in each step of the inner loop some are asked for before they are needed.
+#ifdef RD_FETCH_NEXT
+// Those that come next, spread evenly over the time in which all pixels meet the present blocks, into the second-level
+// cache. Were each block's own weights fetched a little ahead, its first tile of few pixels would have to wait for all
+// of them, and the other tiles would ask again for what is there.
+struct Fetch {
+    const char *at;
+    int stride;
+
+    Fetch(const Product &p, int block, int blocks, int tiles) : stride((64 + tiles - 1) / tiles) {
+        const char *const own = static_cast<const char *>(p.w) + block * p.w_block;
+        const char *const next = p.next ? static_cast<const char *>(p.next) : own;
+        at = block + blocks < p.blocks ? own + blocks * p.w_block : next;
+    }
+    template <int Blocks>
+    RD_INLINE void step(const char *, size_t) {
+        __builtin_prefetch(at, 0, 2);
+        at += stride;
+    }
+};
+#else
+// The tile's own weights a little ahead: each block is a stream of its own that crosses pages.
+struct Fetch {
+    static constexpr int ahead = 2048;  // bytes: 512 to 4096 made no difference
+
+    Fetch(const Product &, int, int, int) {}
+    template <int Blocks>
+    RD_INLINE void step(const char *w, size_t w_block) {
+        RD_UNROLL
+        for (int j = 0; j < Blocks; j++) __builtin_prefetch(w + j * w_block + ahead);
+    }
+};
+#endif
+
 // The register tile: Pixels x (16 * Blocks) outputs, each weight read once for all pixels.
 template <class Element, int Pixels, int Blocks>
-void tile(const Product &p, int pixel, int block) {
+void tile(const Product &p, int pixel, int block, Fetch &state) {
+    Fetch fetch = state;  // a copy in registers: stores might change `state`
     constexpr int registers = Blocks * kParts;
     Floats sum[Pixels][registers];
     RD_UNROLL
@@ -199,14 +243,13 @@ void tile(const Product &p, int pixel, int block) {
         for (int i = 0; i < Pixels; i++)
             a[i] = static_cast<const char *>(p.a[static_cast<size_t>(t) * p.a_pitch + pixel + i]);
         const char *w = first + t * tap_bytes;
+        RD_UNROLL_STEPS
         for (int s = 0; s < steps; s++, w += 64) {
             Floats weights[registers];
             RD_UNROLL
             for (int j = 0; j < registers; j++)
                 weights[j] = load<Floats>(w + (j / kParts) * w_block + (j % kParts) * RD_VECTOR_BYTES);
-            // Weights come from memory once per run, each block a stream of its own that crosses pages.
-            RD_UNROLL
-            for (int j = 0; j < Blocks; j++) __builtin_prefetch(w + j * w_block + kAhead);
+            fetch.step<Blocks>(w, w_block);
             RD_UNROLL
             for (int i = 0; i < Pixels; i++) {
                 const Floats x = Element::spread(a[i] + s * 4);
@@ -215,6 +258,7 @@ void tile(const Product &p, int pixel, int block) {
             }
         }
     }
+    state = fetch;
     const Ending ending{p.add ? p.add + pixel : nullptr, p.out + pixel, p.offset + block * 16, p.relu};
     if (p.raw)
         finish_raw(ending, sum);
@@ -224,19 +268,20 @@ void tile(const Product &p, int pixel, int block) {
 
 // Lists that are no multiple of the tile are cut into nearly equal tiles; `pixels` is from 1 to RD_TILE_PIXELS.
 template <class Element, int Blocks, int Pixels = RD_TILE_PIXELS>
-RD_INLINE void tile_of(int pixels, const Product &p, int pixel, int block) {
+RD_INLINE void tile_of(int pixels, const Product &p, int pixel, int block, Fetch &fetch) {
     if constexpr (Pixels > 1) {
-        if (pixels < Pixels) return tile_of<Element, Blocks, Pixels - 1>(pixels, p, pixel, block);
+        if (pixels < Pixels) return tile_of<Element, Blocks, Pixels - 1>(pixels, p, pixel, block, fetch);
     }
-    tile<Element, Pixels, Blocks>(p, pixel, block);
+    tile<Element, Pixels, Blocks>(p, pixel, block, fetch);
 }
 
 template <class Element, int Blocks>
 void columns(const Product &p, int block) {
     int tiles = (p.pixels + RD_TILE_PIXELS - 1) / RD_TILE_PIXELS;
+    Fetch fetch(p, block, Blocks, tiles);
     for (int pixel = 0; pixel < p.pixels; tiles--) {
         const int pixels = (p.pixels - pixel + tiles - 1) / tiles;
-        tile_of<Element, Blocks>(pixels, p, pixel, block);
+        tile_of<Element, Blocks>(pixels, p, pixel, block, fetch);
         pixel += pixels;
     }
 }

@@ -29,7 +29,8 @@ struct Product {
     void *const *out;        // [pixels], likewise
     int offset;              // of the first output, in elements; weights and bias begin with the first output
     bool relu;
-    bool raw;  // out is float32 whatever the precision; nothing is added and relu does not count
+    const void *next;  // the weights that are multiplied after these, which may be fetched meanwhile; null: not known
+    bool raw;          // out is float32 whatever the precision; nothing is added and relu does not count
 };
 
 // Winograd's F(m x m, 3 x 3) on tiles; t = m + 2. Lavin & Gray 2016, "Fast algorithms for convolutional neural
