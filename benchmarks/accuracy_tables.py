@@ -1,5 +1,6 @@
 """The tables of accuracy: docs/accuracy.md from the experiments of accuracy/table.py, and the README's short one."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from committed import find, markdown, newest
@@ -57,12 +58,13 @@ def experiment(name: str) -> Callable[[], str]:
 def _by_depth(rows: list[dict], seconds: bool = False) -> str:
     """A line per kind of row, a column per depth; costs are those of the deepest network that has the row."""
     depths = sorted({row["depth"] for row in rows})
+    usual = Counter(tuple(row.get("precisions", ())) for row in rows).most_common(1)[0][0] if rows else ()
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
         found = {row["depth"]: row for row in rows if row["label"] == label}
         deepest = found[max(found)]
         teacher = deepest["teacher_cost"]
-        line = [label, *(_cell(found.get(depth)) for depth in depths), f"{deepest['step_cost']:.2f}"]
+        line = [label, *(_cell(found.get(depth), usual) for depth in depths), f"{deepest['step_cost']:.2f}"]
         line.append("-" if teacher is None else f"{teacher:.2f}")
         lines.append([*line, f"{deepest['seconds']:,.0f}"] if seconds else line)
     header = ["test accuracy, %", *(f"depth {depth}" for depth in depths), "cost", "its teacher's"]
@@ -81,12 +83,14 @@ def _rates(rows: list[dict]) -> str:
     return markdown(["%", "validation", "test", "training, last epoch"], lines)
 
 
-def _cell(row: dict | None) -> str:
-    """Mean ± standard deviation over so many seeds."""
+def _cell(row: dict | None, usual: tuple[str, ...]) -> str:
+    """Mean ± standard deviation over so many seeds; the precision where it is not the table's usual one."""
     if row is None:
         return "-"
     spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
-    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])})"
+    precisions = tuple(row.get("precisions", ()))
+    note = "" if precisions == usual else f" {' and '.join(precisions)}"
+    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])}){note}"
 
 
 def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
@@ -103,6 +107,9 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
             line += f", 95% interval {low:+.2f} to {high:+.2f} ({len(pair['seeds'])} pairs of seeds)."
         else:
             line += " (one seed)."
+        if precisions := pair.get("precisions"):
+            ours, other = (" and ".join(each) for each in precisions)
+            line += f" Not judged: ours was trained in {ours}, the other in {other}."
         lines.append(" ".join([line, *(_verdict(pair, name, holds) for name, holds in pair["holds"].items())]))
     return lines
 

@@ -7,19 +7,22 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def find(pattern: str) -> dict | None:
-    """The latest committed result of a kind, with its path; names begin with their date. None without one."""
-    paths = sorted(RESULTS.glob(f"*/{pattern}"), key=lambda path: path.name)
+def find(pattern: str, machine: str = "*") -> dict | None:
+    """The latest committed result of a kind, of any machine or one, with its path; None without one.
+
+    Names of files begin with their date, and ``machine`` names a folder.
+    """
+    paths = sorted(RESULTS.glob(f"{machine}/{pattern}"), key=lambda path: path.name)
     if not paths:
         return None
     return json.loads(paths[-1].read_text(encoding="utf-8")) | {"path": paths[-1].relative_to(ROOT).as_posix()}
 
 
-def newest(pattern: str) -> dict:
+def newest(pattern: str, machine: str = "*") -> dict:
     """The latest committed result of a kind, which there must be."""
-    found = find(pattern)
+    found = find(pattern, machine)
     if found is None:
-        raise SystemExit(f"no {pattern} under {RESULTS}; make it with the script that the README names")
+        raise SystemExit(f"no {machine}/{pattern} under {RESULTS}; make it with the script that the README names")
     return found
 
 

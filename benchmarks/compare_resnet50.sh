@@ -1,11 +1,12 @@
 #!/bin/sh
 # The README's speed and memory tables: plain-50 against ResNet-50 on every engine. Leave the machine alone meanwhile.
 # Usage: benchmarks/compare_resnet50.sh MACHINE    (names the folder under benchmarks/results)
+# PRECISION=fp32 leaves bf16 out, for CPUs without its instructions, on which torch's bf16 takes many times longer.
 set -eu
 : "${1:?usage: $0 MACHINE}"
 results="$(dirname "$0")/results/$1"
 out="${OUT:-runs/bench-plain50}"
-rd-bench plain50 --compare resnet50 --engines torch,onnxruntime,openvino,native --batch 1,8 --precision fp32,bf16 \
+rd-bench plain50 --compare resnet50 --engines torch,onnxruntime,openvino,native --batch 1,8 --precision "${PRECISION:-fp32,bf16}" \
     --profile --seconds "${SECONDS_PER_PAIR:-20}" --out "$out"
 mkdir -p "$results"
 cp "$out/bench.json" "$results/$(date +%F)-bench-plain50.json"

@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 
 from accuracy_tables import EXPERIMENTS, experiment, short
-from committed import ROOT, find, markdown, newest
+from committed import RESULTS, ROOT, find, markdown, newest
+
+MACHINE = "epyc-genoa-2c"  # whose speed and memory the tables show; `machines` compares it with the others
 
 
 def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> str:
@@ -24,7 +26,7 @@ def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> s
 
 def speed() -> str:
     """Latency of both networks per engine, and the paired ratio with its interval."""
-    bench = newest("*-bench-plain50.json")
+    bench = newest("*-bench-plain50.json", MACHINE)
     times = {(row["model"], row["engine"], row["precision"], row["batch"]): row for row in bench["results"]}
     model, compare = (network["name"] for network in bench["networks"])
     rows = []
@@ -50,7 +52,7 @@ def speed() -> str:
 
 def memory() -> str:
     """Peak feature maps of both networks in fp32, by whose account, at batch 1 and the ratio at every batch."""
-    bench = newest("*-bench-plain50.json")
+    bench = newest("*-bench-plain50.json", MACHINE)
     model, compare = (network["name"] for network in bench["networks"])
     batches = sorted({row["batch"] for row in bench["memory"]})
     peaks: dict[str, dict[tuple, dict]] = {}
@@ -75,7 +77,7 @@ def memory() -> str:
 
 def native() -> str:
     """plain-50 on our engine against ResNet-50 on the best of the others, and both networks on our engine."""
-    bench = newest("*-bench-plain50.json")
+    bench = newest("*-bench-plain50.json", MACHINE)
     model, compare = (network["name"] for network in bench["networks"])
     same = {(row["precision"], row["batch"]): row for row in bench["ratios"] if row["engine"] == "native"}
     rows = [
@@ -96,6 +98,24 @@ def native() -> str:
         f"the file. Transformed weights: of {model}, for Winograd's convolution, beside those of the file."
     )
     return f"{markdown(header, rows)}\n\n{note} Instruction sets: {', '.join(kinds)}. {provenance(bench)}"
+
+
+def machines() -> str:
+    """Our engine in fp32 on each machine that has been measured."""
+    rows, sources = [], []
+    for machine in sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain50.json")}):
+        bench = newest("*-bench-plain50.json", machine)
+        kinds = {row["variant"] for row in bench["ratios"] if (row["engine"], row["precision"]) == ("native", "fp32")}
+        rows += [
+            [f"{machine} ({', '.join(kinds)}), batch {row['batch']}", *_against_others(bench, row)]
+            for row in bench["native_against_others"]
+            if row["precision"] == "fp32"
+        ]
+        sources.append(provenance(bench))
+    header = ["fp32", "resnet50 on the best other engine, ms", "plain50 on ours, ms"]
+    header += ["faster by (95% interval)", "faster when both are on ours"]
+    note = "Ratios are medians over interleaved quads, not quotients. *: unsteady times, see `warnings` in the file."
+    return f"{markdown(header, rows)}\n\n{note} {' '.join(sources)}"
 
 
 def _against_others(bench: dict, row: dict) -> list[str]:
@@ -130,7 +150,7 @@ def _ratio(row: dict) -> str:
 
 def native_basic() -> str:
     """The networks of basic blocks, whose maps are all narrow: plain-18 and plain-34 against their ResNets."""
-    benches = [newest(f"*-bench-plain{depth}.json") for depth in (18, 34)]
+    benches = [newest(f"*-bench-plain{depth}.json", MACHINE) for depth in (18, 34)]
     rows = [
         [
             " and ".join(network["name"] for network in bench["networks"]),
@@ -198,7 +218,7 @@ def _is_bf16_single(row: dict) -> bool:
 
 def profile() -> str:
     """Every step of plain-50 on our engine in bf16 at batch 1, against this machine's limits."""
-    bench = newest("*-bench-plain50.json")
+    bench = newest("*-bench-plain50.json", MACHINE)
     model = bench["networks"][0]["name"]
     entry = next(row for row in bench["profiles"] if row["model"] == model and _is_bf16_single(row))
     rows = [
@@ -432,6 +452,7 @@ PAGES = {
     },
     "docs/engine.md": {
         "native": native,
+        "machines": machines,
         "basic": native_basic,
         "arena": native_memory,
         "ablation": ablation,

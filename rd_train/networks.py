@@ -230,8 +230,23 @@ class Block(nn.Module):
         return bn(conv(x)) if self.sides is None else self.sides[number](x, bn(conv(x)))
 
 
+class SubsampledConv2d(nn.Conv2d):
+    """A strided 1x1 convolution as one of stride 1 on every so many pixels, which is the same sum.
+
+    oneDNN's gradient of a strided 1x1 kernel writes past its memory, or is wrong, in NHWC with fewer input channels
+    than AVX2 has lanes (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+
+    LANES = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        vertical, horizontal = self.stride
+        return F.conv2d(x[:, :, ::vertical, ::horizontal], self.weight, self.bias)
+
+
 def _conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+    kind = SubsampledConv2d if kernel == 1 and stride > 1 and c_in < SubsampledConv2d.LANES else nn.Conv2d
+    return kind(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     """A line for each row and depth that has results: accuracy over seeds, cost, seconds.
 
     ``std`` is that of the sample (n - 1). ``validation``: mean accuracy of the epoch that was chosen; ``training``:
-    that of the last epoch, None where a result does not say it. ``step_cost``: multiply-accumulates of a step in units
+    that of the last epoch, None where a result does not say it. ``precisions``: what it was trained in, which a CPU
+    settles by what it multiplies. ``step_cost``: multiply-accumulates of a step in units
     of a cross-entropy step of the plain network; ``plain_steps``: of the whole training, in the same units;
     ``teacher_cost``: what the teacher's own training costs in units of a whole cross-entropy training of the plain
     network, None without one.
@@ -45,6 +46,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                     "std": statistics.stdev(accuracies) if len(runs) > 1 else None,
                     "validation": statistics.mean(run["val_accuracy"] for run in runs),
                     "training": None if None in training else statistics.mean(training),
+                    "precisions": sorted({run["precision"] for run in runs}),
                     "step_cost": runs[0]["step_cost"],
                     "plain_steps": plain,
                     "teacher_cost": teacher * runs[0]["step_cost"] / plain if teachers else None,
@@ -69,13 +71,15 @@ def paired(ours: dict, other: dict) -> dict:
 
     ``interval``: Student's t for the mean of the differences, None with fewer than two seeds. It takes the differences
     to be normal, which so few seeds cannot show. ``spread``: the larger standard deviation of
-    both rows over these seeds.
+    both rows over these seeds. ``precisions``: of each row, None where they are the same.
     """
     accuracies = [dict(zip(row["seeds"], row["test_accuracies"], strict=True)) for row in (ours, other)]
     seeds = sorted(set(accuracies[0]) & set(accuracies[1]))
     differences = [accuracies[0][seed] - accuracies[1][seed] for seed in seeds]
     found = {"depth": ours["depth"], "ours": ours["name"], "other": other["name"], "against": other["key"]}
     found |= {"seeds": seeds, "differences": differences, "mean": statistics.mean(differences) if seeds else None}
+    precisions = [row["precisions"] for row in (ours, other)]
+    found |= {"precisions": None if precisions[0] == precisions[1] else precisions}
     several = len(seeds) > 1
     return found | {
         "interval": t_interval(differences) if several else None,
@@ -96,7 +100,8 @@ def comparisons(rows: list[dict]) -> list[dict]:
 
     Of rows that vary another one, by a lever more or less: each against that, as ``lever``.
     ``holds``: against a ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
-    published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty.
+    published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty, and
+    where they were trained in unlike precisions.
     """
     found = []
     for ours in [row for row in rows if row["key"] in AGAINST]:
@@ -112,7 +117,7 @@ def comparisons(rows: list[dict]) -> list[dict]:
 
 
 def _holds(pair: dict) -> dict[str, bool]:
-    if pair["interval"] is None:
+    if pair["interval"] is None or pair["precisions"]:
         return {}
     mean = round(pair["mean"], 9)  # of multiples of 1e-4, whose sums are not exact
     if pair["against"].startswith("resnet"):

@@ -380,7 +380,8 @@ def test_a_folder_of_other_settings_is_refused(fake):
 
 def result(name, seed, accuracy, **others):
     found = {"name": name, "seed": seed, "test_accuracy": accuracy, "epochs": 2, "train_images": 1280}
-    return found | {"step_cost": 1.5, "seconds": 4.0, "val_accuracy": accuracy - 0.01} | others
+    found |= {"step_cost": 1.5, "seconds": 4.0, "val_accuracy": accuracy - 0.01, "precision": "bf16"}
+    return found | others
 
 
 def accuracies(name, *values):
@@ -439,6 +440,21 @@ def test_ours_must_be_above_the_published_by_more_than_the_spread():
         pair = compared((0.90, 0.91), (0.9, 0.9), (0.90 - difference, 0.91 - difference))["published"]
         assert pair["spread"] == pytest.approx(0.01 / math.sqrt(2))
         assert pair["holds"] == {"must": holds}
+
+
+def test_unlike_precisions_are_said_and_not_judged():
+    ours = accuracies("plain56-rd-muon", 0.90, 0.91)
+    fp32 = [found | {"precision": "fp32"} for found in accuracies("resnet56", 0.8, 0.8)]
+    rows = summary.summary(EXPERIMENTS["main"], [*ours, *fp32])
+    (pair,) = pairs = summary.comparisons(rows)
+    assert (pair["holds"], pair["precisions"]) == ({}, [["bf16"], ["fp32"]])
+    assert pair["mean"] == pytest.approx(0.105)
+    (said,) = accuracy_tables._verdicts({"comparisons": pairs}, ("resnet",))
+    assert said.endswith("Not judged: ours was trained in bf16, the other in fp32.")
+    bf16 = [{**row, "depth": depth, "precisions": ["bf16"]} for row in rows for depth in (20, 44)]
+    table = accuracy_tables._by_depth([*bf16, *rows])
+    assert "| ResNet, cross-entropy | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) fp32 |" in table
+    assert table.count("fp32") == 1
 
 
 def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():

@@ -248,3 +248,20 @@ def test_shortcuts_fade_one_after_the_other():
     assert weights == [0, 0, 0, 0, 0.5, 1, 1, 1, 1]
     set_fading(student, 3.0)
     assert not any(float(block.fading) for _, block in student.blocks())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 16])
+def test_the_gradient_of_a_narrow_projection_in_nhwc(channels):
+    """With fewer channels than a register has lanes, oneDNN's own is wrong and writes past its memory (AVX2)."""
+    torch.manual_seed(0)
+    block = Block(parse_arch("resnet20"), channels, 16, 2)
+    conv = block.downsample[0].to(memory_format=torch.channels_last)
+    x = torch.randn(50, channels, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
+    y = conv(x)
+    step = torch.randn_like(y)
+    y.backward(step)
+    picked, weight, step = x.detach()[:, :, ::2, ::2].double(), conv.weight.detach()[:, :, 0, 0].double(), step.double()
+    assert torch.allclose(y.double(), torch.einsum("ncij,oc->noij", picked, weight), atol=1e-5)
+    assert torch.allclose(conv.weight.grad[:, :, 0, 0].double(), torch.einsum("noij,ncij->oc", step, picked), atol=1e-4)
+    assert torch.allclose(x.grad[:, :, ::2, ::2].double(), torch.einsum("noij,oc->ncij", step, weight), atol=1e-5)
+    assert x.grad.abs().sum(dim=(0, 1, 2))[1::2].sum() == 0
