@@ -58,13 +58,12 @@ def experiment(name: str) -> Callable[[], str]:
 def _by_depth(rows: list[dict], seconds: bool = False) -> str:
     """A line per kind of row, a column per depth; costs are those of the deepest network that has the row."""
     depths = sorted({row["depth"] for row in rows})
-    usual = Counter(tuple(row.get("precisions", ())) for row in rows).most_common(1)[0][0] if rows else ()
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
         found = {row["depth"]: row for row in rows if row["label"] == label}
         deepest = found[max(found)]
         teacher = deepest["teacher_cost"]
-        line = [label, *(_cell(found.get(depth), usual) for depth in depths), f"{deepest['step_cost']:.2f}"]
+        line = [label, *(_cell(found.get(depth)) for depth in depths), f"{deepest['step_cost']:.2f}"]
         line.append("-" if teacher is None else f"{teacher:.2f}")
         lines.append([*line, f"{deepest['seconds']:,.0f}"] if seconds else line)
     header = ["test accuracy, %", *(f"depth {depth}" for depth in depths), "cost", "its teacher's"]
@@ -75,7 +74,7 @@ def _rates(rows: list[dict]) -> str:
     """What chooses a rate, validation, beside what it comes to."""
     lines = [
         [
-            row["label"],
+            row["label"] + _other_precision(row),
             *("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("validation", "mean", "training")),
         ]
         for row in rows
@@ -83,14 +82,17 @@ def _rates(rows: list[dict]) -> str:
     return markdown(["%", "validation", "test", "training, last epoch"], lines)
 
 
-def _cell(row: dict | None, usual: tuple[str, ...]) -> str:
+def _other_precision(row: dict) -> str:
+    """With a space before it, where it is not that of the other rows."""
+    return f" {row['other_precision']}" if row.get("other_precision") else ""
+
+
+def _cell(row: dict | None) -> str:
     """Mean ± standard deviation over so many seeds; the precision where it is not the table's usual one."""
     if row is None:
         return "-"
     spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
-    precisions = tuple(row.get("precisions", ()))
-    note = "" if precisions == usual else f" {' and '.join(precisions)}"
-    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])}){note}"
+    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])}){_other_precision(row)}"
 
 
 def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
@@ -108,8 +110,8 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
         else:
             line += " (one seed)."
         if precisions := pair.get("precisions"):
-            ours, other = (" and ".join(each) for each in precisions)
-            line += f" Not judged: ours was trained in {ours}, the other in {other}."
+            first, other = (" and ".join(each) for each in precisions)
+            line += f" Of unlike precisions: the first was trained in {first}, the other in {other}."
         lines.append(" ".join([line, *(_verdict(pair, name, holds) for name, holds in pair["holds"].items())]))
     return lines
 
@@ -138,7 +140,10 @@ def _unfinished(document: dict) -> str:
 def _source(document: dict, columns: str) -> str:
     """What the columns mean and where they come from."""
     settings = sorted({(run["epochs"], run["precision"]) for run in document["results"]})
-    trained = " and ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
+    trained = " or ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
+    if len({precision for _, precision in settings}) > 1:
+        usual = Counter(run["precision"] for run in document["results"]).most_common(1)[0][0]
+        trained += f", {usual} where nothing else is said"
     machine = document.get("card") or document["machine"]["cpu"]
     seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
     parts = (

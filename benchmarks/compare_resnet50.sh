@@ -1,5 +1,5 @@
 #!/bin/sh
-# The README's speed and memory tables: plain-50 against ResNet-50 on every engine. Leave the machine alone meanwhile.
+# The tables of speed and memory, in fp32 those of all machines too (docs/development.md): plain-50 against ResNet-50 on every engine. Leave the machine alone meanwhile.
 # Usage: benchmarks/compare_resnet50.sh MACHINE    (names the folder under benchmarks/results)
 # PRECISION=fp32 leaves bf16 out, for CPUs without its instructions, on which torch's bf16 takes many times longer.
 set -eu

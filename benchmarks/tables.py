@@ -11,7 +11,7 @@ from collections import Counter
 from accuracy_tables import EXPERIMENTS, experiment, short
 from committed import RESULTS, ROOT, find, markdown, newest
 
-MACHINE = "epyc-genoa-2c"  # whose speed and memory the tables show; `machines` compares it with the others
+MACHINE = "epyc-genoa-2c"  # whose speed and memory the tables of the CPU show; `machines` has the others, too
 
 
 def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> str:
@@ -20,7 +20,7 @@ def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> s
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
     return (
         f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}. "
-        f"From `{bench['path']}`, made by `{script}`."
+        f"From `{bench['path']}`, made by `{script}` ({bench['options']['seconds']:g} s a pair)."
     )
 
 
@@ -107,7 +107,7 @@ def machines() -> str:
         bench = newest("*-bench-plain50.json", machine)
         kinds = {row["variant"] for row in bench["ratios"] if (row["engine"], row["precision"]) == ("native", "fp32")}
         rows += [
-            [f"{machine} ({', '.join(kinds)}), batch {row['batch']}", *_against_others(bench, row)]
+            [f"{machine} ({', '.join(sorted(kinds))}), batch {row['batch']}", *_against_others(bench, row)]
             for row in bench["native_against_others"]
             if row["precision"] == "fp32"
         ]
@@ -171,7 +171,7 @@ def native_basic() -> str:
 
 def native_memory() -> str:
     """Arena of plain-50 in bf16 at batch 1, by the number of threads, against ResNet-50's optimal plan."""
-    document = newest("*-engine-memory.json")
+    document = newest("*-engine-memory.json", MACHINE)
     best = document["resnet50_optimal_bytes"]
     rows = [
         [
@@ -195,7 +195,7 @@ def native_memory() -> str:
 
 def ablation() -> str:
     """What fusion, Winograd's convolution and the small plan are each worth in time."""
-    document = newest("*-engine-ablation.json")
+    document = newest("*-engine-ablation.json", MACHINE)
     names = list(dict.fromkeys(row["plan"] for row in document["results"]))
     settings = list(dict.fromkeys((row["model"], row["precision"], row["batch"]) for row in document["results"]))
     found = {(row["model"], row["precision"], row["batch"], row["plan"]): row for row in document["results"]}
@@ -244,7 +244,7 @@ def profile() -> str:
 
 def agreement() -> str:
     """Top-1 agreement of the compiled engine with torch on trained networks."""
-    document = newest("*-native-agreement.json")
+    document = newest("*-native-agreement.json", MACHINE)
     rows = [
         [
             f"{row['model']}, {row['plan']} ({row['isa']})",

@@ -234,10 +234,11 @@ class SubsampledConv2d(nn.Conv2d):
     """A strided 1x1 convolution as one of stride 1 on every so many pixels, which is the same sum.
 
     oneDNN's gradient of a strided 1x1 kernel writes past its memory, or is wrong, in NHWC with fewer input channels
-    than AVX2 has lanes (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    than a register has lanes: 8 in AVX2, where it was seen, 16 in AVX-512 by its source
+    (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
 
-    LANES = 8
+    LANES = 16
 
     def forward(self, x: Tensor) -> Tensor:
         vertical, horizontal = self.stride

@@ -53,7 +53,7 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
             [100 * row["mean"] for row in rows],
             yerr=spreads,
             color=COLOURS[key],
-            label=NAMES[key],
+            label=_label(NAMES[key], rows),
             marker="o",
             capsize=3,
         )
@@ -68,6 +68,12 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
     figure.legend(*by_cost.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+
+
+def _label(text: str, rows: list[dict]) -> str:
+    """With the precision, where it is not that of the other rows."""
+    found = sorted({row["other_precision"] for row in rows if row.get("other_precision")})
+    return f"{text} ({', '.join(found)})" if found else text
 
 
 def series(document: dict) -> dict[str, list[dict]]:
@@ -89,7 +95,7 @@ def _draw_costs(axes: object, document: dict) -> None:
         colour = COLOURS.get(row["key"]) or next(others)
         mean, spread = 100 * row["mean"], 100 * (row["std"] or 0)
         style = {"color": colour, "marker": "o"}
-        axes.errorbar(row["step_cost"], mean, yerr=spread, capsize=3, ls="", label=row["label"], **style)
+        axes.errorbar(row["step_cost"], mean, yerr=spread, capsize=3, ls="", label=_label(row["label"], [row]), **style)
         if row["teacher_cost"] is not None:
             whole = row["step_cost"] + row["teacher_cost"]
             axes.plot([row["step_cost"], whole], [mean, mean], color=colour, lw=0.8, ls=":")

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import replace
 
 from experiments import RESNET, SHARED, Experiment, Row
@@ -16,19 +17,21 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     """A line for each row and depth that has results: accuracy over seeds, cost, seconds.
 
     ``std`` is that of the sample (n - 1). ``validation``: mean accuracy of the epoch that was chosen; ``training``:
-    that of the last epoch, None where a result does not say it. ``precisions``: what it was trained in, which a CPU
-    settles by what it multiplies. ``step_cost``: multiply-accumulates of a step in units
+    that of the last epoch, None where a result does not say it. ``precisions``: of each seed, which a CPU settles by
+    what it multiplies; ``other_precision``: those in words where they are not all the experiment's usual one, else
+    empty. ``step_cost``: multiply-accumulates of a step in units
     of a cross-entropy step of the plain network; ``plain_steps``: of the whole training, in the same units;
     ``teacher_cost``: what the teacher's own training costs in units of a whole cross-entropy training of the plain
     network, None without one.
     """
-    lines = []
+    lines, usual = [], Counter(result["precision"] for result in results).most_common(1)
     for row in experiment.rows:
         for depth in experiment.depths:
             runs = _runs(experiment, row, depth, results)
             if not runs:
                 continue
             accuracies = [run["test_accuracy"] for run in runs]
+            precisions = [run["precision"] for run in runs]
             training = [run.get("last_train_accuracy") for run in runs]
             teachers = _runs(experiment, RESNET, depth, results) if row.has_teacher else []
             plain, teacher = (_plain_steps(run[0], experiment) if run else None for run in (runs, teachers))
@@ -46,7 +49,8 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                     "std": statistics.stdev(accuracies) if len(runs) > 1 else None,
                     "validation": statistics.mean(run["val_accuracy"] for run in runs),
                     "training": None if None in training else statistics.mean(training),
-                    "precisions": sorted({run["precision"] for run in runs}),
+                    "precisions": precisions,
+                    "other_precision": "" if {*precisions} == {usual[0][0]} else " and ".join(sorted({*precisions})),
                     "step_cost": runs[0]["step_cost"],
                     "plain_steps": plain,
                     "teacher_cost": teacher * runs[0]["step_cost"] / plain if teachers else None,
@@ -71,15 +75,16 @@ def paired(ours: dict, other: dict) -> dict:
 
     ``interval``: Student's t for the mean of the differences, None with fewer than two seeds. It takes the differences
     to be normal, which so few seeds cannot show. ``spread``: the larger standard deviation of
-    both rows over these seeds. ``precisions``: of each row, None where they are the same.
+    both rows over these seeds. ``precisions``: those of each row, None where every pair is of one.
     """
     accuracies = [dict(zip(row["seeds"], row["test_accuracies"], strict=True)) for row in (ours, other)]
     seeds = sorted(set(accuracies[0]) & set(accuracies[1]))
     differences = [accuracies[0][seed] - accuracies[1][seed] for seed in seeds]
     found = {"depth": ours["depth"], "ours": ours["name"], "other": other["name"], "against": other["key"]}
     found |= {"seeds": seeds, "differences": differences, "mean": statistics.mean(differences) if seeds else None}
-    precisions = [row["precisions"] for row in (ours, other)]
-    found |= {"precisions": None if precisions[0] == precisions[1] else precisions}
+    precisions = [dict(zip(row["seeds"], row["precisions"], strict=True)) for row in (ours, other)]
+    unlike = any(precisions[0][seed] != precisions[1][seed] for seed in seeds)
+    found["precisions"] = [sorted({each[seed] for seed in seeds}) for each in precisions] if unlike else None
     several = len(seeds) > 1
     return found | {
         "interval": t_interval(differences) if several else None,

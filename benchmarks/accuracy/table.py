@@ -140,7 +140,7 @@ def say(found: dict) -> None:
     print(f"{found['experiment']}: {found['what']}")
     for row in found["rows"]:
         spread = "" if row["std"] is None else f" ± {row['std']:.2%}"
-        cost = f"cost {row['step_cost']:.2f}, {row['seconds']:.0f} s"
+        cost = f"cost {row['step_cost']:.2f}, {row['seconds']:.0f} s {row['other_precision']}".rstrip()
         print(f"  {row['name']:36} {row['mean']:.2%}{spread} (n={len(row['seeds'])}), {cost}")
     for pair in [pair for pair in found["comparisons"] if pair["interval"]]:
         low, high = (100 * bound for bound in pair["interval"])

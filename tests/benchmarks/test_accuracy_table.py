@@ -450,11 +450,22 @@ def test_unlike_precisions_are_said_and_not_judged():
     assert (pair["holds"], pair["precisions"]) == ({}, [["bf16"], ["fp32"]])
     assert pair["mean"] == pytest.approx(0.105)
     (said,) = accuracy_tables._verdicts({"comparisons": pairs}, ("resnet",))
-    assert said.endswith("Not judged: ours was trained in bf16, the other in fp32.")
-    bf16 = [{**row, "depth": depth, "precisions": ["bf16"]} for row in rows for depth in (20, 44)]
-    table = accuracy_tables._by_depth([*bf16, *rows])
-    assert "| ResNet, cross-entropy | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) fp32 |" in table
-    assert table.count("fp32") == 1
+    assert said.endswith("Of unlike precisions: the first was trained in bf16, the other in fp32.")
+    more = accuracies("resnet20", 0.8, 0.8)
+    rows = accuracy_tables._by_depth(summary.summary(EXPERIMENTS["main"], [*ours, *fp32, *more]))
+    assert "| ResNet, cross-entropy | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) fp32 |" in rows
+    assert rows.count("fp32") == 1
+
+
+def test_what_is_compared_is_the_precision_of_each_pair():
+    ours, resnet = accuracies("plain56-rd-muon", 0.9, 0.91, 0.9), accuracies("resnet56", 0.8, 0.8)
+    for found in (ours[0], ours[2], resnet[0]):  # the third seed has no pair
+        found["precision"] = "fp32"
+    (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
+    assert (pair["precisions"], pair["holds"]) == (None, {"goal": True, "must": True})
+    resnet[0]["precision"], resnet[1]["precision"] = "bf16", "fp32"
+    (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
+    assert (pair["precisions"], pair["holds"]) == ([["bf16", "fp32"], ["bf16", "fp32"]], {})
 
 
 def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():

@@ -4,7 +4,7 @@
 // RD_TILE_PIXELS and RD_TILE_BLOCKS (the register tile), so that accumulators, weights and one broadcast fit into the
 // registers. It may define RD_MULTIPLY_ADD, RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used,
 // RD_STEPS_UNROLLED (steps of the inner loop, where its own instructions are many beside those of a step), and
-// RD_FETCH_NEXT to have weights fetched as `Fetch` says.
+// RD_FETCH_NEXT (with RD_TILE_BLOCKS of 1) to have weights fetched as `Fetch` says.
 //
 // Everything is in an unnamed namespace: two files' copies of one function must never be merged by the linker.
 #pragma once
@@ -190,12 +190,13 @@ RD_INLINE void finish_raw(const Ending &e, Floats (&sum)[Pixels][Registers]) {
 
 // Weights come from memory once per run: in each step of the inner loop some are asked for before they are needed.
 #ifdef RD_FETCH_NEXT
-// Those that come next, spread evenly over the time in which all pixels meet the present blocks, into the second-level
+// Those that come next, spread over the time in which all pixels meet the present blocks, into the second-level
 // cache. Were each block's own weights fetched a little ahead, its first tile of few pixels would have to wait for all
 // of them, and the other tiles would ask again for what is there.
 struct Fetch {
+    static_assert(RD_TILE_BLOCKS == 1, "blocks lie apart, and a step asks for one line only");
     const char *at;
-    int stride;
+    int stride;  // bytes per step: a line in as many steps as there are tiles, rounded up
 
     Fetch(const Product &p, int block, int blocks, int tiles) : stride((64 + tiles - 1) / tiles) {
         const char *const own = static_cast<const char *>(p.w) + block * p.w_block;
@@ -225,7 +226,7 @@ struct Fetch {
 // The register tile: Pixels x (16 * Blocks) outputs, each weight read once for all pixels.
 template <class Element, int Pixels, int Blocks>
 void tile(const Product &p, int pixel, int block, Fetch &state) {
-    Fetch fetch = state;  // a copy in registers: stores might change `state`
+    Fetch fetch = state;  // a copy: written in each step, `state` might be what the pointers point to
     constexpr int registers = Blocks * kParts;
     Floats sum[Pixels][registers];
     RD_UNROLL

@@ -16,11 +16,11 @@ namespace rd {
 // not depend on its neighbours in the list. Elements of a, add and out are of the table's precision. Tables may read up
 // to k_pitch elements of a, where those beyond k meet zero weights: they must be finite.
 struct Product {
-    const void *const *a;  // [taps][a_pitch], pointers to k elements each; padding is a pointer to zeros
-    int a_pitch;           // at least pixels
-    int taps, k;           // k: elements per tap that count
-    int k_pitch;           // elements per tap in the weights, even
-    int pixels;
+    const void *const *a;    // [taps][a_pitch], pointers to k elements each; padding is a pointer to zeros
+    int a_pitch;             // at least pixels
+    int taps, k;             // k: elements per tap that count
+    int k_pitch;             // elements per tap in the weights, even
+    int pixels;              // at least 1
     const void *w;           // packed as network.h says, the first of `blocks` blocks
     size_t w_block;          // bytes from one block to the next
     int blocks;              // of 16 outputs
@@ -29,8 +29,9 @@ struct Product {
     void *const *out;        // [pixels], likewise
     int offset;              // of the first output, in elements; weights and bias begin with the first output
     bool relu;
-    const void *next;  // the weights that are multiplied after these, which may be fetched meanwhile; null: not known
-    bool raw;          // out is float32 whatever the precision; nothing is added and relu does not count
+    bool raw;  // out is float32 whatever the precision; nothing is added and relu does not count
+    // The weights that are multiplied after these, which may be fetched meanwhile; null: none, or not known.
+    const void *next;
 };
 
 // Winograd's F(m x m, 3 x 3) on tiles; t = m + 2. Lavin & Gray 2016, "Fast algorithms for convolutional neural
