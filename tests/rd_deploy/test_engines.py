@@ -5,6 +5,7 @@ import os
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -265,7 +266,9 @@ def test_torch_memory_is_the_peak_of_its_allocations(precision):
     tensors, allocator = session.feature_maps()
     maps = 2 * 16 * (64 * 64 + 32 * 32) * (4 if precision == "fp32" else 2)
     assert tensors.peak_bytes == maps
-    assert maps <= allocator.peak_bytes <= 1.1 * maps
+    # Without instructions for bf16, torch copies the second convolution's input before it multiplies.
+    scratch = 0 if precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else 2 * 16 * 32 * 32 * 2
+    assert maps + scratch <= allocator.peak_bytes <= 1.1 * maps + scratch
     assert session.weight_bytes == (16 * 3 + 256 + 80) * (4 if precision == "fp32" else 2)
 
 
