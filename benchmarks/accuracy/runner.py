@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 from rd_deploy.bench.environment import cpu, git_commit
 from rd_deploy.common import UserError
 from rd_train.recipe import Recipe, preset_values, read_values
@@ -73,7 +75,8 @@ class Job:
         metrics = self.folder / "metrics.jsonl"
         rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         fit = json.loads(rows[-1])["train_accuracy"] if rows else None
-        return {"name": self.name, **found, "last_train_accuracy": fit, "settings": settings}
+        extra = {"last_train_accuracy": fit, "device": recipe["device"], "settings": settings}
+        return {"name": self.name, **found, **extra}
 
     def result(self) -> dict | None:
         """The earlier result, or else what the folder holds."""
@@ -273,5 +276,11 @@ def document(what: str, command: str, options: argparse.Namespace) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "note": options.note,
-        "machine": {"cpu": cpu()["model"], "workers": options.workers, "python": platform.python_version()},
+        "machine": {
+            "cpu": cpu()["model"],
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "workers": options.workers,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
     }
