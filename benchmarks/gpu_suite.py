@@ -3,6 +3,7 @@
     python benchmarks/gpu_suite.py                     # up to 45 minutes; again: the rows that it did not reach
     python benchmarks/gpu_suite.py --minutes 4 --total 8     # where a command may take 10 minutes; again: the next ones
     python benchmarks/gpu_suite.py --part b --batch 32,128 --precision fp16
+    python benchmarks/gpu_suite.py --part a --rows Stem      # only rows with this in their key
     python benchmarks/gpu_suite.py --dry               # without a GPU: does every part's code run? (CI does this)
 
 Parts: a: every kernel and engine is right. b: latency and throughput, plain-50 against ResNet-50. c: memory. d: steps
@@ -40,6 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", metavar="N,...", help="(default: 32,128,1,8,256)")
     parser.add_argument("--precision", metavar="P,...", help="fp16, bf16 (default: both)")
     parser.add_argument("--engines", metavar="E,...", help="(default: all that are importable)")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose key holds it (default: all)")
     parser.add_argument("--minutes", type=float, default=8, help="for each part (default: %(default)g)")
     parser.add_argument("--total", type=float, metavar="MINUTES", help="for all parts together (default: no limit)")
     parser.add_argument("--seconds", type=float, default=2, help="of sampling per comparison (default: %(default)g)")
@@ -63,13 +65,16 @@ def run(given: argparse.Namespace) -> int:
     require("triton", "cuda")
     from gpu import table
 
-    suite = make_suite(given)
+    suite, found = make_suite(given), []
 
     try:
         for part in parts:
-            suite.run(part, importlib.import_module(f"gpu.{PARTS[part]}").rows(suite))
+            rows = importlib.import_module(f"gpu.{PARTS[part]}").rows(suite)
+            suite.run(part, (found.append(row.key) or row for row in rows if given.rows in row.key))
     finally:  # stopped or not: what there is
         print(f"\n{table.text(suite.record)}\n\nwritten: {suite.record.path}", flush=True)
+    if not found:
+        raise UserError(f"no row of parts {', '.join(parts)} has '{given.rows}' in its key")
     return int(bool(suite.record.failures))
 
 
@@ -99,7 +104,13 @@ def make_suite(given: argparse.Namespace):
         "date": now.isoformat(timespec="seconds"),
         "timing": "one run is one replay on resident images, by the GPU's events; 'host' rows: NumPy in, NumPy out",
     }
-    asked = {"part": given.part, "batch": list(batches), "precision": list(precisions), "engines": list(engines)}
+    asked = {
+        "part": given.part,
+        "rows": given.rows,
+        "batch": list(batches),
+        "precision": list(precisions),
+        "engines": list(engines),
+    }
     sitting = {
         "date": head["date"],
         "options": asked | {"minutes": given.minutes, "total": given.total, "seconds": given.seconds},

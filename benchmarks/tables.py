@@ -349,12 +349,14 @@ def resources() -> str:
                 str(sum(row["spilled"] > 0 for row in found)),
                 str(sum(row["serialized"] for row in found)),
                 ", ".join(sorted({row["tensor_ops"] for row in found} - {""})),
+                ", ".join(sorted({row["assembler"] for row in found})),
             ]
         )
     header = ["card", "kernels", "most registers", "most shared memory, KiB", "that spill", "serialized", "products by"]
+    header.append("ptxas")
     source = (
         f"Kernels of the plans that the model chooses for plain-50 and ResNet-50, {document['what']}, compiled by "
-        f"triton {document['triton']} and its ptxas. From "
+        f"triton {document['triton']}. From "
         f"`{document['path']}`, made by `benchmarks/gpu_resources.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"

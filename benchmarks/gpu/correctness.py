@@ -12,6 +12,7 @@ from rd_deploy.triton_kernels.compile import Job, fill_cache
 from rd_deploy.triton_kernels.launch import FIRST_PDL
 
 KERNEL_BATCH, BATCH = 2, 8
+PATIENCE = 60.0  # seconds for one configuration, the float64 reference included: one that takes longer hangs
 # Ways to run our engine that must be right whatever the tuner takes.
 FORCED = {"never-fused": {"RD_FUSION": "never"}, "always-fused": {"RD_FUSION": "always"}}
 
@@ -43,29 +44,30 @@ def _ours(suite: Suite, network: str, precision: str) -> Iterator[Row]:
 def _kernels(suite: Suite, precision: str) -> Iterator[Row]:
     """One row for each kernel that any of the networks can use, all its configurations for this card.
 
-    In a dry run one of each kind, with and without a sum, one configuration.
+    They run in another process, so that one that faults costs that one configuration. In a dry run one of each kind,
+    with and without a sum, one configuration.
     """
-    seen, kinds = set(), set()
+    seen, kinds, batch = set(), set(), 1 if suite.dry else KERNEL_BATCH
     for network in suite.checked:
         chain = suite.chain(network)
-        for piece in kernels.pieces(chain, 1 if suite.dry else KERNEL_BATCH):
-            kind = type(piece.kernel), kernels.added(piece) is None
-            if piece.kernel not in seen and not (suite.dry and kind in kinds):
-                seen.add(piece.kernel)
-                kinds.add(kind)
-                key = f"a/{precision}/kernel/{piece.kernel}"
-                yield Row(key, lambda given=(piece, chain, precision): _kernel(suite, *given), precision)
+        with suite.apart(kernels.Check(chain, batch, precision, str(suite.device)), PATIENCE) as ask:
+            for piece in kernels.pieces(chain, batch):
+                kind = type(piece.kernel), kernels.added(piece) is None
+                if piece.kernel not in seen and not (suite.dry and kind in kinds):
+                    seen.add(piece.kernel)
+                    kinds.add(kind)
+                    key = f"a/{precision}/kernel/{piece.kernel}"
+                    yield Row(key, lambda given=(ask, piece, precision): _kernel(suite, *given), precision)
 
 
-def _kernel(suite: Suite, piece, chain, precision: str) -> dict:
+def _kernel(suite: Suite, ask, piece, precision: str) -> dict:
     configs = tuple(piece.kernel.configs(suite.card))[: 1 if suite.dry else None]
     pdl = not suite.dry and suite.card.capability >= FIRST_PDL
     if not suite.dry:  # in parallel what no network needs at the batches that were asked for
         ways = [(config, way) for config in configs for way in {False, pdl}]
         fill_cache(Job(piece.kernel, config, precision, suite.card.capability, way) for config, way in ways)
-    batch = 1 if suite.dry else KERNEL_BATCH
-    found = kernels.check(piece, configs, chain, batch, precision, pdl, suite.device)
-    return found | _verdict([f"{entry['config']}: {', '.join(entry['faults'])}" for entry in found["wrong"]])
+    found = kernels.check(ask, piece, configs, pdl)
+    return found | _verdict([f"{', '.join(entry['faults'])}: {entry['config']}" for entry in found["wrong"]])
 
 
 def _engine(suite: Suite, engine: str, network: str, precision: str, settings: dict | None = None) -> dict:

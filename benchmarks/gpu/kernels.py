@@ -6,12 +6,15 @@ sum of K terms in fp32 is off by at most K * 2^-23 of the sum of magnitudes, wha
 rounds by half a unit of the precision, and errors of the input pass through a convolution of the magnitudes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool
+from rd_deploy.engines.base import first_line
+from rd_deploy.helper import Fatal, Lost
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, is_taken
 
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # half a unit in the last place, relative
@@ -39,23 +42,75 @@ def added(piece: Any) -> str | None:
     return last.add if isinstance(last, Conv) else None
 
 
-def check(piece: Any, configs: tuple, chain: Chain, batch: int, precision: str, pdl: bool, device) -> dict:
-    """Run every configuration twice, with ``pdl`` as well; the largest error in units of its bound."""
-    inputs = _inputs(piece, chain, batch, precision, device)
-    expected, bound = bounded(piece.steps, *inputs, precision)
-    worst, wrong = 0.0, []
-    for config in configs:
-        first, again, faults = _run(piece, config, inputs, expected.numel(), precision, False)
+@dataclass
+class Check:
+    """Runs a kernel's configurations one by one, on random maps. Can be sent to a process of its own.
+
+    Called with (kernel, configuration, whether with ``pdl`` as well) it returns the error in units of its bound and
+    what is wrong. A broken context is `Fatal`.
+    """
+
+    chain: Chain
+    batch: int
+    precision: str
+    device: str
+    _at_work: tuple | None = None  # kernel, its piece, inputs, expected values, their bound
+
+    def __getstate__(self) -> dict:
+        """Without what lies on a device."""
+        return vars(self) | {"_at_work": None}
+
+    def __call__(self, choice: tuple[Any, Any, bool]) -> tuple[float, list[str]]:
+        from rd_deploy.cuda.trial import wait
+
+        kernel, config, pdl = choice
+        try:
+            return self._checked(kernel, config, pdl)
+        except RuntimeError as error:
+            try:
+                wait()
+            except RuntimeError as broken:
+                raise Fatal(f"it broke the GPU's context: {first_line(error)}") from broken
+            raise
+
+    def _checked(self, kernel: Any, config: Any, pdl: bool) -> tuple[float, list[str]]:
+        from rd_deploy.cuda.trial import wait
+
+        if self._at_work is None or self._at_work[0] != kernel:
+            self._at_work = None  # first let the last one's memory go
+            piece = next(piece for piece in pieces(self.chain, self.batch) if piece.kernel == kernel)
+            inputs = _inputs(piece, self.chain, self.batch, self.precision, self.device)
+            try:
+                self._at_work = kernel, piece, inputs, *bounded(piece.steps, *inputs, self.precision)
+                wait()
+            except RuntimeError as error:
+                self._at_work = None
+                raise RuntimeError(f"its reference: {first_line(error)}") from error
+        _, piece, inputs, expected, bound = self._at_work
+        first, again, faults = _run(piece, config, inputs, expected.numel(), self.precision, False)
         share = _share(first, expected, bound)
-        worst = max(worst, share)
         faults += [f"off by {share:.3g} times its bound"] if not share <= 1 else []
         faults += [] if _equal(first, again) else ["two runs differ"]
         if pdl:
-            overlapped, twice, more = _run(piece, config, inputs, expected.numel(), precision, True)
+            overlapped, twice, more = _run(piece, config, inputs, expected.numel(), self.precision, True)
             faults += more
             faults += [] if _equal(first, overlapped) and _equal(first, twice) else ["differs with PDL"]
+        return share, faults
+
+
+def check(ask: Callable[[tuple], tuple[float, list[str]]], piece: Any, configs: tuple, pdl: bool) -> dict:
+    """Run every configuration twice by ``ask``, a `Check` or one in a `Helper`, with ``pdl`` as well; the largest
+    error in units of its bound.
+    """
+    worst, wrong = 0.0, []
+    for config in configs:
+        try:
+            share, faults = ask((piece.kernel, config, pdl))
+        except (Lost, RuntimeError) as error:
+            share, faults = float("nan"), [str(error)]
+        worst = max(worst, share) if np.isfinite(share) else worst
         wrong += [{"config": str(config), "faults": faults}] if faults else []
-    return {"configs": len(configs), "error_of_bound": worst if np.isfinite(worst) else None, "wrong": wrong}
+    return {"configs": len(configs), "error_of_bound": worst, "wrong": wrong}
 
 
 def _inputs(piece: Any, chain: Chain, batch: int, precision: str, device) -> tuple:

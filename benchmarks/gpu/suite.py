@@ -4,6 +4,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +25,7 @@ from rd_deploy.engines.tensorrt import TensorRt, TensorRtRtx
 from rd_deploy.engines.torch_cuda import TorchCuda
 from rd_deploy.export.onnx import to_onnx
 from rd_deploy.export.source import chain_from_name
+from rd_deploy.helper import Helper
 
 OURS = "cuda"
 # The slowest to load last: when the time runs out, the others are there.
@@ -121,6 +123,10 @@ class Suite:
 
     def engine(self, name: str) -> Engine:
         return dry.DryTorch() if self.dry and name == TorchCuda.name else ENGINES[name]()
+
+    def apart(self, function: Callable, patience: float) -> AbstractContextManager:
+        """``function`` in a process that may die (`Helper`); in a dry run as it is."""
+        return nullcontext(function) if self.dry else Helper(function, patience)
 
     def timed(self, call: Callable[[], object]) -> Callable[[], object]:
         """What is timed for ``call``: itself, but in a dry run."""

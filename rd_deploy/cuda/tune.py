@@ -1,4 +1,8 @@
-"""Choosing kernels by measurement: every configuration of every way to fuse, timed and checked on the GPU at hand."""
+"""Choosing kernels by measurement: every configuration of every way to fuse, checked and timed on the GPU at hand.
+
+What is checked runs in a process of its own (`rd_deploy.helper`): a kernel that faults or hangs costs that process, and
+is not used. Only what computed the right values there is timed here.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,23 +13,21 @@ import numpy as np
 
 from rd_deploy.chain import Chain
 from rd_deploy.cuda.plan import Fusion, Piece, Plan, build_plan, configs, places
-from rd_deploy.cuda.session import pack
+from rd_deploy.cuda.trial import Choice, Trial
 from rd_deploy.engines.base import first_line
+from rd_deploy.helper import Helper, Lost
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.compile import Job, fill_cache
-from rd_deploy.triton_kernels.launch import ELEMENT, Kernel, Launch, is_taken
+from rd_deploy.triton_kernels.launch import Launch, is_taken
 
 COPIES = (20, 200)  # of weights, least and most
 COLD = 1.5  # times the L2 cache: as many bytes of copies as surely drive each other out of it
 STEADY_MS, SAMPLES = 5.0, 5  # of replays before those that count, and how many count
-# Largest error of a kernel / largest value of its reference, in units of the precision's rounding: three products in a
-# row round twice in between and once at the end, so a right kernel stays well below, and a wrong one far above.
-UNITS = 8
-ROUNDING = {"fp16": 2.0**-10, "bf16": 2.0**-7}
+PATIENCE = 60.0  # seconds for one kernel's trial, its reference included: one that takes longer hangs
 
-# Times are a card's and a kernel's, whatever network asks: sessions of one process share them.
-_times: dict[tuple, float | None] = {}
-_reasons: dict[tuple, str] = {}  # of None among the times
+# Times and verdicts are a card's and a kernel's, whatever network asks: sessions of one process share them.
+_times: dict[tuple, float] = {}
+_reasons: dict[tuple, str | None] = {}  # why a choice must not be used; None: it was tried, and is right
 
 
 class Tuner:
@@ -36,113 +38,78 @@ class Tuner:
     """
 
     def __init__(self, chain: Chain, batch: int, precision: str, card: Card, device):
-        import torch
-
         self.chain, self.batch, self.precision, self.card, self.device = chain, batch, precision, card, device
         self.rejected: list[str] = []
-        self._types = {
-            ELEMENT: torch.float16 if precision == "fp16" else torch.bfloat16,
-            "fp32": torch.float32,
-            "i32": torch.int32,
-        }
-        self._inputs: tuple[Kernel, dict, Any] | None = None  # of the kernel at work, and what it should make of them
+        self._trial = Trial(chain, batch, precision, str(device))
+        self._helper = Helper(self._trial, PATIENCE)
+
+    def __enter__(self) -> "Tuner":
+        self._helper.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._trial.forget()
+        self._helper.__exit__(*error)
 
     def plan(self, fusion: Fusion = "auto") -> Plan:
         """The fastest plan for this card."""
         pieces = [piece for ways in places(self.chain, self.batch) for way in ways for piece in way]
         kernels = [kernel for kernel in dict.fromkeys(piece.kernel for piece in pieces) if is_taken(kernel)]
-        choices = [(kernel, config) for kernel in kernels for config in configs(kernel, self.card)]
-        target = self.precision, self.card.capability
-        for job, reason in fill_cache(Job(*choice, *target) for choice in choices if self._key(*choice) not in _times):
-            self._reject(job.kernel, job.config, reason)
+        choices = [Choice(kernel, config) for kernel in kernels for config in configs(kernel, self.card)]
+        self._compile(choices)
         plan = build_plan(self.chain, self.batch, self.card, fusion, self)
-        self.rejected = [_reasons[self._key(*choice)] for choice in choices if self._key(*choice) in _reasons]
-        self._inputs = None
+        self._say(choices)
+        self._trial.forget()
         return plan
 
+    def overlaps(self, plan: Plan) -> bool:
+        """Whether a plan's kernels are right where launches overlap (PDL); those that are not are ``rejected``."""
+        choices = list(dict.fromkeys(Choice(step.piece.kernel, step.config, True) for step in plan.steps))
+        self._compile(choices)
+        right = [self._is_right(choice) for choice in choices]
+        self._say(choices)
+        return all(right)
+
     def __call__(self, piece: Piece, config: Any) -> float | None:
-        key = self._key(piece.kernel, config)
-        if key not in _times:
-            _times[key] = self._tried(piece, config)
-        return _times[key]
+        choice = Choice(piece.kernel, config)
+        key = self._key(choice)
+        if key not in _times and self._is_right(choice):
+            try:
+                _times[key] = self._time(choice)
+            except RuntimeError as error:  # no memory for copies, say
+                _reasons[key] = first_line(error)
+        return None if _reasons[key] else _times[key]
 
-    def _key(self, kernel: Kernel, config: Any) -> tuple:
-        return kernel, config, self.precision, self.card, str(self.device)
+    def _key(self, choice: Choice) -> tuple:
+        return choice, self.precision, self.card, str(self.device)
 
-    def _reject(self, kernel: Kernel, config: Any, reason: str) -> None:
-        key = self._key(kernel, config)
-        _times[key], _reasons[key] = None, f"{kernel} {config}: {reason}"
-
-    def _tried(self, piece: Piece, config: Any) -> float | None:
-        """Microseconds, or None if the configuration must not be used here."""
-        from triton.compiler.errors import CompilationError
-        from triton.runtime.errors import OutOfResources, PTXASError
-
-        launch = piece.kernel.launch(config)
-        try:
-            operands = self._operands(piece, launch, config)
-            launch.run(operands)
-            off = self._error(operands["out"])
-            if not off <= UNITS * ROUNDING[self.precision]:
-                return self._reject(piece.kernel, config, f"wrong by {off:.2g} of the largest value")
-            return measure_cold(launch, operands, list(pack(piece, self.precision, launch)), self.card)
-        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
-            self._check_context(piece.kernel, config, error)
-            return self._reject(piece.kernel, config, first_line(error))
-
-    def _check_context(self, kernel: Kernel, config: Any, error: Exception) -> None:
-        """A kernel that faults takes the GPU's context along: name it, since nothing can run after it."""
-        import torch
-
-        try:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        except RuntimeError:
-            raise RuntimeError(f"{kernel} {config} broke the GPU's context: {error}") from error
-
-    def _operands(self, piece: Piece, launch: Launch, config: Any) -> dict[str, Any]:
-        import torch
-
-        inputs, expected = self._reference(piece, launch)
-        out = torch.full_like(expected, float("nan"), dtype=self._types[launch.tensors["out"]])
-        scratch = {
-            name: torch.zeros(count, dtype=self._types[kind], device=self.device)
-            for name, (kind, count) in piece.kernel.scratch(config).items()
+    def _compile(self, choices: list[Choice]) -> None:
+        """In parallel what was not tried yet; what does not compile is not to be tried."""
+        new = {
+            Job(choice.kernel, choice.config, self.precision, self.card.capability, choice.pdl): choice
+            for choice in choices
+            if self._key(choice) not in _reasons
         }
-        return inputs | scratch | {"out": out}
+        for job, reason in fill_cache(new):
+            _reasons[self._key(new[job])] = reason
 
-    def _reference(self, piece: Piece, launch: Launch) -> tuple[dict[str, Any], Any]:
-        """Random inputs and real weights of a kernel, and what it should make of them, in float32."""
-        import torch
+    def _say(self, choices: list[Choice]) -> None:
+        reasons = ((choice, _reasons.get(self._key(choice))) for choice in choices)
+        self.rejected += [f"{reason}: {choice}" for choice, reason in reasons if reason]
 
-        if self._inputs is None or self._inputs[0] != piece.kernel:
-            self._inputs = None  # first let the last kernel's memory go
-            shapes = self.chain.shapes()
-            sources = {"x": piece.steps[0].source}
-            if "add" in launch.tensors:
-                sources["add"] = piece.steps[-1].add
-            inputs = {name: self._random(shapes[tensor]) for name, tensor in sources.items()}
-            for name, values in pack(piece, self.precision, launch).items():
-                inputs[name] = torch.from_numpy(np.array(values)).to(self.device, self._types[launch.tensors[name]])
-            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                expected = piece.kernel.reference(**{name: tensor.float() for name, tensor in inputs.items()})
-            self._inputs = piece.kernel, inputs, expected.contiguous()
-        return self._inputs[1:]
+    def _is_right(self, choice: Choice) -> bool:
+        key = self._key(choice)
+        if key not in _reasons:
+            try:
+                _reasons[key] = self._helper(choice)
+            except Lost as reason:
+                _reasons[key] = str(reason)
+        return _reasons[key] is None
 
-    def _random(self, shape: tuple[int, ...]):
-        """A map (N, H, W, C) such as ReLU leaves it: half zeros; small enough for sums within fp16."""
-        import torch
-
-        channels, height, width = [*shape, 1, 1][:3]
-        generator = torch.Generator(self.device).manual_seed(0)
-        size = (self.batch, height, width, channels)
-        return torch.randn(size, generator=generator, device=self.device).relu_().to(self._types[ELEMENT])
-
-    def _error(self, out) -> float:
-        """Of the largest value; a reference of zeros alone wants zeros."""
-        expected = self._inputs[2]
-        largest = float(expected.abs().max())
-        return float((out.float() - expected).abs().max()) / (largest or 1.0)
+    def _time(self, choice: Choice) -> float:
+        launch = choice.kernel.launch(choice.config)
+        operands = self._trial.operands(choice, launch)
+        return measure_cold(launch, operands, self._trial.weights(choice, launch), self.card)
 
 
 def measure_cold(launch: Launch, operands: dict[str, Any], weights: list[str], card: Card) -> float:

@@ -36,26 +36,28 @@ class CudaSession(DeviceSession):
         from rd_deploy.cuda.tune import Tuner
         from rd_deploy.triton_kernels.cards import get_card
 
-        torch, self.rejected = self._torch, []
+        torch, self.rejected, pdl = self._torch, [], settings["RD_PDL"]
         if self._interpreted or settings["RD_TUNE"] == "0":
             card = get_card("h100") if self._interpreted else current_card()
             self.plan, self.tuned = build_plan(chain, self.batch, card, settings["RD_FUSION"]), False
         else:
-            tuner = Tuner(chain, self.batch, self.precision, current_card(), self.device)
-            self.plan, self.tuned = tuner.plan(settings["RD_FUSION"]), True
+            with Tuner(chain, self.batch, self.precision, current_card(), self.device) as tuner:
+                self.plan, self.tuned = tuner.plan(settings["RD_FUSION"]), True
+                if pdl == "auto" and True in self._pdl(pdl) and not tuner.overlaps(self.plan):
+                    pdl = "0"
             self.rejected = tuner.rejected
         self.logits = torch.zeros(self.batch, len(chain.classes), device=self.device)
         images = self.images.permute(0, 2, 3, 1)  # as the kernels see them: channels-last memory
         if not self._interpreted:
-            self._compile(settings["RD_PDL"])
+            self._compile(pdl)
         programs = {
-            pdl: Program(self.plan, self.precision, images, self.logits, pdl) for pdl in self._pdl(settings["RD_PDL"])
+            overlap: Program(self.plan, self.precision, images, self.logits, overlap) for overlap in self._pdl(pdl)
         }
         self.pdl = self._choose(programs)
         self.program = programs[self.pdl]
 
     def _compile(self, wanted: str) -> None:
-        """The plan's kernels, in parallel; the tuner has compiled them, but not for overlapping launches."""
+        """The plan's kernels, in parallel, where the tuner has not compiled them."""
         from rd_deploy.triton_kernels.compile import Job, fill_cache
 
         target = self.precision, self.plan.card.capability

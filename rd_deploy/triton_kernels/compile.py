@@ -21,6 +21,7 @@ from triton.runtime.driver import driver
 
 from rd_deploy.bench.environment import available_threads
 from rd_deploy.engines.base import first_line
+from rd_deploy.triton_kernels.assembler import use_assembler
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Kernel, Launch
 
 
@@ -29,7 +30,8 @@ class Resources:
     """What a compiled kernel needs: ``registers`` per thread; bytes ``shared`` per block and ``spilled`` per thread.
 
     ``serialized``: ptxas could not keep the tensor cores' products asynchronous (its warning C7510 and kin).
-    ``tensor_ops``: which instruction multiplies matrices ("wgmma", "tcgen05", "mma" or "").
+    ``tensor_ops``: which instruction multiplies matrices ("wgmma", "tcgen05", "mma" or ""). ``assembler``: ptxas's
+    release.
     """
 
     registers: int
@@ -37,6 +39,7 @@ class Resources:
     spilled: int
     serialized: bool
     tensor_ops: str
+    assembler: str
 
 
 def compile_launch(launch: Launch, element: str, capability: int) -> Resources:
@@ -51,6 +54,7 @@ def compile_launch(launch: Launch, element: str, capability: int) -> Resources:
         spilled=max(spills, default=0),
         serialized="serialized" in log,
         tensor_ops=found[0] if found else "",
+        assembler=get_ptxas(capability).version,
     )
 
 
@@ -66,6 +70,7 @@ def compiled(launch: Launch, element: str, capability: int):
         raise RuntimeError("kernels under TRITON_INTERPRET cannot be compiled: use another process")
     types = {ELEMENT: {"fp16": torch.float16, "bf16": torch.bfloat16}[element]}
     types |= {"fp32": torch.float32, "i32": torch.int32}
+    use_assembler(capability)
     values = (
         {name: types[kind] for name, kind in launch.tensors.items()} | dict(launch.numbers) | dict(launch.constants)
     )
@@ -114,7 +119,14 @@ _in_cache: set[tuple] = set()  # the code of jobs that this process has had comp
 
 
 def fill_cache(jobs: Iterable[Job]) -> list[tuple[Job, str]]:
-    """Compile in parallel into Triton's cache what this process has not had compiled; returns what failed, and why."""
+    """Compile in parallel into Triton's cache what this process has not had compiled; returns what failed, and why.
+
+    A `UserError` where no assembler is right for a card; the one that is found is this process's, too
+    (`rd_deploy.triton_kernels.assembler`).
+    """
+    jobs = list(jobs)
+    for capability in {job.capability for job in jobs}:
+        use_assembler(capability)
     codes = {job: job.code() for job in jobs}
     new: dict[tuple, Job] = {}
     for job, code in codes.items():

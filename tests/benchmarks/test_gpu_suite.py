@@ -114,6 +114,16 @@ def test_the_table_ends_the_output(whole):
     assert table[-1].startswith("written: ")
 
 
+def test_rows_can_be_picked(tmp_path):
+    path = tmp_path / "gpu.json"
+    done = command("--dry", "--part", "c", "--rows", "ledger", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    assert list(rows_of(path)) == ["c/1/ledger"]
+    done = command("--dry", "--part", "c", "--rows", "leger", "--out", str(path))
+    assert done.returncode == 2
+    assert "no row of parts c has 'leger' in its key" in done.stderr
+
+
 def test_a_killed_run_goes_on_after_its_last_row(tmp_path):
     path = tmp_path / "gpu.json"
     arguments = ["--dry", "--part", "c,e", *FEW, "--out", str(path)]
@@ -280,11 +290,8 @@ def test_the_bound_holds_for_right_kernels_and_not_for_wrong_ones(monkeypatch):
 
     def faults(change) -> list[bool]:
         monkeypatch.setattr(session, "pack", lambda *given: change(pack(*given)))
-        card, device = get_card("h100"), torch.device("cpu")
-        return [
-            bool(kernels.check(piece, piece.kernel.configs(card)[:1], chain, 1, "fp16", False, device)["wrong"])
-            for piece in pieces
-        ]
+        card, checked = get_card("h100"), kernels.Check(chain, 1, "fp16", "cpu")
+        return [bool(kernels.check(checked, piece, piece.kernel.configs(card)[:1], False)["wrong"]) for piece in pieces]
 
     def without_a_weight(packed: dict) -> dict:
         return {name: _zeroed(values) if values.ndim > 1 else values for name, values in packed.items()}
@@ -307,7 +314,7 @@ def test_a_sum_that_is_wrong_in_place_is_found(monkeypatch):
 
     def checked() -> list[dict]:
         configs = piece.kernel.configs(get_card("h100"))[:1]
-        return kernels.check(piece, configs, chain, 1, "fp16", False, torch.device("cpu"))["wrong"]
+        return kernels.check(kernels.Check(chain, 1, "fp16", "cpu"), piece, configs, False)["wrong"]
 
     def overwrites(self, operands) -> None:
         run(self, operands)
@@ -317,6 +324,28 @@ def test_a_sum_that_is_wrong_in_place_is_found(monkeypatch):
     assert not checked()
     monkeypatch.setattr(Launch, "run", overwrites)
     assert [entry["faults"] for entry in checked()] == [["differs in place"]]
+
+
+def test_a_configuration_that_is_lost_is_named_and_the_others_are_checked():
+    from rd_deploy.helper import Lost
+
+    piece = next(kernels.pieces(dry.chain("resnet50"), 1))
+
+    def ask(choice):
+        _, config, _ = choice
+        if config == "second":
+            raise Lost("its process ended with -6")
+        return (0.25, ["differs with PDL"]) if config == "third" else (0.5, [])
+
+    found = kernels.check(ask, piece, ("first", "second", "third"), False)
+    assert found == {
+        "configs": 3,
+        "error_of_bound": 0.5,
+        "wrong": [
+            {"config": "second", "faults": ["its process ended with -6"]},
+            {"config": "third", "faults": ["differs with PDL"]},
+        ],
+    }
 
 
 def _zeroed(values):

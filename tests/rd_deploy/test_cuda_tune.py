@@ -10,14 +10,36 @@ torch = pytest.importorskip("torch")
 
 from chains import bottlenecks
 
-from rd_deploy.cuda import plan, tune
+from rd_deploy.cuda import plan, trial, tune
+from rd_deploy.cuda.trial import Choice, Trial
 from rd_deploy.cuda.tune import Tuner
+from rd_deploy.helper import Fatal, Helper, Lost
 from rd_deploy.triton_kernels.bottleneck import BottleneckKernel
 from rd_deploy.triton_kernels.cards import get_card
 from rd_deploy.triton_kernels.conv import ConvKernel
 from rd_deploy.triton_kernels.launch import Launch
 
 CHAIN = bottlenecks(stages=(2,), size=(8, 8))
+
+
+class Here:
+    """In the place of a helper: the trial in this process, where what a test changes has an effect."""
+
+    def __init__(self, function, patience):
+        self.function = function
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __call__(self, choice):
+        return self.function(choice)
+
+
+def new(batch: int = 1) -> Tuner:
+    return Tuner(CHAIN, batch, "fp16", get_card("h100"), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -29,7 +51,8 @@ def tuner(monkeypatch) -> Tuner:
         monkeypatch.setattr(module, "configs", lambda kernel, card: kernel.configs(card)[:2])
     monkeypatch.setattr(tune, "_times", {})
     monkeypatch.setattr(tune, "_reasons", {})
-    made = Tuner(CHAIN, 1, "fp16", get_card("h100"), torch.device("cpu"))
+    monkeypatch.setattr(tune, "Helper", Here)
+    made = new()
     made.compiled = compiled
     return made
 
@@ -43,7 +66,9 @@ def test_right_kernels_pass_and_the_fewest_launches_win(tuner):
 
 def test_everything_timed_was_compiled_before(tuner):
     tuner.plan()
-    assert {(job.kernel, job.config) for job in tuner.compiled} >= {key[:2] for key in tune._times}
+    assert {(job.kernel, job.config) for job in tuner.compiled} >= {
+        (choice.kernel, choice.config) for choice, *_ in tune._times
+    }
     assert {(job.element, job.capability) for job in tuner.compiled} == {("fp16", 90)}
 
 
@@ -88,16 +113,80 @@ def test_what_does_not_compile_is_not_run(tuner, monkeypatch):
     chosen = tuner.plan()
     assert "Bottleneck" not in {step.kernel for step in chosen.steps}
     assert tuner.rejected
-    assert all(line.endswith("PassManager::run failed") for line in tuner.rejected)
+    assert all(line.startswith("PassManager::run failed: Bottleneck") for line in tuner.rejected)
+
+
+def test_a_kernel_whose_trial_is_lost_is_not_used(tuner, monkeypatch):
+    right = tuner._helper.function
+
+    def lose(choice):
+        if isinstance(choice.kernel, BottleneckKernel):
+            raise Lost("its process ended with -6")
+        return right(choice)
+
+    tuner._helper.function = lose
+    chosen = tuner.plan()
+    assert "Bottleneck" not in {step.kernel for step in chosen.steps}
+    assert tuner.rejected
+    assert all(line.startswith("its process ended with -6: Bottleneck") for line in tuner.rejected)
+
+
+def test_launches_overlap_only_where_every_kernel_is_right_so(tuner):
+    right, tried = tuner._helper.function, []
+
+    def only_plain(choice):
+        tried.append(choice)
+        return "wrong by 0.5 of the largest value" if choice.pdl else right(choice)
+
+    tuner._helper.function = only_plain
+    plan = tuner.plan()
+    assert not any(choice.pdl for choice in tried)
+    assert not tuner.overlaps(plan)
+    assert {(choice.kernel, choice.config) for choice in tried if choice.pdl} == {
+        (step.piece.kernel, step.config) for step in plan.steps
+    }
+    assert all("PDL" in line for line in tuner.rejected)
+    assert {(job.kernel, job.config) for job in tuner.compiled if job.pdl} >= {
+        (step.piece.kernel, step.config) for step in plan.steps
+    }
+
+
+def test_a_trial_in_a_process_of_its_own_says_the_same():
+    """Kernel and chain are sent there; the interpreter computes."""
+    here = Trial(CHAIN, 1, "fp16", "cpu")
+    kernel = next(piece.kernel for ways in plan.places(CHAIN, 1) for piece in ways[-1])
+    choice = Choice(kernel, kernel.configs(get_card("h100"))[0])
+    with Helper(here, 60) as helper:
+        assert helper(choice) is None
+    assert here(choice) is None
+
+
+def test_a_broken_context_is_fatal(monkeypatch):
+    def fault(self, operands):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def broken():
+        raise RuntimeError("again")
+
+    kernel = next(piece.kernel for ways in plan.places(CHAIN, 1) for piece in ways[-1])
+    choice = Choice(kernel, kernel.configs(get_card("h100"))[0])
+    monkeypatch.setattr(Launch, "run", fault)
+    assert Trial(CHAIN, 1, "fp16", "cpu")(choice) == "CUDA error: an illegal memory access was encountered"
+    waits = iter([None])  # for the reference; the kernel then breaks it
+    monkeypatch.setattr(trial, "wait", lambda: next(waits, broken) and broken())
+    with pytest.raises(Fatal, match=r"^it broke the GPU's context: CUDA error: an illegal memory access"):
+        Trial(CHAIN, 1, "fp16", "cpu")(choice)
+    monkeypatch.setattr(trial, "wait", broken)
+    with pytest.raises(Fatal, match=r"^its reference broke the GPU's context: again"):
+        Trial(CHAIN, 1, "fp16", "cpu")(choice)
 
 
 def test_a_kernel_is_timed_once_in_a_process(tuner, monkeypatch):
     tuner.plan()
     monkeypatch.setattr(tune, "measure", None)  # a second measurement would fail the test
-    again = Tuner(CHAIN, 1, "fp16", get_card("h100"), torch.device("cpu"))
-    assert [step.us for step in again.plan().steps] == [step.us for step in tuner.plan().steps]
+    assert [step.us for step in new().plan().steps] == [step.us for step in tuner.plan().steps]
     with pytest.raises(TypeError):
-        Tuner(CHAIN, 2, "fp16", get_card("h100"), torch.device("cpu")).plan()
+        new(batch=2).plan()
 
 
 def test_weights_are_other_memory_each_time_and_all_else_the_same(monkeypatch):
@@ -120,8 +209,9 @@ def test_weights_are_other_memory_each_time_and_all_else_the_same(monkeypatch):
         assert len({given[name].data_ptr() for given in used}) == (repeats if name in ("w", "b") else 1), name
 
 
-def test_outputs_of_zeros_are_right_when_zeros_are_wanted(tuner):
-    tuner._inputs = None, {}, torch.zeros(4)
-    assert tuner._error(torch.zeros(4)) == 0
-    assert tuner._error(torch.full((4,), 0.5)) == 0.5
-    assert not tuner._error(torch.full((4,), float("nan"))) <= 1
+def test_outputs_of_zeros_are_right_when_zeros_are_wanted():
+    here = Trial(CHAIN, 1, "fp16", "cpu")
+    here._inputs = None, {}, torch.zeros(4)
+    assert here._error(torch.zeros(4)) == 0
+    assert here._error(torch.full((4,), 0.5)) == 0.5
+    assert not here._error(torch.full((4,), float("nan"))) <= 1

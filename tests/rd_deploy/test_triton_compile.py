@@ -35,6 +35,8 @@ def test_kernels_fit_and_never_spill(card, tmp_path):
     assert {"Stem", "Conv"} <= kinds
     assert kinds & {"Bottleneck", "ExpandReduce"}
     assert all(row["spilled"] == 0 and not row["serialized"] for row in rows)
+    if card == "h100":  # earlier ones make wrong code there
+        assert all(tuple(map(int, row["assembler"].split("."))) >= (13, 3) for row in rows)
     wanted = {"h100": "wgmma", "b200": "tcgen05"}.get(card, "mma")
     heavy = [row for row in rows if row["kernel"].startswith(("Bottleneck", "ExpandReduce"))]
     assert {row["tensor_ops"] for row in heavy} <= {wanted}
@@ -47,7 +49,7 @@ from benchmarks import gpu_resources
 from rd_deploy.triton_kernels.cards import get_card
 card = get_card("h100")
 job = gpu_resources.jobs_of(["plain18"], card, [1], ["fp16"], False)[1]
-found = gpu_resources.Resources(255, 300_000, 8, True, "")
+found = gpu_resources.Resources(255, 300_000, 8, True, "", "")
 broken = "; ".join(gpu_resources.problems(job, found, card))
 for word in ("spills 8", "300000 bytes", "no tensor cores", "serialized"):
     assert word in broken, broken

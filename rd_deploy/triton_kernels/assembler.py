@@ -1,0 +1,78 @@
+"""Which of NVIDIA's assemblers (ptxas) makes machine code of what Triton compiles.
+
+For Hopper Triton brings 12.8 or 12.9 along (triton 3.6 to 3.8). Of kernels with several wgmma products these make wrong
+code: some that addresses shared memory out of bounds, some that overwrites registers which a product still reads. With
+one and the same PTX, 12.8 and 13.0 failed and 13.1 did not (fla-org/flash-linear-attention, pull request 1262); the
+registers are mended in 13.3 (triton's pull request 11781). Ours have up to forty products in a loop: the first that ran
+on a GPU, assembled by 12.8 for an H200, broke its context. So for sm_90 an assembler from 13.3 on is looked for.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from triton.backends.nvidia import compiler as nvidia
+
+from rd_deploy.common import UserError
+
+VARIABLE = "TRITON_PTXAS_PATH"  # triton's own, for all cards before sm_100
+HOPPER, MENDED = 90, (13, 3)
+BUNDLED = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+_chosen: list[str] = []  # what this process has set the variable to
+
+
+def use_assembler(capability: int) -> None:
+    """From now on, let this process and those that it starts assemble for a capability with what is known to be right.
+
+    Whoever has set ``TRITON_PTXAS_PATH`` decides himself. `UserError` where there is none.
+    """
+    given = os.environ.get(VARIABLE)
+    if capability == HOPPER and not given:
+        os.environ[VARIABLE] = _right(capability)
+        _chosen.append(os.environ[VARIABLE])
+    elif capability != HOPPER and given in _chosen:
+        del os.environ[VARIABLE]
+    else:
+        return
+    nvidia.get_ptxas_version.cache_clear()  # triton's cache of kernels tells assemblers apart by it
+
+
+def _right(capability: int) -> str:
+    found = {path: version for path in _candidates() if (version := version_of(path)) is not None}
+    for path, version in found.items():
+        if version >= MENDED:
+            return str(path)
+    least = ".".join(map(str, MENDED))
+    seen = ", ".join(f"{'.'.join(map(str, version))} in {path}" for path, version in found.items())
+    raise UserError(
+        f"sm_{capability} needs NVIDIA's assembler ptxas {least} or later (found: {seen or 'none'}), because earlier "
+        f"ones make wrong code of several wgmma products: pip install 'nvidia-cuda-nvcc>={least}' or set {VARIABLE}"
+    )
+
+
+def _candidates() -> Iterator[Path]:
+    """Triton's two (the second is for Blackwell), NVIDIA's package nvidia-cuda-nvcc, a CUDA toolkit."""
+    yield from (BUNDLED / "ptxas", BUNDLED / "ptxas-blackwell")
+    package = importlib.util.find_spec("nvidia")
+    for place in package.submodule_search_locations or () if package else ():
+        yield from sorted(Path(place).glob("cu*/bin/ptxas"), reverse=True)
+    yield from (Path(home) / "bin" / "ptxas" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home)
+    if found := shutil.which("ptxas"):
+        yield Path(found)
+
+
+def version_of(path: Path) -> tuple[int, int] | None:
+    """An assembler's release; None where there is no such program or it says none."""
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else None

@@ -1,0 +1,83 @@
+"""Processes that die, hang and fail, and what their caller sees of it."""
+
+import os
+import time
+
+import pytest
+
+from rd_deploy.common import UserError
+from rd_deploy.helper import Fatal, Helper, Lost
+
+
+def work(item):
+    """What an item asks for."""
+    if item == "die":
+        os.abort()
+    if item == "leave":
+        os._exit(3)
+    if item == "hang":
+        time.sleep(600)
+    if item == "fatal":
+        raise Fatal("the context is gone")
+    if item == "fail":
+        raise ValueError("no such thing")
+    if item == "refuse":
+        raise UserError("use bf16")
+    return item, os.getpid()
+
+
+class NotThere:
+    """Can be sent, but not made again."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+    def __call__(self, item):
+        return item
+
+
+def test_one_process_answers_until_it_is_lost():
+    with Helper(work, 60) as helper:
+        first, process = helper("a")
+        assert first == "a"
+        assert process != os.getpid()
+        assert helper("b") == ("b", process)
+        with pytest.raises(RuntimeError, match="ValueError: no such thing"):
+            helper("fail")
+        with pytest.raises(UserError, match="use bf16"):
+            helper("refuse")
+        assert helper("c") == ("c", process)
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [("die", "its process ended with -6"), ("leave", "its process ended with 3"), ("fatal", "the context is gone")],
+)
+def test_the_next_call_has_a_new_process(item, reason):
+    with Helper(work, 60) as helper:
+        _, before = helper("a")
+        with pytest.raises(Lost, match=reason):
+            helper(item)
+        _, after = helper("b")
+    assert after != before
+
+
+def test_one_that_hangs_is_ended():
+    with Helper(work, 0.5) as helper:
+        _, process = helper("a")
+        with pytest.raises(Lost, match=r"no answer within 0\.5 s"):
+            helper("hang")
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_it_ends_with_its_block():
+    with Helper(work, 60) as helper:
+        _, process = helper("a")
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_one_that_does_not_start_is_told():
+    with Helper(NotThere(), 60) as helper, pytest.raises(RuntimeError, match="did not start"):
+        helper("a")
