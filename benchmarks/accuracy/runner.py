@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -19,10 +20,13 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
+
 from rd_deploy.bench.environment import cpu, git_commit
 from rd_deploy.common import UserError
 from rd_train.recipe import Recipe, preset_values, read_values
 
+ROOT = Path(__file__).resolve().parents[2]
 RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
 # Entries of a recipe that say where it runs and where its files are, not what is trained.
 OF_THE_MACHINE = {"summary", "data_dir", "download", "teacher_weights", "device", "threads"}
@@ -75,7 +79,7 @@ class Job:
         metrics = self.folder / "metrics.jsonl"
         rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         fit = json.loads(rows[-1])["train_accuracy"] if rows else None
-        extra = {"last_train_accuracy": fit, "device": recipe["device"], "settings": settings}
+        extra = {"last_train_accuracy": fit, "device": recipe.get("device"), "settings": settings}
         return {"name": self.name, **found, **extra}
 
     def result(self) -> dict | None:
@@ -133,7 +137,9 @@ def _start(job: Job) -> _Process | None:
     options = ["--resume", job.folder] if job.begun() else [*job.flags(), "--out", job.folder, "--overwrite"]
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [*RD_TRAIN, *map(str, options)]
-        process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
+        process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment)
     return _Process(job, process, lock)
 
 

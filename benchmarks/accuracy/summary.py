@@ -17,21 +17,20 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     """A line for each row and depth that has results: accuracy over seeds, cost, seconds.
 
     ``std`` is that of the sample (n - 1). ``validation``: mean accuracy of the epoch that was chosen; ``training``:
-    that of the last epoch, None where a result does not say it. ``precisions``: of each seed, which a CPU settles by
-    what it multiplies; ``other_precision``: those in words where they are not all the experiment's usual one, else
-    empty. ``step_cost``: multiply-accumulates of a step in units
-    of a cross-entropy step of the plain network; ``plain_steps``: of the whole training, in the same units;
-    ``teacher_cost``: what the teacher's own training costs in units of a whole cross-entropy training of the plain
-    network, None without one.
+    that of the last epoch, None where a result does not say it. ``precisions``: of each seed (`precision`);
+    ``other_precision``: those in words where they are not all the experiment's usual one, else empty. ``step_cost``:
+    multiply-accumulates of a step in units of a cross-entropy step of the plain network; ``plain_steps``: of the whole
+    training, in the same units; ``teacher_cost``: what the teacher's own training costs in units of a whole
+    cross-entropy training of the plain network, None without one.
     """
-    lines, usual = [], Counter(result["precision"] for result in results).most_common(1)
+    lines, usual = [], Counter(map(precision, results)).most_common(1)
     for row in experiment.rows:
         for depth in experiment.depths:
             runs = _runs(experiment, row, depth, results)
             if not runs:
                 continue
             accuracies = [run["test_accuracy"] for run in runs]
-            precisions = [run["precision"] for run in runs]
+            precisions = [precision(run) for run in runs]
             training = [run.get("last_train_accuracy") for run in runs]
             teachers = _runs(experiment, RESNET, depth, results) if row.has_teacher else []
             plain, teacher = (_plain_steps(run[0], experiment) if run else None for run in (runs, teachers))
@@ -58,6 +57,11 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                 }
             )
     return lines
+
+
+def precision(run: dict) -> str:
+    """What a run computed in, which its machine settled; a GPU sums in another order than CPUs."""
+    return f"{run['precision']} on a GPU" if run.get("device") == "cuda" else run["precision"]
 
 
 def _runs(experiment: Experiment, row: Row, depth: int, results: list[dict]) -> list[dict]:

@@ -203,7 +203,7 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
     assert seen[-1] == {}
     found = {"name": "plain20-rd-muon", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
     found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32", "val_accuracy": 0.8}
-    found |= {"last_train_accuracy": 0.7}
+    found |= {"last_train_accuracy": 0.7, "device": None}
     assert {**jobs[0].result(), "settings": None} == found | {"settings": None}
     assert jobs[0].difference(jobs[0].result()["settings"]) is None
 
@@ -455,6 +455,17 @@ def test_unlike_precisions_are_said_and_not_judged():
     rows = accuracy_tables._by_depth(summary.summary(EXPERIMENTS["main"], [*ours, *fp32, *more]))
     assert "| ResNet, cross-entropy | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) fp32 |" in rows
     assert rows.count("fp32") == 1
+
+
+def test_a_gpu_is_another_precision():
+    ours = [found | {"device": "cuda"} for found in accuracies("plain56-rd-muon", 0.9, 0.91)]
+    resnet = [found | {"device": "cpu"} for found in accuracies("resnet56", 0.8, 0.8)]
+    (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
+    assert (pair["holds"], pair["precisions"]) == ({}, [["bf16 on a GPU"], ["bf16"]])
+    resnet = [found | {"device": "cuda"} for found in resnet]
+    rows = summary.summary(EXPERIMENTS["main"], ours + resnet)
+    assert not any(row["other_precision"] for row in rows)
+    assert summary.comparisons(rows)[0]["holds"]
 
 
 def test_what_is_compared_is_the_precision_of_each_pair():
