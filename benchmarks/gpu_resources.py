@@ -64,12 +64,14 @@ def problems(job: Job, found: Resources | str, card: Card) -> list[str]:
         broken.append("no tensor cores")
     if found.serialized:
         broken.append("products are serialized")
+    if found.stack_misused:
+        broken.append("the assembler took the stack pointer for a number")
     return broken
 
 
 def _row(job: Job, found: Resources | str, broken: list[str], card: Card) -> dict:
     if isinstance(found, str):
-        found = Resources(0, 0, 0, False, "", "")
+        found = Resources(0, 0, 0, False, "", "", False)
     settings = " ".join(f"{key}={value}" for key, value in asdict(job.config).items())
     name = type(job.kernel).__name__.removesuffix("Kernel")
     shape = ",".join(str(int(value)) for value in asdict(job.kernel).values())

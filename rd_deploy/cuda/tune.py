@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rd_deploy.chain import Chain
+from rd_deploy.common import UserError
 from rd_deploy.cuda.plan import Fusion, Piece, Plan, build_plan, configs, places
 from rd_deploy.cuda.trial import Choice, Trial
 from rd_deploy.engines.base import first_line
@@ -52,12 +53,16 @@ class Tuner:
         self._helper.__exit__(*error)
 
     def plan(self, fusion: Fusion = "auto") -> Plan:
-        """The fastest plan for this card."""
+        """The fastest plan for this card; a `UserError` names what was wrong where some place has no kernel left."""
         pieces = [piece for ways in places(self.chain, self.batch) for way in ways for piece in way]
         kernels = [kernel for kernel in dict.fromkeys(piece.kernel for piece in pieces) if is_taken(kernel)]
         choices = [Choice(kernel, config) for kernel in kernels for config in configs(kernel, self.card)]
         self._compile(choices)
-        plan = build_plan(self.chain, self.batch, self.card, fusion, self)
+        try:
+            plan = build_plan(self.chain, self.batch, self.card, fusion, self)
+        except UserError as error:
+            self._say(choices)
+            raise UserError(f"{error}, {self.rejected[0]}" if self.rejected else str(error)) from error
         self._say(choices)
         self._trial.forget()
         return plan

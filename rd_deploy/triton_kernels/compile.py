@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.driver import driver
@@ -31,7 +32,7 @@ class Resources:
 
     ``serialized``: ptxas could not keep the tensor cores' products asynchronous (its warning C7510 and kin).
     ``tensor_ops``: which instruction multiplies matrices ("wgmma", "tcgen05", "mma" or ""). ``assembler``: ptxas's
-    release.
+    release. ``stack_misused``: the machine code takes the stack pointer for a number (`misuses_stack`).
     """
 
     registers: int
@@ -40,6 +41,7 @@ class Resources:
     serialized: bool
     tensor_ops: str
     assembler: str
+    stack_misused: bool
 
 
 def compile_launch(launch: Launch, element: str, capability: int) -> Resources:
@@ -55,6 +57,7 @@ def compile_launch(launch: Launch, element: str, capability: int) -> Resources:
         serialized="serialized" in log,
         tensor_ops=found[0] if found else "",
         assembler=get_ptxas(capability).version,
+        stack_misused=misuses_stack(_disassembled(kernel.asm["cubin"])),
     )
 
 
@@ -182,6 +185,27 @@ def _reason(job: Job) -> str | None:
     except Exception as error:  # a compiler's own classes; the kernel's other configurations can still be used
         return first_line(error)
     return None
+
+
+def misuses_stack(sass: str) -> bool:
+    """Whether machine code (as nvdisasm prints it) uses the stack pointer R1 for anything but the stack.
+
+    Nothing of ours has an address there. ptxas 12.8 takes R1 for zero in some kernels, and adds it to what tells a
+    product where in shared memory its operand lies.
+    """
+    found = [
+        match[1] for line in sass.splitlines() if (match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?(.+?)\s*;", line))
+    ]
+    uses = [line for line in found if re.search(r"\bR1\b", line)]
+    return any(not re.match(r"[\w.]+ R1, |(LDL|STL)[\w.]* .*\[R1\b", line) for line in uses)
+
+
+def _disassembled(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _ptxas(ptx: str, capability: int) -> str:

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from chains import bottlenecks
 
+from rd_deploy.common import UserError
 from rd_deploy.cuda import plan, trial, tune
 from rd_deploy.cuda.trial import Choice, Trial
 from rd_deploy.cuda.tune import Tuner
@@ -129,6 +130,12 @@ def test_a_kernel_whose_trial_is_lost_is_not_used(tuner, monkeypatch):
     assert "Bottleneck" not in {step.kernel for step in chosen.steps}
     assert tuner.rejected
     assert all(line.startswith("its process ended with -6: Bottleneck") for line in tuner.rejected)
+
+
+def test_a_place_without_any_kernel_says_why(tuner):
+    tuner._helper.function = lambda choice: "CUDA error: device(s) is/are busy or unavailable"
+    with pytest.raises(UserError, match=r"no configuration of .* may be used on h100, CUDA error: device"):
+        tuner.plan()
 
 
 def test_launches_overlap_only_where_every_kernel_is_right_so(tuner):

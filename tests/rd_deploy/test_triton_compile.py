@@ -49,13 +49,29 @@ from benchmarks import gpu_resources
 from rd_deploy.triton_kernels.cards import get_card
 card = get_card("h100")
 job = gpu_resources.jobs_of(["plain18"], card, [1], ["fp16"], False)[1]
-found = gpu_resources.Resources(255, 300_000, 8, True, "", "")
+found = gpu_resources.Resources(255, 300_000, 8, True, "", "", True)
 broken = "; ".join(gpu_resources.problems(job, found, card))
-for word in ("spills 8", "300000 bytes", "no tensor cores", "serialized"):
+for word in ("spills 8", "300000 bytes", "no tensor cores", "serialized", "stack pointer"):
     assert word in broken, broken
 """
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_stack_pointer_is_for_the_stack():
+    """Lines of ptxas 12.8 for the stem with 16 columns: in the second kernel R1 is part of an operand's address."""
+    from rd_deploy.triton_kernels.compile import misuses_stack
+
+    right = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0170*/                   VIADD R1, R1, 0xffffffb8 ;
+        /*1230*/                   STL [R1+0x20], R180 ;
+        /*1240*/              @!P2 LDL.LU R0, [R1] ;
+        /*1250*/                   IADD3 R4, P0, R12, R10, RZ ;
+"""
+    assert not misuses_stack(right)
+    assert misuses_stack(right + "        /*06b0*/                   IADD3 R4, P0, R1, 0x20, RZ ;\n")
+    assert misuses_stack(right + "        /*0730*/                   IADD3.X R4, R1, -0x3ffffff0, RZ, P0, !PT ;\n")
 
 
 def test_the_launcher_finds_what_was_compiled_ahead():
