@@ -42,6 +42,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--precision", metavar="P,...", help="fp16, bf16 (default: both)")
     parser.add_argument("--engines", metavar="E,...", help="(default: all that are importable)")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose key holds it (default: all)")
+    parser.add_argument(
+        "--patience", type=float, default=60, metavar="SECONDS", help="for one kernel's check in part a"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="for each part (default: %(default)g)")
     parser.add_argument("--total", type=float, metavar="MINUTES", help="for all parts together (default: no limit)")
     parser.add_argument("--seconds", type=float, default=2, help="of sampling per comparison (default: %(default)g)")
@@ -69,27 +72,34 @@ def run(given: argparse.Namespace) -> int:
 
     try:
         for part in parts:
-            rows = importlib.import_module(f"gpu.{PARTS[part]}").rows(suite)
-            suite.run(part, (found.append(row.key) or row for row in rows if given.rows in row.key))
+            suite.run(part, picked(importlib.import_module(f"gpu.{PARTS[part]}").rows(suite), given.rows, found))
     finally:  # stopped or not: what there is
         print(f"\n{table.text(suite.record)}\n\nwritten: {suite.record.path}", flush=True)
-    if not found:
+    if given.rows and not found:
         raise UserError(f"no row of parts {', '.join(parts)} has '{given.rows}' in its key")
     return int(bool(suite.record.failures))
+
+
+def picked(rows, text: str, found: list[str]):
+    """Those that have ``text`` in their key, which ``found`` gets."""
+    for row in rows:
+        if text in row.key:
+            found.append(row.key)
+            yield row
 
 
 def make_suite(given: argparse.Namespace):
     """The suite on this card, going on with its result file where there is one."""
     from gpu import card
     from gpu.record import FORMAT, open_record, sources_digest
-    from gpu.suite import BATCHES, ENGINES, PRECISIONS, Suite
+    from gpu.suite import BATCHES, ENGINES, OURS, PRECISIONS, Suite
 
     precisions = chosen(given.precision or (DRY["precision"] if given.dry else ""), PRECISIONS, "precision")
     engines = chosen(given.engines or "", ENGINES, "engine")
     batches = sizes(given.batch or (DRY["batch"] if given.dry else "")) or BATCHES
     total = float("inf") if given.total is None else given.total
-    if not (0 <= given.minutes <= 1e6 and total >= 0 and 0 <= given.seconds <= 600):
-        raise UserError("--minutes and --total must be 0 or more, --seconds from 0 to 600")
+    if not (0 <= given.minutes <= 1e6 and total >= 0 and 0 <= given.seconds <= 600 and 0 < given.patience <= 1e6):
+        raise UserError("--minutes and --total must be 0 or more, --seconds from 0 to 600, --patience above 0")
     now = datetime.now(UTC)
     described = card.describe(given.dry)
     name = f"gpu-{now:%Y-%m-%d}{'-dry' if given.dry else ''}.json"
@@ -101,6 +111,7 @@ def make_suite(given: argparse.Namespace):
         "card": described,
         "commit": git_commit(),
         "versions": card.versions(),
+        "assembler": card.assembler(described["capability"], given.dry, ours=OURS in engines),
         "date": now.isoformat(timespec="seconds"),
         "timing": "one run is one replay on resident images, by the GPU's events; 'host' rows: NumPy in, NumPy out",
     }
@@ -120,7 +131,8 @@ def make_suite(given: argparse.Namespace):
     threads = 1 if given.dry else available_threads()  # tiny work: threads only wait for each other
     if given.dry:
         require("torch", "train").set_num_threads(threads)
-    return Suite(record, batches, precisions, engines, given.minutes, given.seconds, threads, given.dry, total)
+    times = given.minutes, given.seconds
+    return Suite(record, batches, precisions, engines, *times, threads, given.dry, total, given.patience)
 
 
 def chosen(text: str, known, what: str) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ run there any more. So what is not known to be safe runs here first.
 """
 
 import os
+import signal
+import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
@@ -12,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from rd_deploy.common import UserError
 
 Item, Answer = TypeVar("Item"), TypeVar("Answer")
+START_SECONDS = 120.0  # for imports
 
 
 class Fatal(Exception):
@@ -26,12 +29,11 @@ class Helper(Generic[Item, Answer]):
     """``function`` in a spawned process, which begins with the first call and ends with the ``with`` block.
 
     ``function``, its items and its answers are pickled. ``patience``: seconds that a call may take, the process's start
-    aside, for which ``start`` seconds are allowed. A `UserError` of ``function`` is one here; whatever else it raises
-    is a `RuntimeError` with its text.
+    aside. A `UserError` of ``function`` is one here; whatever else it raises is a `RuntimeError` with its text.
     """
 
-    def __init__(self, function: Callable[[Item], Answer], patience: float, start: float = 120.0):
-        self._function, self._patience, self._start = function, patience, start
+    def __init__(self, function: Callable[[Item], Answer], patience: float):
+        self._function, self._patience = function, patience
         self._process, self._connection = None, None
 
     def __enter__(self) -> "Helper":
@@ -42,19 +44,17 @@ class Helper(Generic[Item, Answer]):
 
     def __call__(self, item: Item) -> Answer:
         """The answer of ``function(item)``; raises `Lost`."""
-        if self._process is None:
-            self._begin()
         try:
-            self._connection.send(item)
+            self._send(item)
             kind, answer = self._receive(self._patience)
-        except Lost:
-            self._end()
-            raise
         except (EOFError, OSError) as error:
             self._process.join(5)
             code = self._process.exitcode
             self._end()
             raise Lost(f"its process ended with {code}") from error
+        except BaseException:  # Lost, and Ctrl-C: an answer that came now would pass for the next call's
+            self._end()
+            raise
         if kind == "fatal":
             self._end()
             raise Lost(answer)
@@ -64,19 +64,32 @@ class Helper(Generic[Item, Answer]):
             raise RuntimeError(answer)
         return answer
 
+    def _send(self, item: Item) -> None:
+        if self._process is not None and not self._process.is_alive():  # it died between two calls
+            self._end()
+        if self._process is None:
+            self._begin()
+        self._connection.send(item)
+
     def _begin(self) -> None:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-        self._process.start()
-        theirs.close()  # only the process holds it now: its end is seen here
+        # What it needs to start is small: `start` would wait for ever for a process that ends before it has read all.
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
         try:
-            self._receive(self._start)
+            process.start()
+            self._process = process
+            theirs.close()  # only the process holds it now: its end is seen here
+            self._receive(START_SECONDS)
+            self._connection.send(self._function)
+            self._receive(START_SECONDS)
         except (Lost, EOFError, OSError) as error:
             self._end()
             raise RuntimeError(
                 "a helping process did not start (a script that does this needs `if __name__ == '__main__'`)"
             ) from error
+        finally:
+            theirs.close()
 
     def _receive(self, seconds: float) -> Any:
         if not self._connection.poll(seconds):
@@ -84,18 +97,21 @@ class Helper(Generic[Item, Answer]):
         return self._connection.recv()
 
     def _end(self) -> None:
-        if self._process is None:
-            return
-        self._connection.close()  # an idle process ends by itself
-        self._process.join(1)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        if self._connection is not None:
+            self._connection.close()  # an idle process ends by itself
+        if self._process is not None:
+            self._process.join(1)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
         self._process = self._connection = None
 
 
-def _serve(connection: Any, function: Callable[[Any], Any]) -> None:
-    """Answer until nobody asks any more."""
+def _serve(connection: Any) -> None:
+    """Take the function, and answer until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the caller ends this process
+    connection.send("started")
+    function = connection.recv()
     connection.send("ready")
     while True:
         try:
@@ -103,13 +119,13 @@ def _serve(connection: Any, function: Callable[[Any], Any]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer = "answer", function(item)
+            connection.send(("answer", function(item)))
         except Fatal as reason:
             connection.send(("fatal", str(reason)))
             connection.close()
             os._exit(1)  # without the libraries' own endings, which can hang after a fault
         except UserError as reason:
-            answer = "refused", str(reason)
+            connection.send(("refused", str(reason)))
         except Exception as error:
-            answer = "error", f"{type(error).__name__}: {error}"
-        connection.send(answer)
+            traceback.print_exc()
+            connection.send(("error", f"{type(error).__name__}: {error}"))

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
+ROOT = str(Path(__file__).resolve().parents[2])
+sys.path.insert(0, ROOT)  # this checkout, installed or not
 
 from rd_deploy.bench.environment import cpu, git_commit
 from rd_deploy.common import UserError
 from rd_train.recipe import Recipe, preset_values, read_values
 
-ROOT = Path(__file__).resolve().parents[2]
 RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
 # Entries of a recipe that say where it runs and where its files are, not what is trained.
 OF_THE_MACHINE = {"summary", "data_dir", "download", "teacher_weights", "device", "threads"}
@@ -137,7 +137,7 @@ def _start(job: Job) -> _Process | None:
     options = ["--resume", job.folder] if job.begun() else [*job.flags(), "--out", job.folder, "--overwrite"]
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [*RD_TRAIN, *map(str, options)]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path}
         process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[lock.fileno()], env=environment)
     return _Process(job, process, lock)

@@ -51,6 +51,22 @@ def versions() -> dict:
     return found
 
 
+def assembler(capability: int, dry: bool, *, ours: bool) -> str:
+    """The release of the ptxas that makes machine code; where kernels of ``ours`` are asked for, one that is right.
+
+    A `UserError` where there is none.
+    """
+    if dry:
+        return "none: interpreted"
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    from rd_deploy.triton_kernels.assembler import use_assembler
+
+    if ours:
+        use_assembler(capability)
+    return get_ptxas(capability).version
+
+
 def slug(name: str) -> str:
     """A folder's name: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"

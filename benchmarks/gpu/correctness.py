@@ -12,7 +12,6 @@ from rd_deploy.triton_kernels.compile import Job, fill_cache
 from rd_deploy.triton_kernels.launch import FIRST_PDL
 
 KERNEL_BATCH, BATCH = 2, 8
-PATIENCE = 60.0  # seconds for one configuration, the float64 reference included: one that takes longer hangs
 # Ways to run our engine that must be right whatever the tuner takes.
 FORCED = {"never-fused": {"RD_FUSION": "never"}, "always-fused": {"RD_FUSION": "always"}}
 
@@ -50,7 +49,7 @@ def _kernels(suite: Suite, precision: str) -> Iterator[Row]:
     seen, kinds, batch = set(), set(), 1 if suite.dry else KERNEL_BATCH
     for network in suite.checked:
         chain = suite.chain(network)
-        with suite.apart(kernels.Check(chain, batch, precision, str(suite.device)), PATIENCE) as ask:
+        with suite.apart(kernels.Check(chain, batch, precision, str(suite.device))) as ask:
             for piece in kernels.pieces(chain, batch):
                 kind = type(piece.kernel), kernels.added(piece) is None
                 if piece.kernel not in seen and not (suite.dry and kind in kinds):

@@ -21,6 +21,7 @@ ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # half a unit in the last place,
 INTERPRETER = {"fp16": 1, "bf16": 2}  # times that: Triton's interpreter chops what it converts to bf16
 SMALLEST = {"fp16": 2.0**-25, "bf16": 0.0}  # half of the smallest subnormal number
 SUM = 2.0**-23  # per term of a sum in fp32, whatever its order, chopped rather than rounded
+MOST_LOST = 3  # configurations of a kernel whose process is lost; the others are not checked
 GUARD = 4096  # elements behind a kernel's output that it must leave alone
 
 
@@ -61,8 +62,9 @@ class Check:
         return vars(self) | {"_at_work": None}
 
     def __call__(self, choice: tuple[Any, Any, bool]) -> tuple[float, list[str]]:
-        from rd_deploy.cuda.trial import wait
+        from rd_deploy.cuda.trial import use, wait
 
+        use(self.device)
         kernel, config, pdl = choice
         try:
             return self._checked(kernel, config, pdl)
@@ -102,15 +104,19 @@ def check(ask: Callable[[tuple], tuple[float, list[str]]], piece: Any, configs: 
     """Run every configuration twice by ``ask``, a `Check` or one in a `Helper`, with ``pdl`` as well; the largest
     error in units of its bound.
     """
-    worst, wrong = 0.0, []
+    shares, wrong, lost = [], [], 0
     for config in configs:
         try:
+            if lost >= MOST_LOST:
+                raise Lost(f"not checked, since {MOST_LOST} configurations were lost")
             share, faults = ask((piece.kernel, config, pdl))
+            shares.append(share)
         except (Lost, RuntimeError) as error:
-            share, faults = float("nan"), [str(error)]
-        worst = max(worst, share) if np.isfinite(share) else worst
+            faults = [str(error)]
+            lost += isinstance(error, Lost)
         wrong += [{"config": str(config), "faults": faults}] if faults else []
-    return {"configs": len(configs), "error_of_bound": worst, "wrong": wrong}
+    finite = [share for share in shares if np.isfinite(share)]
+    return {"configs": len(configs), "error_of_bound": max(finite, default=None), "wrong": wrong}
 
 
 def _inputs(piece: Any, chain: Chain, batch: int, precision: str, device) -> tuple:

@@ -14,6 +14,7 @@ SAME = {
     "dry run": lambda head: head["dry"],
     "state of the sources": lambda head: head["sources"],
     "card": lambda head: head["card"]["name"],
+    "assembler": lambda head: head.get("assembler", "unknown"),
 }
 FINISHED = ("measured", "passed", "failed")  # what was skipped or not reached is tried again
 

@@ -53,7 +53,7 @@ class Row:
 @dataclass
 class Suite:
     """One sitting. ``minutes``: for each part; ``seconds``: of sampling per comparison; ``threads``: on the CPU;
-    ``total``: minutes for all parts together.
+    ``total``: minutes for all parts together. ``patience``: seconds for one configuration of a kernel.
     """
 
     record: Record
@@ -65,6 +65,7 @@ class Suite:
     threads: int
     dry: bool = False
     total: float = float("inf")
+    patience: float = 60.0
     _began: float = field(default_factory=time.monotonic)
     _compiled: dict[str, dict] = field(default_factory=dict)
     _images: dict[int, np.ndarray] = field(default_factory=dict)
@@ -124,9 +125,9 @@ class Suite:
     def engine(self, name: str) -> Engine:
         return dry.DryTorch() if self.dry and name == TorchCuda.name else ENGINES[name]()
 
-    def apart(self, function: Callable, patience: float) -> AbstractContextManager:
+    def apart(self, function: Callable) -> AbstractContextManager:
         """``function`` in a process that may die (`Helper`); in a dry run as it is."""
-        return nullcontext(function) if self.dry else Helper(function, patience)
+        return nullcontext(function) if self.dry else Helper(function, self.patience)
 
     def timed(self, call: Callable[[], object]) -> Callable[[], object]:
         """What is timed for ``call``: itself, but in a dry run."""

@@ -166,6 +166,14 @@ def configs(kernel: Kernel, card: Card) -> tuple[Any, ...]:
     return kernel.configs(card)
 
 
+class NothingToRun(UserError):
+    """No way to compute a place of the chain has a configuration that may be used. ``kernels``: of all its ways."""
+
+    def __init__(self, card: Card, ways: list[list[Piece]]):
+        super().__init__(f"no configuration of {ways[-1][0].kernel} may be used on {card.name}")
+        self.kernels = {piece.kernel for way in ways for piece in way}
+
+
 Choice = tuple[Any, Prediction, float]  # a configuration, its prediction, its time
 
 
@@ -174,7 +182,7 @@ def _cheapest(ways: list[list[Piece]], card: Card, stopwatch: Stopwatch | None) 
     timed = [[_fastest(piece, card, stopwatch) for piece in way] for way in ways]
     possible = [index for index, way in enumerate(timed) if all(way)]
     if not possible:
-        raise UserError(f"no configuration of {ways[-1][0].kernel} may be used on {card.name}")
+        raise NothingToRun(card, ways)
     index = min(possible, key=lambda index: sum(us for _, _, us in timed[index]))
     return index, timed[index]
 

@@ -26,6 +26,14 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def use(device: str) -> None:
+    """From now on, launch on this device, which a new process does not know."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A kernel of a chain, how it is configured, and whether its launch may overlap the one before."""
@@ -58,12 +66,14 @@ class Trial:
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
 
+        use(self.device)
         launch, doing = choice.kernel.launch(choice.config, choice.pdl), "its reference"
         try:
             operands = self.operands(choice, launch)
             wait()  # a fault of the reference, or of a copy, must not pass for the kernel's
             doing = "it"
-            launch.run(operands)
+            for _ in range(2 if choice.pdl else 1):  # two in a row overlap
+                launch.run(operands)
             off = self._error(operands["out"])  # waits for the kernel
         except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
             reason = first_line(error)

@@ -4,6 +4,7 @@ What is checked runs in a process of its own (`rd_deploy.helper`): a kernel that
 is not used. Only what computed the right values there is timed here.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from math import ceil
@@ -13,18 +14,19 @@ import numpy as np
 
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError
-from rd_deploy.cuda.plan import Fusion, Piece, Plan, build_plan, configs, places
-from rd_deploy.cuda.trial import Choice, Trial
+from rd_deploy.cuda.plan import Fusion, NothingToRun, Piece, Plan, build_plan, configs, places
+from rd_deploy.cuda.trial import Choice, Trial, wait
 from rd_deploy.engines.base import first_line
 from rd_deploy.helper import Helper, Lost
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.compile import Job, fill_cache
-from rd_deploy.triton_kernels.launch import Launch, is_taken
+from rd_deploy.triton_kernels.launch import Kernel, Launch, is_taken
 
 COPIES = (20, 200)  # of weights, least and most
 COLD = 1.5  # times the L2 cache: as many bytes of copies as surely drive each other out of it
 STEADY_MS, SAMPLES = 5.0, 5  # of replays before those that count, and how many count
 PATIENCE = 60.0  # seconds for one kernel's trial, its reference included: one that takes longer hangs
+MOST_LOST = 2  # trials of a kernel whose process is lost: its other configurations are not tried, each of which may be
 
 # Times and verdicts are a card's and a kernel's, whatever network asks: sessions of one process share them.
 _times: dict[tuple, float] = {}
@@ -43,6 +45,7 @@ class Tuner:
         self.rejected: list[str] = []
         self._trial = Trial(chain, batch, precision, str(device))
         self._helper = Helper(self._trial, PATIENCE)
+        self._lost: Counter[Kernel] = Counter()
 
     def __enter__(self) -> "Tuner":
         self._helper.__enter__()
@@ -60,9 +63,9 @@ class Tuner:
         self._compile(choices)
         try:
             plan = build_plan(self.chain, self.batch, self.card, fusion, self)
-        except UserError as error:
-            self._say(choices)
-            raise UserError(f"{error}, {self.rejected[0]}" if self.rejected else str(error)) from error
+        except NothingToRun as error:
+            reasons = [_reasons.get(self._key(choice)) for choice in choices if choice.kernel in error.kernels]
+            raise UserError(f"{next(filter(None, reasons), 'nothing fits')}: {error}") from error
         self._say(choices)
         self._trial.forget()
         return plan
@@ -83,6 +86,10 @@ class Tuner:
                 _times[key] = self._time(choice)
             except RuntimeError as error:  # no memory for copies, say
                 _reasons[key] = first_line(error)
+                try:
+                    wait()
+                except RuntimeError as broken:  # nothing can run any more: the reason comes first, lines get cut
+                    raise RuntimeError(f"{_reasons[key]}, which broke the GPU's context: {choice}") from broken
         return None if _reasons[key] else _times[key]
 
     def _key(self, choice: Choice) -> tuple:
@@ -100,15 +107,19 @@ class Tuner:
 
     def _say(self, choices: list[Choice]) -> None:
         reasons = ((choice, _reasons.get(self._key(choice))) for choice in choices)
-        self.rejected += [f"{reason}: {choice}" for choice, reason in reasons if reason]
+        found = [f"{reason}: {choice}" for choice, reason in reasons if reason]
+        self.rejected = list(dict.fromkeys(self.rejected + found))
 
     def _is_right(self, choice: Choice) -> bool:
         key = self._key(choice)
+        if key not in _reasons and self._lost[choice.kernel] >= MOST_LOST:
+            _reasons[key] = f"not tried, since {MOST_LOST} trials of this kernel were lost"
         if key not in _reasons:
             try:
                 _reasons[key] = self._helper(choice)
             except Lost as reason:
                 _reasons[key] = str(reason)
+                self._lost[choice.kernel] += 1
         return _reasons[key] is None
 
     def _time(self, choice: Choice) -> float:

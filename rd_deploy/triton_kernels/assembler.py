@@ -22,33 +22,34 @@ from triton.backends.nvidia import compiler as nvidia
 from rd_deploy.common import UserError
 
 VARIABLE = "TRITON_PTXAS_PATH"  # triton's own, for all cards before sm_100
+TOOLKIT = "/usr/local/cuda"
 HOPPER, MENDED = 90, (13, 3)
 BUNDLED = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-_chosen: list[str] = []  # what this process has set the variable to
 
 
 def use_assembler(capability: int) -> None:
     """From now on, let this process and those that it starts assemble for a capability with what is known to be right.
 
-    Whoever has set ``TRITON_PTXAS_PATH`` decides himself. `UserError` where there is none.
+    What ``TRITON_PTXAS_PATH`` names is kept if it is (torch sets that variable, too). `UserError` where there is none.
     """
-    given = os.environ.get(VARIABLE)
-    if capability == HOPPER and not given:
-        os.environ[VARIABLE] = _right(capability)
-        _chosen.append(os.environ[VARIABLE])
-    elif capability != HOPPER and given in _chosen:
-        del os.environ[VARIABLE]
-    else:
+    if capability != HOPPER:
         return
+    given = os.environ.get(VARIABLE)
+    if given in _right_ones or (given and (version_of(Path(given)) or (0, 0)) >= MENDED):
+        _right_ones.add(given)
+        return
+    os.environ[VARIABLE] = _found(capability)
     nvidia.get_ptxas_version.cache_clear()  # triton's cache of kernels tells assemblers apart by it
 
 
-def _right(capability: int) -> str:
+_right_ones: set[str] = set()  # which need not be asked again
+
+
+def _found(capability: int) -> str:
     found = {path: version for path in _candidates() if (version := version_of(path)) is not None}
     for path, version in found.items():
         if version >= MENDED:
+            _right_ones.add(str(path))
             return str(path)
     least = ".".join(map(str, MENDED))
     seen = ", ".join(f"{'.'.join(map(str, version))} in {path}" for path, version in found.items())
@@ -59,12 +60,14 @@ def _right(capability: int) -> str:
 
 
 def _candidates() -> Iterator[Path]:
-    """Triton's two (the second is for Blackwell), NVIDIA's package nvidia-cuda-nvcc, a CUDA toolkit."""
+    """What was asked for, triton's two (the second is for Blackwell), NVIDIA's package, a CUDA toolkit."""
+    if given := os.environ.get(VARIABLE):
+        yield Path(given)
     yield from (BUNDLED / "ptxas", BUNDLED / "ptxas-blackwell")
     package = importlib.util.find_spec("nvidia")
     for place in package.submodule_search_locations or () if package else ():
         yield from sorted(Path(place).glob("cu*/bin/ptxas"), reverse=True)
-    yield from (Path(home) / "bin" / "ptxas" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home)
+    yield from (Path(home) / "bin" / "ptxas" for home in (os.environ.get("CUDA_HOME"), TOOLKIT) if home)
     if found := shutil.which("ptxas"):
         yield Path(found)
 

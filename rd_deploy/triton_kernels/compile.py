@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 from rd_deploy.bench.environment import available_threads
 from rd_deploy.engines.base import first_line
 from rd_deploy.triton_kernels.assembler import use_assembler
-from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, Kernel, Launch
+from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, PTXAS_OPTIONS, Kernel, Launch
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ def misuses_stack(sass: str) -> bool:
     found = [
         match[1] for line in sass.splitlines() if (match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?(.+?)\s*;", line))
     ]
+    if not found:
+        raise ValueError("no machine code")
     uses = [line for line in found if re.search(r"\bR1\b", line)]
     return any(not re.match(r"[\w.]+ R1, |(LDL|STL)[\w.]* .*\[R1\b", line) for line in uses)
 
@@ -217,6 +219,7 @@ def _ptxas(ptx: str, capability: int) -> str:
         command = [
             get_ptxas(capability).path,
             "-v",
+            PTXAS_OPTIONS,
             f"--gpu-name={arch}",
             str(path),
             "-o",

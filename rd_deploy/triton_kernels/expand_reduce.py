@@ -217,6 +217,8 @@ class ExpandReduceKernel:
         if config.split > 1 and config.block_m * config.block_n > part * 32 * config.warps:
             return False  # the last block holds a part beside its sum
         most = 200 if is_async or config.block_m < 16 * config.warps else 116 if card.capability == 120 else 140
+        if card.capability == 90 and config.block_m == 64:
+            most = 139  # one row of warps: more registers for addresses beside the sums
         return self.work(config).shared_bytes <= card.shared_bytes and self.sums(config, is_async) <= most
 
     def sums(self, config: ExpandReduceConfig, is_async: bool) -> float:

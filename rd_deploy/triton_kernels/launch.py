@@ -16,6 +16,8 @@ from rd_deploy.triton_kernels.cards import Card
 # Kernels run in Triton's interpreter, on the CPU; decided by TRITON_INTERPRET when triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+# Triton 3.8 always gives it, "to work around ptxas 13.x bug"; 3.6 does not know that assembler.
+PTXAS_OPTIONS = "--regAllocOptLevel=2"
 FIRST_PDL = 90  # the capability from which programmatic dependent launch exists
 MAX_ELEMENTS = 2**31  # of one tensor: kernels count in 32 bits
 
@@ -71,7 +73,8 @@ class Launch:
 
     def options(self) -> dict:
         """What Triton calls compile options."""
-        return {"num_warps": self.warps} | ({"launch_pdl": True} if self.constants["PDL"] else {})
+        options = {"num_warps": self.warps} | ({"launch_pdl": True} if self.constants["PDL"] else {})
+        return options if INTERPRETED else options | {"ptx_options": PTXAS_OPTIONS}
 
 
 @dataclass(frozen=True)

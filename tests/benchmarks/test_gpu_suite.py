@@ -348,6 +348,60 @@ def test_a_configuration_that_is_lost_is_named_and_the_others_are_checked():
     }
 
 
+def test_a_kernel_that_is_lost_again_and_again_is_left(monkeypatch):
+    from rd_deploy.helper import Lost
+
+    asked = []
+
+    def ask(choice):
+        asked.append(choice)
+        raise Lost("no answer within 60 s")
+
+    found = kernels.check(ask, next(kernels.pieces(dry.chain("resnet50"), 1)), tuple("abcdef"), False)
+    assert (len(asked), len(found["wrong"]), found["error_of_bound"]) == (kernels.MOST_LOST, 6, None)
+
+
+def test_a_check_in_another_process_says_the_same():
+    from rd_deploy.helper import Helper
+    from rd_deploy.triton_kernels.cards import get_card
+
+    chain = dry.chain("plain50")
+    piece = next(kernels.pieces(chain, 1))
+    here, choice = (
+        kernels.Check(chain, 1, "fp16", "cpu"),
+        (piece.kernel, piece.kernel.configs(get_card("h100"))[0], False),
+    )
+    with Helper(here, 120) as there:
+        assert there(choice) == here(choice)
+        assert there(choice)[1] == []
+
+
+def test_a_broken_context_ends_the_checking_process(monkeypatch):
+    from rd_deploy.cuda import trial
+    from rd_deploy.helper import Fatal
+    from rd_deploy.triton_kernels.cards import get_card
+
+    def fault(*given):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def broken():
+        raise RuntimeError("again")
+
+    chain = dry.chain("plain50")
+    piece = next(kernels.pieces(chain, 1))
+    check, choice = (
+        kernels.Check(chain, 1, "fp16", "cpu"),
+        (piece.kernel, piece.kernel.configs(get_card("h100"))[0], False),
+    )
+    monkeypatch.setattr(kernels, "_run", fault)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        check(choice)  # the context is whole
+    waits = iter([None])  # for the reference
+    monkeypatch.setattr(trial, "wait", lambda: next(waits, broken) and broken())
+    with pytest.raises(Fatal, match=r"^it broke the GPU's context: CUDA error: an illegal memory access"):
+        kernels.Check(chain, 1, "fp16", "cpu")(choice)
+
+
 def _zeroed(values):
     """Without its largest entry."""
     changed = values.copy()

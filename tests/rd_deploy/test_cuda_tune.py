@@ -1,5 +1,6 @@
 """The tuner without a GPU: kernels are interpreted and times invented, so that what it does with them can be seen."""
 
+from collections import Counter
 from dataclasses import replace
 from math import ceil
 
@@ -129,12 +130,52 @@ def test_a_kernel_whose_trial_is_lost_is_not_used(tuner, monkeypatch):
     chosen = tuner.plan()
     assert "Bottleneck" not in {step.kernel for step in chosen.steps}
     assert tuner.rejected
-    assert all(line.startswith("its process ended with -6: Bottleneck") for line in tuner.rejected)
+    reasons = [line.split(": Bottleneck")[0] for line in tuner.rejected]
+    assert set(reasons) == {"its process ended with -6"}  # two configurations of each
+
+
+def test_a_kernel_that_is_lost_twice_is_not_tried_again(tuner, monkeypatch):
+    for module in (tune, plan):
+        monkeypatch.setattr(module, "configs", lambda kernel, card: kernel.configs(card)[:4])
+    right, lost = tuner._helper.function, Counter()
+
+    def lose(choice):
+        if isinstance(choice.kernel, BottleneckKernel):
+            lost[choice.kernel] += 1
+            raise Lost("no answer within 60 s")
+        return right(choice)
+
+    tuner._helper.function = lose
+    tuner.plan()
+    assert set(lost.values()) == {tune.MOST_LOST}
+    assert any(line.startswith("not tried, since 2 trials") for line in tuner.rejected)
+
+
+def test_a_fault_in_timing_is_named_first(tuner, monkeypatch):
+    def fault(enqueue, repeats=20):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken():
+        raise RuntimeError("again")
+
+    monkeypatch.setattr(tune, "measure", fault)
+    monkeypatch.setattr(tune, "wait", broken)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal .* which broke the GPU's context: \w+Kernel\("):
+        tuner.plan()
 
 
 def test_a_place_without_any_kernel_says_why(tuner):
     tuner._helper.function = lambda choice: "CUDA error: device(s) is/are busy or unavailable"
-    with pytest.raises(UserError, match=r"no configuration of .* may be used on h100, CUDA error: device"):
+    with pytest.raises(UserError, match=r"^CUDA error: device.*unavailable: no configuration of .* on h100"):
+        tuner.plan()
+
+
+def test_what_a_network_has_wrong_is_said_as_it_is(tuner):
+    def refuse(choice):
+        raise UserError("stem: a weight reaches 1e+06, more than fp16 holds; use bf16")
+
+    tuner._helper.function = refuse
+    with pytest.raises(UserError, match=r"^stem: a weight"):
         tuner.plan()
 
 

@@ -1,6 +1,8 @@
 """Processes that die, hang and fail, and what their caller sees of it."""
 
 import os
+import pickle
+import signal
 import time
 
 import pytest
@@ -27,10 +29,13 @@ def work(item):
 
 
 class NotThere:
-    """Can be sent, but not made again."""
+    """Can be sent, but not made again; more follows."""
+
+    def __init__(self, more: bytes):
+        self.more = more
 
     def __reduce__(self):
-        return os._exit, (1,)
+        return os._exit, (1,), None, iter([self.more])
 
     def __call__(self, item):
         return item
@@ -63,12 +68,41 @@ def test_the_next_call_has_a_new_process(item, reason):
 
 
 def test_one_that_hangs_is_ended():
-    with Helper(work, 0.5) as helper:
+    with Helper(work, 3) as helper:
         _, process = helper("a")
-        with pytest.raises(Lost, match=r"no answer within 0\.5 s"):
+        with pytest.raises(Lost, match="no answer within 3 s"):
             helper("hang")
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+def test_one_that_died_between_two_calls_is_nobodys_fault():
+    with Helper(work, 60) as helper:
+        _, process = helper("a")
+        os.kill(process, signal.SIGKILL)
+        helper._process.join()
+        answer, after = helper("b")
+    assert answer == "b"
+    assert after != process
+
+
+def test_an_interrupted_calls_answer_is_not_the_next_ones():
+    with Helper(work, 60) as helper:
+        _, before = helper("a")
+
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                helper("hang")
+        finally:
+            signal.signal(signal.SIGALRM, previous)
+        answer, after = helper("b")
+    assert answer == "b"
+    assert after != before
 
 
 def test_it_ends_with_its_block():
@@ -78,6 +112,13 @@ def test_it_ends_with_its_block():
         os.kill(process, 0)
 
 
-def test_one_that_does_not_start_is_told():
-    with Helper(NotThere(), 60) as helper, pytest.raises(RuntimeError, match="did not start"):
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_one_that_does_not_start_is_told(size):
+    """It ends while it reads what it is to be: before, or in the midst of being written to."""
+    with Helper(NotThere(bytes(size)), 60) as helper, pytest.raises(RuntimeError, match="did not start"):
+        helper("a")
+
+
+def test_what_cannot_be_sent_is_told_and_leaves_nothing():
+    with Helper(lambda item: item, 60) as helper, pytest.raises((AttributeError, pickle.PicklingError)):
         helper("a")

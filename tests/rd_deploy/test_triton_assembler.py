@@ -14,8 +14,9 @@ from rd_deploy.triton_kernels.assembler import VARIABLE, use_assembler, version_
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(assembler, "_chosen", [])
+    monkeypatch.setenv(VARIABLE, "")  # so that what a test leaves there is taken back
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(assembler, "_right_ones", set())
 
 
 def program(path: Path, release: str) -> Path:
@@ -29,6 +30,7 @@ def program(path: Path, release: str) -> Path:
 def places(monkeypatch, tmp_path) -> Path:
     """Only what a test puts there can be found."""
     monkeypatch.setattr(assembler, "BUNDLED", tmp_path / "triton")
+    monkeypatch.setattr(assembler, "TOOLKIT", None)
     monkeypatch.setattr(assembler.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(assembler.shutil, "which", lambda name: None)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
@@ -51,17 +53,27 @@ def test_other_cards_have_tritons_own(places):
     for capability in (80, 89, 100, 120):
         use_assembler(capability)
         assert VARIABLE not in os.environ
+
+
+def test_a_users_choice_stands_if_it_is_right(places, monkeypatch):
+    bundled = program(places / "triton/ptxas-blackwell", "13.3")
+    mine = program(places / "mine", "13.4")
+    monkeypatch.setenv(VARIABLE, str(mine))
     use_assembler(90)
-    assert VARIABLE in os.environ
-    use_assembler(89)
-    assert VARIABLE not in os.environ
+    use_assembler(90)
+    assert os.environ[VARIABLE] == str(mine)
+    for wrong in (program(places / "old", "12.8"), places / "missing"):  # torch names its own there, too
+        monkeypatch.setenv(VARIABLE, str(wrong))
+        use_assembler(90)
+        assert os.environ[VARIABLE] == str(bundled)
 
 
-def test_a_users_choice_stands(places, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "/opt/ptxas")
-    for capability in (90, 80):
-        use_assembler(capability)
-        assert os.environ[VARIABLE] == "/opt/ptxas"
+def test_one_that_may_not_be_run_is_none(places, monkeypatch):
+    mine = program(places / "mine", "13.4")
+    mine.chmod(0o644)
+    monkeypatch.setenv(VARIABLE, str(mine))
+    with pytest.raises(UserError, match="found: none"):
+        use_assembler(90)
 
 
 def test_none_is_refused_with_what_was_found(places, monkeypatch):

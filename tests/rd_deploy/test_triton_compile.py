@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 
+from rd_deploy.common import UserError
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -25,6 +27,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_kernels_fit_and_never_spill(card, tmp_path):
     """What the model chooses for plain-50 at batch 32: no spills, shared memory a block may have, tensor cores in every
     product. `gpu_resources.py --all` does the same for every configuration that the tuner would time."""
+    if card == "h100":
+        from rd_deploy.triton_kernels.assembler import use_assembler
+
+        try:
+            use_assembler(90)
+        except UserError as reason:
+            pytest.skip(str(reason))
     out = tmp_path / "resources.json"
     what = ("--networks", "plain50", "--batch", "32")
     done = run("benchmarks/gpu_resources.py", "--cards", card, *what, "--json", str(out))
@@ -70,6 +79,8 @@ def test_the_stack_pointer_is_for_the_stack():
         /*1250*/                   IADD3 R4, P0, R12, R10, RZ ;
 """
     assert not misuses_stack(right)
+    with pytest.raises(ValueError, match="no machine code"):
+        misuses_stack("nvdisasm fatal: not a cubin")
     assert misuses_stack(right + "        /*06b0*/                   IADD3 R4, P0, R1, 0x20, RZ ;\n")
     assert misuses_stack(right + "        /*0730*/                   IADD3.X R4, R1, -0x3ffffff0, RZ, P0, !PT ;\n")
 
