@@ -2,7 +2,7 @@
 
 For Hopper Triton brings 12.8 or 12.9 along (triton 3.6 to 3.8). Of kernels with several wgmma products these make wrong
 code. 12.8 takes the stack pointer for zero in what tells a product where in shared memory its operand lies: so in one
-of the stem's eight configurations for batch 32, and the stem broke an H200's context. With one and the same PTX of
+of the stem's eight configurations for batch 32, and the stem did break an H200's context. With one and the same PTX of
 others, 12.8 and 13.0 failed and 13.1 did not (fla-org/flash-linear-attention, pull request 1262); that registers are
 overwritten which a product still reads is mended in 13.3 (triton's pull request 11781). So for sm_90 an assembler from
 13.3 on is looked for.
