@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from committed import find, markdown, newest
 
-EXPERIMENTS = ("main", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
+EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
 OTHERS = {
     "resnet": "the ResNet",

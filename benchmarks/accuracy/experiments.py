@@ -265,6 +265,15 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
             f"{SUBSET}; ours by SGD with one lever more", (RESNET, RESNET_MUON, BY_SGD, *MORE, OUR_ROW), (56,)
         ),
         "rates": Experiment(f"{SUBSET}; rates of both optimisers", RATES, (56,), seeds=SEEDS[:1]),
+        "fp32": Experiment(
+            f"{SUBSET}; in fp32",
+            (RESNET, PLAIN, OUR_ROW),
+            (20,),
+            settings={"precision": "fp32"},
+            tag="-fp32",
+            seeds=SEEDS[:2],
+            more_seeds=SEEDS[2:],
+        ),
         "depth": Experiment(
             f"{SUBSET}; by depth",
             (RESNET, PLAIN, OUR_ROW),

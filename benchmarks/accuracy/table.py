@@ -6,6 +6,7 @@
     python benchmarks/accuracy/table.py main --earlier JSON ...   go on where another machine stopped
 
 main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
+fp32         the ResNet, the plain network by cross-entropy and ours in fp32, depth 20: does the precision matter?
 full         the rows that decide but for the ResNet by Muon, on all 55,000 training images
 ablation     our method with one lever out at a time, depth 56
 rates        the ResNet and our method by both optimisers at several rates, depth 56, one seed
@@ -19,9 +20,8 @@ through CUDA's multi-process service (`nvidia-cuda-mps-control -d`), took no lon
 
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
 of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments
-share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only; the
-first and the last have of the others what is there). After each run every experiment's JSON is
-written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else
+share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only,
+`fp32` two; but for `rates` they have of the others what is there). After each run every experiment's JSON is written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else
 ran), our method's paired differences, and what is still missing.
 """
 
