@@ -21,8 +21,9 @@ through CUDA's multi-process service (`nvidia-cuda-mps-control -d`), took no lon
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
 of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments
 share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only,
-`fp32` two; but for `rates` they have of the others what is there). After each run every experiment's JSON is written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else
-ran), our method's paired differences, and what is still missing.
+`fp32` two; but for `rates` they have of the others what is there). After each run every experiment's JSON is written:
+per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else ran), our
+method's paired differences, and what is still missing.
 """
 
 import argparse
