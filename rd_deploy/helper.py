@@ -6,9 +6,11 @@ run there any more. So what is not known to be safe runs here first.
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
 from rd_deploy.common import UserError
@@ -73,7 +75,10 @@ class Helper(Generic[Item, Answer]):
 
     def _begin(self) -> None:
         context = get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        try:
+            self._connection, theirs = context.Pipe()
+        except OSError as error:
+            raise RuntimeError(f"no pipe to a helping process: {error}") from error
         # What it needs to start is small: `start` would wait for ever for a process that ends before it has read all.
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         try:
@@ -110,6 +115,7 @@ class Helper(Generic[Item, Answer]):
 def _serve(connection: Any) -> None:
     """Take the function, and answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the caller ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     connection.send("started")
     function = connection.recv()
     connection.send("ready")
@@ -119,13 +125,23 @@ def _serve(connection: Any) -> None:
         except (EOFError, OSError):
             return
         try:
-            connection.send(("answer", function(item)))
+            answer = "answer", function(item)
         except Fatal as reason:
             connection.send(("fatal", str(reason)))
             connection.close()
             os._exit(1)  # without the libraries' own endings, which can hang after a fault
         except UserError as reason:
-            connection.send(("refused", str(reason)))
+            answer = "refused", str(reason)
         except Exception as error:
             traceback.print_exc()
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+            answer = "error", f"{type(error).__name__}: {error}"
+        try:
+            connection.send(answer)
+        except OSError:  # nobody waits for it any more
+            return
+
+
+def _end_with_parent() -> None:
+    """A caller that was killed ended nothing; a call that hangs would keep the GPU busy for ever."""
+    wait([parent_process().sentinel])
+    os._exit(1)

@@ -266,7 +266,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         ),
         "rates": Experiment(f"{SUBSET}; rates of both optimisers", RATES, (56,), seeds=SEEDS[:1]),
         "fp32": Experiment(
-            f"{SUBSET}; in fp32",
+            SUBSET,
             (RESNET, PLAIN, OUR_ROW),
             (20,),
             settings={"precision": "fp32"},

@@ -16,7 +16,7 @@ bottleneck   plain-50 at a quarter of its width, every row
 glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/accuracy/glyphs.py makes)
 
 A GPU is taken where there is one. These networks leave it idle between launches: on an H200 eight trainings at once,
-through CUDA's multi-process service (`nvidia-cuda-mps-control -d`), took no longer each than one alone (docs/gpu.md).
+through CUDA's multi-process service (`nvidia-cuda-mps-control -d`), took about as long each as one alone (docs/gpu.md).
 
 Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
 of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments

@@ -8,6 +8,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from rd_deploy.common import UserError
+
 MOST_WORK = 3.0  # seconds of work while nvidia-smi answers
 CLOCK_CHANGE = 0.03  # of the multiprocessors' clock: above this, times before and after do not compare
 # Reasons of the driver to slow down (nvidia-smi's bits); idling and a clock that the user set are none.
@@ -52,9 +54,9 @@ def versions() -> dict:
 
 
 def assembler(capability: int, dry: bool, *, ours: bool) -> str:
-    """The release of the ptxas that makes machine code; where kernels of ``ours`` are asked for, one that is right.
+    """The release of the ptxas that makes machine code: one that is right, if there is one.
 
-    A `UserError` where there is none.
+    A `UserError` where there is none and kernels of ``ours`` are asked for.
     """
     if dry:
         return "none: interpreted"
@@ -62,8 +64,11 @@ def assembler(capability: int, dry: bool, *, ours: bool) -> str:
 
     from rd_deploy.triton_kernels.assembler import use_assembler
 
-    if ours:
+    try:
         use_assembler(capability)
+    except UserError:
+        if ours:
+            raise
     return get_ptxas(capability).version
 
 

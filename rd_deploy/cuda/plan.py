@@ -167,11 +167,11 @@ def configs(kernel: Kernel, card: Card) -> tuple[Any, ...]:
 
 
 class NothingToRun(UserError):
-    """No way to compute a place of the chain has a configuration that may be used. ``kernels``: of all its ways."""
+    """No way to compute a place of the chain is left, not even ``kernel``, one of its least fused."""
 
-    def __init__(self, card: Card, ways: list[list[Piece]]):
-        super().__init__(f"no configuration of {ways[-1][0].kernel} may be used on {card.name}")
-        self.kernels = {piece.kernel for way in ways for piece in way}
+    def __init__(self, piece: Piece, card: Card):
+        super().__init__(f"no configuration of {piece.kernel} may be used on {card.name}")
+        self.kernel = piece.kernel
 
 
 Choice = tuple[Any, Prediction, float]  # a configuration, its prediction, its time
@@ -182,7 +182,7 @@ def _cheapest(ways: list[list[Piece]], card: Card, stopwatch: Stopwatch | None) 
     timed = [[_fastest(piece, card, stopwatch) for piece in way] for way in ways]
     possible = [index for index, way in enumerate(timed) if all(way)]
     if not possible:
-        raise NothingToRun(card, ways)
+        raise NothingToRun(next(p for p, choice in zip(ways[-1], timed[-1], strict=True) if choice is None), card)
     index = min(possible, key=lambda index: sum(us for _, _, us in timed[index]))
     return index, timed[index]
 

@@ -66,9 +66,9 @@ class Trial:
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
 
-        use(self.device)
         launch, doing = choice.kernel.launch(choice.config, choice.pdl), "its reference"
         try:
+            use(self.device)
             operands = self.operands(choice, launch)
             wait()  # a fault of the reference, or of a copy, must not pass for the kernel's
             doing = "it"

@@ -26,7 +26,7 @@ COPIES = (20, 200)  # of weights, least and most
 COLD = 1.5  # times the L2 cache: as many bytes of copies as surely drive each other out of it
 STEADY_MS, SAMPLES = 5.0, 5  # of replays before those that count, and how many count
 PATIENCE = 60.0  # seconds for one kernel's trial, its reference included: one that takes longer hangs
-MOST_LOST = 2  # trials of a kernel whose process is lost: its other configurations are not tried, each of which may be
+MOST_LOST = 3  # trials of a kernel whose process is lost, each of which takes seconds: the others are not tried
 
 # Times and verdicts are a card's and a kernel's, whatever network asks: sessions of one process share them.
 _times: dict[tuple, float] = {}
@@ -45,7 +45,7 @@ class Tuner:
         self.rejected: list[str] = []
         self._trial = Trial(chain, batch, precision, str(device))
         self._helper = Helper(self._trial, PATIENCE)
-        self._lost: Counter[Kernel] = Counter()
+        self._lost: Counter[tuple[Kernel, bool]] = Counter()
 
     def __enter__(self) -> "Tuner":
         self._helper.__enter__()
@@ -64,8 +64,8 @@ class Tuner:
         try:
             plan = build_plan(self.chain, self.batch, self.card, fusion, self)
         except NothingToRun as error:
-            reasons = [_reasons.get(self._key(choice)) for choice in choices if choice.kernel in error.kernels]
-            raise UserError(f"{next(filter(None, reasons), 'nothing fits')}: {error}") from error
+            reasons = (f"{self._reason(c)}: {c.config}: " for c in choices if c.kernel == error.kernel)
+            raise UserError(f"{next(reasons, '')}{error}") from error
         self._say(choices)
         self._trial.forget()
         return plan
@@ -74,14 +74,14 @@ class Tuner:
         """Whether a plan's kernels are right where launches overlap (PDL); those that are not are ``rejected``."""
         choices = list(dict.fromkeys(Choice(step.piece.kernel, step.config, True) for step in plan.steps))
         self._compile(choices)
-        right = [self._is_right(choice) for choice in choices]
+        reasons = [self._reason(choice) for choice in choices]
         self._say(choices)
-        return all(right)
+        return not any(reasons)
 
     def __call__(self, piece: Piece, config: Any) -> float | None:
         choice = Choice(piece.kernel, config)
         key = self._key(choice)
-        if key not in _times and self._is_right(choice):
+        if key not in _times and self._reason(choice) is None:
             try:
                 _times[key] = self._time(choice)
             except RuntimeError as error:  # no memory for copies, say
@@ -90,7 +90,7 @@ class Tuner:
                     wait()
                 except RuntimeError as broken:  # nothing can run any more: the reason comes first, lines get cut
                     raise RuntimeError(f"{_reasons[key]}, which broke the GPU's context: {choice}") from broken
-        return None if _reasons[key] else _times[key]
+        return None if self._reason(choice) else _times[key]
 
     def _key(self, choice: Choice) -> tuple:
         return choice, self.precision, self.card, str(self.device)
@@ -106,21 +106,27 @@ class Tuner:
             _reasons[self._key(new[job])] = reason
 
     def _say(self, choices: list[Choice]) -> None:
-        reasons = ((choice, _reasons.get(self._key(choice))) for choice in choices)
-        found = [f"{reason}: {choice}" for choice, reason in reasons if reason]
+        found = [f"{reason}: {choice}" for choice in choices if (reason := self._known(choice))]
         self.rejected = list(dict.fromkeys(self.rejected + found))
 
-    def _is_right(self, choice: Choice) -> bool:
+    def _known(self, choice: Choice) -> str | None:
+        """Why a choice must not be used, as far as that is known."""
         key = self._key(choice)
-        if key not in _reasons and self._lost[choice.kernel] >= MOST_LOST:
-            _reasons[key] = f"not tried, since {MOST_LOST} trials of this kernel were lost"
-        if key not in _reasons:
-            try:
-                _reasons[key] = self._helper(choice)
-            except Lost as reason:
-                _reasons[key] = str(reason)
-                self._lost[choice.kernel] += 1
-        return _reasons[key] is None
+        if key not in _reasons and self._lost[choice.kernel, choice.pdl] >= MOST_LOST:
+            return f"not tried, since {MOST_LOST} trials of this kernel were lost"
+        return _reasons.get(key)
+
+    def _reason(self, choice: Choice) -> str | None:
+        """The same, after a trial if there was none."""
+        key, known = self._key(choice), self._known(choice)
+        if key in _reasons or known:
+            return known
+        try:
+            _reasons[key] = self._helper(choice)
+        except Lost as reason:
+            _reasons[key] = str(reason)
+            self._lost[choice.kernel, choice.pdl] += 1
+        return _reasons[key]
 
     def _time(self, choice: Choice) -> float:
         launch = choice.kernel.launch(choice.config)

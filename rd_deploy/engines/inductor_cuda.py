@@ -5,11 +5,13 @@ batch size with the options below: Triton's products and convolutions compete wi
 shape, 1x1 convolutions may be products with what follows fused into them, and weights are constants.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable
 
 import onnx
 
+from rd_deploy.common import UserError
 from rd_deploy.engines.base import Session, first_line
 from rd_deploy.engines.device import DeviceEngine
 from rd_deploy.engines.torch_cuda import TorchCudaSession
@@ -24,6 +26,7 @@ class InductorCudaSession(TorchCudaSession):
     """The same calls, compiled."""
 
     def _prepare(self, model: onnx.ModelProto) -> Callable:
+        _take_the_better_assembler(self._torch)
         settings = self._torch._inductor.list_mode_options(MODE) | OPTIONS
         return compiled(super()._prepare(model), self.images, settings)
 
@@ -47,6 +50,15 @@ def compiled(network: Callable, images, settings: dict) -> Callable:
     with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
         found(images)
     return found
+
+
+def _take_the_better_assembler(torch) -> None:
+    """The one that our own engine takes, if it is there: whatever the order of engines, both have the same."""
+    from rd_deploy.triton_kernels.assembler import use_assembler
+
+    major, minor = torch.cuda.get_device_capability()
+    with contextlib.suppress(UserError):
+        use_assembler(10 * major + minor)
 
 
 class InductorCuda(DeviceEngine):

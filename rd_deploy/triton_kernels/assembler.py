@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rd_deploy.common import UserError
 VARIABLE = "TRITON_PTXAS_PATH"  # triton's own, for all cards before sm_100
 TOOLKIT = "/usr/local/cuda"
 HOPPER, MENDED = 90, (13, 3)
+LEAST = ".".join(map(str, MENDED))
 BUNDLED = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -39,6 +41,8 @@ def use_assembler(capability: int) -> None:
         _right_ones.add(given)
         return
     os.environ[VARIABLE] = _found(capability)
+    if given:
+        warnings.warn(f"{VARIABLE}={given} is not ptxas {LEAST} or later: {os.environ[VARIABLE]} is used", stacklevel=2)
     nvidia.get_ptxas_version.cache_clear()  # triton's cache of kernels tells assemblers apart by it
 
 
@@ -51,11 +55,10 @@ def _found(capability: int) -> str:
         if version >= MENDED:
             _right_ones.add(str(path))
             return str(path)
-    least = ".".join(map(str, MENDED))
     seen = ", ".join(f"{'.'.join(map(str, version))} in {path}" for path, version in found.items())
     raise UserError(
-        f"sm_{capability} needs NVIDIA's assembler ptxas {least} or later (found: {seen or 'none'}), because earlier "
-        f"ones make wrong code of several wgmma products: pip install 'nvidia-cuda-nvcc>={least}' or set {VARIABLE}"
+        f"sm_{capability} needs NVIDIA's assembler ptxas {LEAST} or later (found: {seen or 'none'}), because earlier "
+        f"ones make wrong code of several wgmma products: pip install 'nvidia-cuda-nvcc>={LEAST}' or set {VARIABLE}"
     )
 
 

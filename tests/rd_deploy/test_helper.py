@@ -3,7 +3,10 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -86,23 +89,43 @@ def test_one_that_died_between_two_calls_is_nobodys_fault():
     assert after != process
 
 
-def test_an_interrupted_calls_answer_is_not_the_next_ones():
+def test_an_interrupted_calls_answer_is_not_the_next_ones(monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt  # not by a signal: pytest's own process must not get one
+
     with Helper(work, 60) as helper:
         _, before = helper("a")
-
-        def interrupt(number, frame):
-            raise KeyboardInterrupt
-
-        previous = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(helper, "_receive", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                helper("hang")
-        finally:
-            signal.signal(signal.SIGALRM, previous)
-        answer, after = helper("b")
-    assert answer == "b"
+                helper("b")
+        answer, after = helper("c")
+    assert answer == "c"
     assert after != before
+
+
+def test_one_whose_caller_is_killed_ends():
+    """In the midst of a call, when nothing is read and no end of a pipe is seen."""
+    script = """
+import os, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from test_helper import work
+from rd_deploy.helper import Helper
+if __name__ == "__main__":
+    with Helper(work, 600) as helper:
+        print(helper("a")[1], flush=True)
+        threading.Timer(0.5, os._exit, [1]).start()
+        helper("hang")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], capture_output=True, text=True)
+    process = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there")
 
 
 def test_it_ends_with_its_block():
