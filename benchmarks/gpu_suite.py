@@ -96,6 +96,7 @@ def make_suite(given: argparse.Namespace):
 
     precisions = chosen(given.precision or (DRY["precision"] if given.dry else ""), PRECISIONS, "precision")
     engines = chosen(given.engines or "", ENGINES, "engine")
+    ours = OURS in engines and chosen(given.part, PARTS, "part") != ("e",)
     batches = sizes(given.batch or (DRY["batch"] if given.dry else "")) or BATCHES
     total = float("inf") if given.total is None else given.total
     if not (0 <= given.minutes <= 1e6 and total >= 0 and 0 <= given.seconds <= 600 and 0 < given.patience <= 1e6):
@@ -111,7 +112,7 @@ def make_suite(given: argparse.Namespace):
         "card": described,
         "commit": git_commit(),
         "versions": card.versions(),
-        "assembler": card.assembler(described["capability"], given.dry, ours=OURS in engines and given.part != "e"),
+        "assembler": card.assembler(described["capability"], given.dry, ours=ours),
         "date": now.isoformat(timespec="seconds"),
         "timing": "one run is one replay on resident images, by the GPU's events; 'host' rows: NumPy in, NumPy out",
     }

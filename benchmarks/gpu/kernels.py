@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool
+from rd_deploy.cuda.tune import MOST_LOST
 from rd_deploy.engines.base import first_line
 from rd_deploy.helper import Fatal, Lost
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, is_taken
@@ -21,7 +22,6 @@ ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # half a unit in the last place,
 INTERPRETER = {"fp16": 1, "bf16": 2}  # times that: Triton's interpreter chops what it converts to bf16
 SMALLEST = {"fp16": 2.0**-25, "bf16": 0.0}  # half of the smallest subnormal number
 SUM = 2.0**-23  # per term of a sum in fp32, whatever its order, chopped rather than rounded
-MOST_LOST = 3  # configurations of a kernel whose process is lost; the others are not checked
 GUARD = 4096  # elements behind a kernel's output that it must leave alone
 
 
@@ -62,17 +62,15 @@ class Check:
         return vars(self) | {"_at_work": None}
 
     def __call__(self, choice: tuple[Any, Any, bool]) -> tuple[float, list[str]]:
-        from rd_deploy.cuda.trial import use, wait
+        from rd_deploy.cuda.trial import context_is_lost, use
 
         use(self.device)
         kernel, config, pdl = choice
         try:
             return self._checked(kernel, config, pdl)
         except RuntimeError as error:
-            try:
-                wait()
-            except RuntimeError as broken:
-                raise Fatal(f"it broke the GPU's context: {first_line(error)}") from broken
+            if context_is_lost():
+                raise Fatal(f"it broke the GPU's context: {first_line(error)}") from error
             raise
 
     def _checked(self, kernel: Any, config: Any, pdl: bool) -> tuple[float, list[str]]:

@@ -228,16 +228,9 @@ class Suite:
             return {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
 
     def _broken(self) -> bool:
-        """Whether the GPU's context is lost, as after an illegal access: then every later call fails."""
-        if self.dry:
-            return False
-        import torch
+        from rd_deploy.cuda.trial import context_is_lost
 
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return True
-        return False
+        return not self.dry and context_is_lost()
 
 
 def free() -> None:

@@ -26,6 +26,15 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def context_is_lost() -> bool:
+    """Whether a kernel's fault took the GPU's context along: then every later call of this process fails."""
+    try:
+        wait()
+    except RuntimeError:
+        return True
+    return False
+
+
 def use(device: str) -> None:
     """From now on, launch on this device, which a new process does not know."""
     import torch
@@ -77,10 +86,8 @@ class Trial:
             off = self._error(operands["out"])  # waits for the kernel
         except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
             reason = first_line(error)
-            try:
-                wait()
-            except RuntimeError as broken:
-                raise Fatal(f"{doing} broke the GPU's context: {reason}") from broken
+            if context_is_lost():
+                raise Fatal(f"{doing} broke the GPU's context: {reason}") from error
             return reason if doing == "it" else f"{doing} failed: {reason}"
         if off <= UNITS * ROUNDING[self.precision]:
             return None
@@ -99,9 +106,11 @@ class Trial:
         }
         return inputs | scratch | {"out": out}
 
-    def weights(self, choice: Choice, launch: Launch) -> list[str]:
-        """Which operands are weights."""
-        return list(pack(self._piece(choice.kernel), self.precision, launch))
+    @property
+    def weights(self) -> list[str]:
+        """Which of the operands that were made last are weights."""
+        _, inputs, _ = self._inputs
+        return [name for name in inputs if name not in ("x", "add")]
 
     def forget(self) -> None:
         """Give the last kernel's memory back."""

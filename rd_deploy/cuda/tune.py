@@ -15,7 +15,7 @@ import numpy as np
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError
 from rd_deploy.cuda.plan import Fusion, NothingToRun, Piece, Plan, build_plan, configs, places
-from rd_deploy.cuda.trial import Choice, Trial, wait
+from rd_deploy.cuda.trial import Choice, Trial, context_is_lost
 from rd_deploy.engines.base import first_line
 from rd_deploy.helper import Helper, Lost
 from rd_deploy.triton_kernels.cards import Card
@@ -86,10 +86,8 @@ class Tuner:
                 _times[key] = self._time(choice)
             except RuntimeError as error:  # no memory for copies, say
                 _reasons[key] = first_line(error)
-                try:
-                    wait()
-                except RuntimeError as broken:  # nothing can run any more: the reason comes first, lines get cut
-                    raise RuntimeError(f"{_reasons[key]}, which broke the GPU's context: {choice}") from broken
+                if context_is_lost():  # the reason comes first: lines get cut
+                    raise RuntimeError(f"{_reasons[key]}, which broke the GPU's context: {choice}") from error
         return None if self._reason(choice) else _times[key]
 
     def _key(self, choice: Choice) -> tuple:
@@ -111,27 +109,25 @@ class Tuner:
 
     def _known(self, choice: Choice) -> str | None:
         """Why a choice must not be used, as far as that is known."""
-        key = self._key(choice)
-        if key not in _reasons and self._lost[choice.kernel, choice.pdl] >= MOST_LOST:
-            return f"not tried, since {MOST_LOST} trials of this kernel were lost"
-        return _reasons.get(key)
+        left = self._lost[choice.kernel, choice.pdl] >= MOST_LOST
+        untried = f"not tried, since {MOST_LOST} trials of this kernel were lost" if left else None
+        return _reasons.get(self._key(choice), untried)
 
     def _reason(self, choice: Choice) -> str | None:
         """The same, after a trial if there was none."""
-        key, known = self._key(choice), self._known(choice)
-        if key in _reasons or known:
-            return known
-        try:
-            _reasons[key] = self._helper(choice)
-        except Lost as reason:
-            _reasons[key] = str(reason)
-            self._lost[choice.kernel, choice.pdl] += 1
-        return _reasons[key]
+        key = self._key(choice)
+        if key not in _reasons and self._known(choice) is None:
+            try:
+                _reasons[key] = self._helper(choice)
+            except Lost as reason:
+                _reasons[key] = str(reason)
+                self._lost[choice.kernel, choice.pdl] += 1
+        return self._known(choice)
 
     def _time(self, choice: Choice) -> float:
         launch = choice.kernel.launch(choice.config)
         operands = self._trial.operands(choice, launch)
-        return measure_cold(launch, operands, self._trial.weights(choice, launch), self.card)
+        return measure_cold(launch, operands, self._trial.weights, self.card)
 
 
 def measure_cold(launch: Launch, operands: dict[str, Any], weights: list[str], card: Card) -> float:
