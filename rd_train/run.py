@@ -12,7 +12,7 @@ from torch import nn
 
 from rd_deploy.bench.environment import available_threads, cpu
 from rd_deploy.common import UserError, write_json, write_text
-from rd_train import distributed, report
+from rd_train import bf16, distributed, report
 from rd_train.build import (
     build_student,
     build_task,
@@ -116,7 +116,8 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
 
 @contextlib.contextmanager
 def _planned(recipe: Recipe) -> Iterator[_Plan]:
-    """The plan of a run, which is printed; its data set's workers end with it."""
+    """The plan of a run, which is printed, and how it multiplies; its data set's workers end with it."""
+    products = bf16.products(recipe)
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
     start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
@@ -136,7 +137,9 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
         check_shares(len(dataset.train), recipe.batch_size, distributed.world())
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
         teacher = _given_teacher(recipe, dataset, arch)
-        yield _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
+        plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
+        with products:
+            yield plan
     finally:
         dataset.workers.close()
 
@@ -330,6 +333,7 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         "parameters": deployed_parameters(arch),
         "macs_per_image": macs_per_image(arch.deployed, size),
         "step_cost": round(relative_cost(task, size, sizes_of(recipe, size), update), 4),
+        "emulated_bf16": bf16.emulated(recipe),
     }
     print(
         f"data     {dataset.name}: {len(dataset.train):,} train, {len(dataset.val):,} validation, "
@@ -354,5 +358,6 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     if recipe.method in ("jointrd", "rd") and arch.shortcuts == "all":
         print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
     processes = f"{distributed.world()} processes, " if distributed.world() > 1 else ""
-    print(f"machine  {processes}{recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
+    precision = f"emulated {recipe.precision}" if plan["emulated_bf16"] else recipe.precision
+    print(f"machine  {processes}{recipe.device}, {recipe.threads} threads, {precision}", flush=True)
     return plan
