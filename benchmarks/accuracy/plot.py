@@ -3,8 +3,9 @@
     python benchmarks/accuracy/plot.py [--main FILE.json] [--depth FILE.json] [--out docs/images/accuracy.png]
 
 Left: test accuracy against depth (experiment depth, or main's depths while that was not run), with a standard deviation
-over seeds each way. Right: at the depth with the most rows of experiment main, accuracy against the cost of training,
-in cross-entropy trainings of the plain network; hollow with the training of the teacher.
+over seeds each way; points of fewer seeds than most say of how many. Right: at the depth with the most rows of
+experiment main, accuracy against the cost of training, in cross-entropy trainings of the plain network; hollow with the
+training of the teacher.
 """
 
 import argparse
@@ -22,6 +23,7 @@ COLOURS = {
     **{"published": "#CC79A7", "start": "#009E73"},
 }
 NAMES = {"resnet": "ResNet", "resnet-muon": "ResNet by Muon", "plain": "plain, cross-entropy"}
+NAMES |= {"published": "plain, the published loss"}
 NAMES |= {"start": "plain, cross-entropy, from our start by Muon", "ours": "plain, ours"}
 OTHER_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#9467BD", "#BCBD22")
 
@@ -46,7 +48,9 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     by_depth, by_cost = figure.subplots(1, 2)
-    for key, rows in series(depth or main).items():
+    curves = series(depth or main)
+    usual = Counter(len(row["seeds"]) for rows in curves.values() for row in rows).most_common(1)[0][0]
+    for key, rows in curves.items():
         spreads = [100 * (row["std"] or 0) for row in rows]
         by_depth.errorbar(
             [row["depth"] for row in rows],
@@ -57,6 +61,9 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
             marker="o",
             capsize=3,
         )
+        for row in [row for row in rows if len(row["seeds"]) < usual]:
+            place = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 7, "color": COLOURS[key]}
+            by_depth.annotate(f"n={len(row['seeds'])}", (row["depth"], 100 * row["mean"]), **place)
     depths = sorted({row["depth"] for row in (depth or main)["rows"]})
     by_depth.set(xlabel="depth", ylabel="test accuracy, %", xticks=depths)
     by_depth.set_title(textwrap.fill((depth or main)["what"], 70), fontsize=8)

@@ -126,6 +126,6 @@ def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "accuracy.png").size == (1950, 660)
     curves = plot.series(results())
     assert [(row["depth"], round(row["mean"], 3)) for row in curves["ours"]] == [(20, 0.899), (56, 0.899)]
-    assert set(curves) == {"resnet", "resnet-muon", "plain", "start", "ours"}
+    assert set(curves) == {"resnet", "resnet-muon", "plain", "published", "start", "ours"}
     assert {row["depth"] for row in plot.costs(results())} == {56}
     assert {row["depth"] for row in plot.costs(results(missing=4))} == {20}

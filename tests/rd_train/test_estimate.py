@@ -169,6 +169,18 @@ def test_slow_steps_are_timed_until_a_limit(monkeypatch, tmp_path):
         _timed_steps(take, meta, _endless(context.dataset.train, RECIPE))
 
 
+def test_a_teacher_is_measured_by_its_own_optimiser(monkeypatch, tmp_path):
+    optimizers = {}
+
+    def noted(name, task, meta, epochs, context):
+        optimizers[name] = context.recipe.optimizer
+
+    monkeypatch.setattr("rd_train.run.measure", noted)
+    monkeypatch.setattr("rd_train.run.print_estimate", lambda phases, context: None)
+    dry_run(replace(RECIPE, optimizer="muon"), tmp_path)
+    assert optimizers == {"teacher": "sgd", "student": "muon"}
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--width", "0.25", "--epochs", "2", "--train-limit", "100", "--method", "ce", "--dry"]
