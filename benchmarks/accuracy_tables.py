@@ -139,11 +139,14 @@ def _unfinished(document: dict) -> str:
 
 def _source(document: dict, columns: str) -> str:
     """What the columns mean and where they come from."""
-    settings = sorted({(run["epochs"], run["precision"]) for run in document["results"]})
+    precisions = [run["precision"].removesuffix("-emulated") for run in document["results"]]
+    settings = sorted({*zip([run["epochs"] for run in document["results"]], precisions, strict=True)})
     trained = " or ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
     if len({precision for _, precision in settings}) > 1:
-        usual = Counter(run["precision"] for run in document["results"]).most_common(1)[0][0]
+        usual = Counter(precisions).most_common(1)[0][0]
         trained += f", {usual} where nothing else is said"
+    if emulated := sum(run["precision"] not in precisions for run in document["results"]):
+        trained += f"; {emulated} of the results by emulated bf16"
     machine = document.get("card") or document["machine"]["cpu"]
     seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
     parts = (

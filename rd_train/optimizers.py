@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from rd_train import bf16
 from rd_train.recipe import Recipe
 
 NEWTON_SCHULZ = 5  # iterations of Muon
@@ -17,11 +18,13 @@ class KernelMuon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) on kernels (C_out, C_in, k, k), each as the (C_out, C_in·k·k) that multiplies patches.
 
     A step moves a kernel along its momentum with all singular values made equal, however unequal those of the gradient
-    are. torch's Muon takes matrices only: here they are views of the kernels' memory, which must stay where it is.
+    are. torch's Muon takes matrices only: here they are views of the kernels' memory, which must stay where it is. It
+    multiplies in bf16 whatever the recipe's precision is: on a CPU without it, by products in fp32 (see `bf16`).
     """
 
     def __init__(self, kernels: list[nn.Parameter], **options):
         self.kernels = kernels
+        self.emulated = kernels[0].device.type == "cpu" and not bf16.cpu_multiplies_bf16()
         super().__init__([nn.Parameter(_matrix(kernel.detach(), kernel)) for kernel in kernels], **options)
 
     @torch.no_grad()
@@ -31,7 +34,8 @@ class KernelMuon(torch.optim.Muon):
             if matrix.data_ptr() != kernel.data_ptr():
                 raise RuntimeError("a kernel was moved after its optimiser was made")
             matrix.grad = None if kernel.grad is None else _matrix(kernel.grad, kernel)
-        super().step()
+        with bf16.products(emulated=self.emulated):
+            super().step()
         for matrix in matrices:
             matrix.grad = None
 

@@ -84,7 +84,8 @@ class Recipe:
         clip_norm: Clip the norm of the gradient to this; 0 does not clip. 1 in rd, else 0.
         ema: Decay of an exponential moving average of the weights, which is then what is evaluated; 0 is none.
         sync_bn: BN by the batch of all processes (torchrun), not by each one's slice; as if there were one.
-        precision: fp32, bf16 (autocast), or auto (bf16 where the hardware multiplies it).
+        precision: fp32, bf16 (autocast), or auto (bf16 where the hardware multiplies it). bf16-emulated:
+            bf16 by products in fp32, rounded once, which bf16 becomes on a CPU that does not multiply it.
         channels_last: NHWC memory format.
         compile: Compile the step with torch.compile.
         device: cpu, cuda, or auto.
@@ -149,7 +150,7 @@ class Recipe:
     clip_norm: float | None = None
     ema: float = 0.0
     sync_bn: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "bf16-emulated"] = "auto"
     channels_last: bool = True
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -209,6 +210,11 @@ class Recipe:
             (
                 self.sync_bn and self.compile,
                 "sync_bn communicates within a step, which torch.compile cannot compile; use one of the two",
+            ),
+            (
+                self.precision == "bf16-emulated" and (self.compile or self.device == "cuda"),
+                "precision=bf16-emulated, which bf16 becomes on a CPU that does not multiply it, is neither for "
+                "torch.compile nor for GPUs; take compile=false and device=cpu, or another precision",
             ),
             (
                 self._warm and (joint or self.reparam != "none"),

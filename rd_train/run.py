@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from rd_deploy.bench.environment import available_threads, cpu
+from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError, write_json, write_text
 from rd_train import bf16, distributed, report
 from rd_train.build import (
@@ -50,11 +50,11 @@ def settle(recipe: Recipe) -> Recipe:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU; use --device cpu")
-    precision = recipe.precision
-    if precision == "auto":
-        precision = (
-            "bf16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()) else "fp32"
-        )
+    precision, on_cpu = recipe.precision, device == "cpu"
+    if precision in ("auto", "bf16") and on_cpu and not bf16.cpu_multiplies_bf16():
+        precision = "fp32" if precision == "auto" else bf16.EMULATED
+    elif precision == "auto":
+        precision = "bf16" if on_cpu or torch.cuda.is_bf16_supported() else "fp32"
     # Absolute, so that a run can be resumed from another folder.
     names = ("data_dir", "teacher_weights", "start_weights")
     paths = {name: _absolute(path) for name in names if (path := getattr(recipe, name))}
@@ -74,10 +74,6 @@ def _absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve())
     except RuntimeError as error:
         raise UserError(f"no such user: the ~ of {path} has no folder") from error
-
-
-def _cpu_multiplies_bf16() -> bool:
-    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(cpu()["flags"]))  # "bf16" is Arm's name
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,6 @@ def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool
 @contextlib.contextmanager
 def _planned(recipe: Recipe) -> Iterator[_Plan]:
     """The plan of a run, which is printed, and how it multiplies; its data set's workers end with it."""
-    products = bf16.products(recipe)
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
     start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
@@ -138,7 +133,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
         teacher = _given_teacher(recipe, dataset, arch)
         plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
-        with products:
+        with bf16.products(emulated=recipe.precision == bf16.EMULATED):
             yield plan
     finally:
         dataset.workers.close()
@@ -146,7 +141,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
 
 def _context(recipe: Recipe, plan: _Plan, folder: Path, stop: threading.Event, **options) -> Context:
     device = distributed.device(recipe.device)
-    return Context(recipe, plan.dataset, folder, device, recipe.precision == "bf16", stop, **options)
+    return Context(recipe, plan.dataset, folder, device, recipe.precision in ("bf16", bf16.EMULATED), stop, **options)
 
 
 def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
@@ -333,7 +328,6 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         "parameters": deployed_parameters(arch),
         "macs_per_image": macs_per_image(arch.deployed, size),
         "step_cost": round(relative_cost(task, size, sizes_of(recipe, size), update), 4),
-        "emulated_bf16": bf16.emulated(recipe),
     }
     print(
         f"data     {dataset.name}: {len(dataset.train):,} train, {len(dataset.val):,} validation, "
@@ -358,6 +352,5 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     if recipe.method in ("jointrd", "rd") and arch.shortcuts == "all":
         print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
     processes = f"{distributed.world()} processes, " if distributed.world() > 1 else ""
-    precision = f"emulated {recipe.precision}" if plan["emulated_bf16"] else recipe.precision
-    print(f"machine  {processes}{recipe.device}, {recipe.threads} threads, {precision}", flush=True)
+    print(f"machine  {processes}{recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
     return plan

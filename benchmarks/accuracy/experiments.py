@@ -15,8 +15,10 @@ from rd_train.recipe import Recipe
 
 # What all runs share unless their row says otherwise, as it may of the optimiser. A method's own default (of clipping,
 # say) must not be what makes the difference.
-SHARED = {"size": 32, "batch_size": 128, "lr": 0.1, "clip_norm": 1.0, "optimizer": "sgd", "precision": "bf16"}
-SHARED |= {"threads": 1}
+SHARED = {
+    **{"size": 32, "batch_size": 128, "lr": 0.1, "clip_norm": 1.0, "optimizer": "sgd"},
+    **{"precision": "bf16", "threads": 1},
+}
 PRESET = "fashion-plain20"
 SEEDS = (0, 1, 2)
 

@@ -49,7 +49,7 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     by_depth, by_cost = figure.subplots(1, 2)
     curves = series(depth or main)
-    usual = Counter(len(row["seeds"]) for rows in curves.values() for row in rows).most_common(1)[0][0]
+    counts = Counter(len(row["seeds"]) for rows in curves.values() for row in rows).most_common(1)
     for key, rows in curves.items():
         spreads = [100 * (row["std"] or 0) for row in rows]
         by_depth.errorbar(
@@ -61,7 +61,7 @@ def draw(main: dict, depth: dict | None, path: Path) -> None:
             marker="o",
             capsize=3,
         )
-        for row in [row for row in rows if len(row["seeds"]) < usual]:
+        for row in [row for row in rows if len(row["seeds"]) < counts[0][0]]:
             place = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 7, "color": COLOURS[key]}
             by_depth.annotate(f"n={len(row['seeds'])}", (row["depth"], 100 * row["mean"]), **place)
     depths = sorted({row["depth"] for row in (depth or main)["rows"]})

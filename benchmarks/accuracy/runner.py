@@ -25,6 +25,7 @@ sys.path.insert(0, ROOT)  # this checkout, installed or not
 
 from rd_deploy.bench.environment import cpu, git_commit
 from rd_deploy.common import UserError
+from rd_train import bf16
 from rd_train.recipe import Recipe, preset_values, read_values
 
 RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
@@ -104,12 +105,15 @@ class Job:
     def difference(self, settings: dict) -> str | None:
         """The first setting in which a run was another one, in words.
 
-        Not what has no effect, says where a run is, or is settled by the machine (a precision of ``auto``, say).
+        Not what has no effect, says where a run is, or is settled by the machine (a precision of ``auto``, or how a CPU
+        does bf16).
         """
         theirs, ours = Recipe(**settings), self.recipe()
         inert = {*theirs.unused(), *ours.unused()}
         for name in [field.name for field in fields(Recipe) if field.name not in OF_THE_MACHINE]:
             found, wanted = getattr(theirs, name), getattr(ours, name)
+            if {found, wanted} == {"bf16", bf16.EMULATED}:
+                continue
             if found != wanted and wanted not in (None, "auto") and name not in inert:
                 was = f"with {name}={found}" if name in settings else f"of another version, without {name}"
                 return f"{was}, not {name}={wanted}"

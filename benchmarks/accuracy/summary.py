@@ -60,8 +60,13 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
 
 
 def precision(run: dict) -> str:
-    """What a run computed in, which its machine settled; a GPU sums in another order than CPUs."""
-    return f"{run['precision']} on a GPU" if run.get("device") == "cuda" else run["precision"]
+    """What a run computed in, which its machine settled.
+
+    Emulated bf16 rounds where bf16 on CPUs does and sums in another order, as these do among each other. A GPU's
+    libraries choose more than that.
+    """
+    found = run["precision"].removesuffix("-emulated")
+    return f"{found} on a GPU" if run.get("device") == "cuda" else found
 
 
 def _runs(experiment: Experiment, row: Row, depth: int, results: list[dict]) -> list[dict]:

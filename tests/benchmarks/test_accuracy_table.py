@@ -364,6 +364,11 @@ def test_a_folder_of_other_settings_is_refused(fake):
     same = replace(job.recipe(), device="cpu", precision="bf16", threads=1, data_dir="/elsewhere")
     (job.folder / "recipe.yaml").write_text(dump_yaml(same), encoding="utf-8")
     job.check_folder()
+    (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, precision="bf16-emulated")), encoding="utf-8")
+    job.check_folder()
+    (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, precision="fp32")), encoding="utf-8")
+    with pytest.raises(UserError, match="a run with precision=fp32, not precision=bf16 as"):
+        runner.run_all([job], 1)
     (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, init="kaiming")), encoding="utf-8")
     with pytest.raises(
         UserError, match="a run with init=kaiming, not init=identity as plain20-tiny-rd-muon has now: move"
@@ -466,6 +471,17 @@ def test_a_gpu_is_another_precision():
     rows = summary.summary(EXPERIMENTS["main"], ours + resnet)
     assert not any(row["other_precision"] for row in rows)
     assert summary.comparisons(rows)[0]["holds"]
+
+
+def test_emulated_bf16_is_bf16_and_is_counted():
+    ours = [found | {"precision": "bf16-emulated"} for found in accuracies("plain56-rd-muon", 0.9, 0.91)]
+    resnet = accuracies("resnet56", 0.8, 0.8)
+    (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
+    assert (pair["precisions"], bool(pair["holds"])) == (None, True)
+    document = {"results": [*ours, *resnet], "what": "W", "machine": {"cpu": "C"}, "date": "D", "commit": "K"}
+    document |= {"note": "", "trained_again": [], "path": "P", "command": "M"}
+    said = accuracy_tables._source(document, accuracy_tables.COLUMNS)
+    assert said.startswith("W; 2 epochs in bf16; 2 of the results by emulated bf16. Mean")
 
 
 def test_what_is_compared_is_the_precision_of_each_pair():
