@@ -76,19 +76,21 @@ def assert_gone(session: int) -> None:
         time.sleep(0.02)
 
 
+# Ctrl-C sets an event, as in a run (`stop_on_signals`): an exception could strike within the pool's own locks.
 SCRIPT = """
+import signal, threading
 from rd_train.workers import Workers
 
 def main():
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda number, frame: stop.set())
     workers = Workers(2)
-    try:
-        workers.map(abs, [-1])
-        print("ready", flush=True)
-        while True:
-            workers.map(abs, list(range(-100, 0)))
-    except KeyboardInterrupt:
-        print(sum(workers.map(abs, [-1, -2])))
-        workers.close()
+    workers.map(abs, [-1])
+    print("ready", flush=True)
+    while not stop.is_set():
+        workers.map(abs, list(range(-100, 0)))
+    print(sum(workers.map(abs, [-1, -2])))
+    workers.close()
 
 if __name__ == "__main__":
     main()
