@@ -31,8 +31,7 @@ class Workers:
     """``count`` processes, started when there is work; with 0 the caller does it.
 
     Everything is sent to them by one thread. Ctrl-C is blocked in it, and so in the workers that it starts: it is for
-    the process that trains, which stops at the end of a step. Where it raises instead (the second one), the pool is not
-    half changed, but the caller may have left the thread's queue locked: then nothing more can be sent.
+    the process that trains, and raised in the main thread, where it cannot leave the pool half changed.
     """
 
     def __init__(self, count: int = 0):

@@ -76,7 +76,7 @@ def assert_gone(session: int) -> None:
         time.sleep(0.02)
 
 
-# Ctrl-C sets an event, as in a run (`stop_on_signals`): an exception could strike within the pool's own locks.
+# Ctrl-C sets an event, as in a run (`stop_on_signals`): an exception can strike where Python ignores it, and did once.
 SCRIPT = """
 import signal, threading
 from rd_train.workers import Workers
