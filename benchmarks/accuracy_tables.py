@@ -145,7 +145,7 @@ def _source(document: dict, columns: str) -> str:
     if len({precision for _, precision in settings}) > 1:
         usual = Counter(precisions).most_common(1)[0][0]
         trained += f", {usual} where nothing else is said"
-    if emulated := sum(run["precision"] not in precisions for run in document["results"]):
+    if emulated := sum(run["precision"].endswith("-emulated") for run in document["results"]):
         trained += f"; {emulated} of the results by emulated bf16"
     machine = document.get("card") or document["machine"]["cpu"]
     seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"

@@ -50,11 +50,12 @@ def settle(recipe: Recipe) -> Recipe:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU; use --device cpu")
-    precision, on_cpu = recipe.precision, device == "cpu"
-    if precision in ("auto", "bf16") and on_cpu and not bf16.cpu_multiplies_bf16():
-        precision = "fp32" if precision == "auto" else bf16.EMULATED
-    elif precision == "auto":
-        precision = "bf16" if on_cpu or torch.cuda.is_bf16_supported() else "fp32"
+    precision = recipe.precision
+    multiplies = torch.cuda.is_bf16_supported() if device == "cuda" else bf16.cpu_multiplies_bf16()
+    if precision == "auto":
+        precision = "bf16" if multiplies else "fp32"
+    elif precision == "bf16" and device == "cpu" and not multiplies:
+        precision = bf16.EMULATED
     # Absolute, so that a run can be resumed from another folder.
     names = ("data_dir", "teacher_weights", "start_weights")
     paths = {name: _absolute(path) for name in names if (path := getattr(recipe, name))}
