@@ -1,11 +1,14 @@
 """What a run will cost, counted rather than estimated: the real step on the meta device under torch's FLOP counter."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rd_train import distributed
@@ -15,11 +18,32 @@ from rd_train.optimizers import NEWTON_SCHULZ, muon_kernels
 from rd_train.recipe import Recipe
 
 
+class _WithoutBN(TorchFunctionMode):
+    """BN passes its input on: it has no multiply-accumulates, and takes most of the time of a step without memory.
+
+    On the meta device torch runs it as dozens of operations in Python. Which gradients there are stays the same.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_passed_on if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+
+def _passed_on(maps: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None = None, **_) -> Tensor:
+    """In place of ``F.batch_norm``. Where BN is trained and nothing before it is, gradients begin at its weight."""
+    return maps if weight is None or maps.requires_grad else maps * weight[:, None, None]
+
+
+@contextmanager
+def _counted() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False) as counter, _WithoutBN():
+        yield counter
+
+
 def macs_per_image(arch: Arch, size: int) -> int:
     """Multiply-accumulates of one forward pass of a ``size`` x ``size`` image (convolutions and classifier)."""
     with torch.device("meta"):
         network, image = Network(arch).eval(), torch.empty(1, arch.in_channels, size, size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _counted() as counter, torch.no_grad():
         network(image)
     return counter.get_total_flops() // 2
 
@@ -34,7 +58,7 @@ def step_macs(task: nn.Module, size: int, **outcome) -> int:
         # Two images: BN on batch statistics refuses a single value per channel.
         images, labels = torch.empty(2, arch.in_channels, size, size), torch.empty(2, dtype=torch.long)
         progress = torch.zeros(())
-    with FlopCounterMode(display=False) as counter:
+    with _counted() as counter:
         task.train()(images, labels, progress, **outcome)["loss"].backward()
     return counter.get_total_flops() // 4
 

@@ -102,6 +102,28 @@ def test_muons_products_are_counted(name, monkeypatch):
     assert relative_cost(ordinary, 64, update=step_macs(ordinary, 64) / 4) == 1.25
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_counted_without_memory_as_with_it(frozen):
+    """All products of a step of images, with BN as it is; also where BN alone is trained, and nothing before it."""
+
+    def task():
+        student, teacher = (
+            Network(parse_arch(name, width=0.25, in_channels=1, classes=10, reparam="branches"))
+            for name in ("plain20", "resnet20")
+        )
+        for part in student.modules():
+            if isinstance(part, torch.nn.Conv2d):
+                part.weight.requires_grad_(not frozen)
+        return ResidualDistillation(student, teacher).train()
+
+    with FlopCounterMode(display=False) as counter:
+        images, labels = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
+        task()(images, labels, torch.zeros(()), splices=(1, 2))["loss"].backward()
+    with torch.device("meta"):
+        meta = task()
+    assert step_macs(meta, 16, splices=(1, 2)) == counter.get_total_flops() / 4 > 0
+
+
 def test_smaller_images_cost_less():
     task = on_meta(CrossEntropy, "plain18")
     half = mean_step_macs(task, 64, lambda progress: 32 if progress < 0.5 else 64)

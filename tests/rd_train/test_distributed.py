@@ -1,11 +1,10 @@
 """Several processes against one: the same result, from torchrun's environment, through kills, stops and errors.
 
-Most tests start processes by a fork server that has torch loaded, with the environment that torchrun sets; torchrun
-itself starts those that are killed.
+Most tests start processes as `processes` does, with the environment that torchrun sets; torchrun itself starts those
+that are killed.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,11 +12,13 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import flags, rd_train, started
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads
@@ -40,16 +41,9 @@ SMALL = Recipe(
     method="ce", arch="plain20", width=0.25, epochs=2, teacher_epochs=1, batch_size=40, lr=0.05, warmup_epochs=0.5,
     train_limit=120, precision="fp32", device="cpu", threads=1,
 )  # fmt: skip
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["rd_train.run", "sklearn.datasets", "pytest"])
 
 
 # --- starting processes
-
-
-def flags(recipe: Recipe) -> list[str]:
-    values = {name: value for name, value in recipe.to_dict().items() if value not in (None, "")}
-    return [f"--{name}={value}" for name, value in values.items() if value != getattr(Recipe, name)]
 
 
 @dataclass
@@ -79,18 +73,13 @@ def start(function, folder: Path, *arguments, world: int = 2, restarts: int = 0)
     }  # fmt: skip
     processes = []
     for rank in range(world):
-        values = {**common, "RANK": rank, "LOCAL_RANK": rank}
-        process = FORK.Process(target=member, args=(values, folder, rank, function, arguments), daemon=True)
-        process.start()
-        processes.append(process)
+        environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        out, err = folder / f"out{rank}", folder / f"err{rank}"
+        processes.append(started(leaving, out, err, function, *arguments, environment=environment))
     return Group(processes, folder, store)
 
 
-def member(values: dict, folder: Path, rank: int, function, arguments: tuple) -> None:
-    os.environ.update({name: str(value) for name, value in values.items()})
-    for stream, number in (("out", 1), ("err", 2)):
-        os.dup2(os.open(folder / f"{stream}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-    torch.set_num_threads(1)
+def leaving(function, *arguments) -> NoReturn:
     distributed.leave(function(*arguments))
 
 
@@ -101,7 +90,7 @@ def train(recipe: Recipe, out: Path, *arguments: str, mishap: str = "", **option
 
 
 def command(mishap: str, *arguments: str) -> int:
-    from rd_train import cli, loop
+    from rd_train import loop
 
     def rate(step: int, total: int, **options) -> float:
         if step == 3 and os.environ["RANK"] == "1":
@@ -112,8 +101,7 @@ def command(mishap: str, *arguments: str) -> int:
         return learning_rate(step, total, **options)
 
     loop.learning_rate = rate
-    sys.argv = ["rd-train", *arguments]
-    return cli.main()
+    return rd_train(*arguments)
 
 
 def train_all(recipes: dict[str, Recipe], folder: Path) -> int:

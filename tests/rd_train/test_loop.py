@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import flags, rd_train, started
 from steps import stepped
 
 from rd_deploy.common import Stopped, UserError
@@ -34,14 +33,6 @@ RECIPE = Recipe(
     method="jointrd", arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5,
     ema=0.9, clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
 )  # fmt: skip
-FLAGS = [f"--{name}={value}" for name, value in RECIPE.to_dict().items()
-         if value is not None and value != "" and value != getattr(Recipe, name)]  # fmt: skip
-COMMAND = [sys.executable, "-m", "rd_train.cli"]
-
-
-def environment() -> dict:
-    root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +44,22 @@ def uninterrupted(tmp_path_factory):
 
 def interrupt(folder: Path, when: str, how: signal.Signals) -> int:
     """Start the run as a process and send a signal as soon as a file exists; returns the exit status."""
-    process = subprocess.Popen([*COMMAND, "digits", *FLAGS, "--out", str(folder)], env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    errors = folder.with_name("errors")
+    process = started(rd_train, Path(os.devnull), errors, "digits", *flags(RECIPE), "--out", str(folder))
     deadline = time.monotonic() + 200
-    while not (folder / when).exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (folder / when).exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(how)
-    process.communicate(timeout=100)
-    return process.returncode
+    os.kill(process.pid, how)
+    process.join(100)
+    return process.exitcode
 
 
-def resume(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, "--resume", str(folder)], env=environment(), capture_output=True, text=True)
+def resume(folder: Path) -> tuple[int, str]:
+    """The exit code, and what was said on stderr."""
+    errors = folder.with_name("errors")
+    process = started(rd_train, Path(os.devnull), errors, "--resume", str(folder))
+    process.join(200)
+    return process.exitcode, errors.read_text()
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -92,8 +87,8 @@ def assert_same(one: Path, other: Path) -> None:
 def test_resume_is_bit_equal(uninterrupted, tmp_path, when, how, status):
     assert interrupt(tmp_path / "run", when, how) == status
     assert not (tmp_path / "run" / "result.json").exists()
-    done = resume(tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    code, said = resume(tmp_path / "run")
+    assert code == 0, said
     assert_same(uninterrupted, tmp_path / "run")
 
 
@@ -155,11 +150,13 @@ def test_a_given_teacher_is_used_as_it_is(uninterrupted, tmp_path):
 
 
 def test_damaged_state_is_one_line(uninterrupted, tmp_path):
-    (tmp_path / "recipe.yaml").write_text((uninterrupted / "recipe.yaml").read_text())
-    (tmp_path / "teacher-state.pt").write_bytes((uninterrupted / "teacher-state.pt").read_bytes()[:1000])
-    done = resume(tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text((uninterrupted / "recipe.yaml").read_text())
+    (folder / "teacher-state.pt").write_bytes((uninterrupted / "teacher-state.pt").read_bytes()[:1000])
+    code, said = resume(folder)
+    assert code == 2
+    assert len(said.strip().splitlines()) == 1
 
 
 # Everything that draws at random or changes with the step: a resume must repeat all of it.
