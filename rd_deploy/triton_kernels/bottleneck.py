@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import triton
@@ -153,11 +153,11 @@ class BottleneckKernel:
     outputs: int
     stride: int
 
-    @property
+    @cached_property
     def out_size(self) -> tuple[int, int]:
         return (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Output pixels of all images."""
         return self.batch * self.out_size[0] * self.out_size[1]

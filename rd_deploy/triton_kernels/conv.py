@@ -185,12 +185,12 @@ class ConvKernel:
     add: bool = False
     fp32_out: bool = False
 
-    @property
+    @functools.cached_property
     def out_size(self) -> tuple[int, int]:
         sizes = (self.height, self.kernel_height), (self.width, self.kernel_width)
         return tuple((size + 2 * self.padding - kernel) // self.stride + 1 for size, kernel in sizes)
 
-    @property
+    @functools.cached_property
     def pixels(self) -> int:
         """Output pixels of all images."""
         return self.batch * self.out_size[0] * self.out_size[1]
