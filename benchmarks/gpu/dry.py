@@ -16,8 +16,8 @@ PAUSE = 2e-4  # seconds: what a stand-in takes
 
 
 def chain(network: str) -> Chain:
-    """The first block of the first two stages, a quarter as wide, 32x32: Triton's interpreter takes seconds even so."""
-    whole = source_from_name(network, 32, classes=10, width=0.25).chain
+    """The first block of the first two stages, a quarter as wide, 16x16: Triton's interpreter takes seconds even so."""
+    whole = source_from_name(network, 16, classes=10, width=0.25).chain
     last = next(step.name for step in reversed(whole.steps) if step.name.startswith(f"{KEPT[-1]}."))
     channels = whole.shapes()[last][0]
     kept, ends = [], {}

@@ -114,14 +114,12 @@ def test_the_table_ends_the_output(whole):
     assert table[-1].startswith("written: ")
 
 
-def test_rows_can_be_picked(tmp_path):
+def test_rows_can_be_picked(tmp_path, here, capsys):
     path = tmp_path / "gpu.json"
-    done = command("--dry", "--part", "c", "--rows", "ledger", "--out", str(path))
-    assert done.returncode == 0, done.stderr
+    assert here("--dry", "--part", "c", "--rows", "ledger", "--out", str(path)) == 0
     assert list(rows_of(path)) == ["c/1/ledger"]
-    done = command("--dry", "--part", "c", "--rows", "leger", "--out", str(path))
-    assert done.returncode == 2
-    assert "no row of parts c has 'leger' in its key" in done.stderr
+    assert here("--dry", "--part", "c", "--rows", "leger", "--out", str(path)) == 2
+    assert "no row of parts c has 'leger' in its key" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_after_its_last_row(tmp_path):

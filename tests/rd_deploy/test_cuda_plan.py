@@ -157,8 +157,8 @@ def test_a_tensor_with_two_readers_is_not_fused_away():
     assert all(needed in {INPUT, *(s.out for s in plan.steps)} for s in network.steps for needed in sources(s))
 
 
-def test_unknown_fusion_and_too_large_a_batch():
+def test_unknown_fusion_and_too_large_a_batch(resnet50):
     with pytest.raises(UserError, match="fusion 'maybe'"):
         build_plan(bottlenecks(), 1, H100, "maybe")
     with pytest.raises(UserError, match="smaller batch"):
-        build_plan(chain_from_name("resnet50"), 4096, H100)
+        build_plan(resnet50, 4096, H100)
