@@ -19,7 +19,7 @@ from rd_train.recipe import Recipe
 
 
 class _WithoutBN(TorchFunctionMode):
-    """BN passes its input on: it has no multiply-accumulates, and takes most of the time of a step without memory.
+    """BN passes its input on: its multiply-accumulates are not counted, and it takes most of a step's time.
 
     On the meta device torch runs it as dozens of operations in Python. Which gradients there are stays the same.
     """
@@ -28,9 +28,9 @@ class _WithoutBN(TorchFunctionMode):
         return (_passed_on if func is F.batch_norm else func)(*args, **(kwargs or {}))
 
 
-def _passed_on(maps: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None = None, **_) -> Tensor:
-    """In place of ``F.batch_norm``. Where BN is trained and nothing before it is, gradients begin at its weight."""
-    return maps if weight is None or maps.requires_grad else maps * weight[:, None, None]
+def _passed_on(maps: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor, bias: Tensor, **_) -> Tensor:
+    """In place of ``F.batch_norm``. Where BN is trained and nothing before it is, gradients begin there."""
+    return maps if maps.requires_grad else maps * weight[:, None, None] + bias[:, None, None]
 
 
 @contextmanager
@@ -55,12 +55,11 @@ def step_macs(task: nn.Module, size: int, **outcome) -> int:
     """
     arch = task.student.arch
     with torch.device("meta"):
-        # Two images: BN on batch statistics refuses a single value per channel.
-        images, labels = torch.empty(2, arch.in_channels, size, size), torch.empty(2, dtype=torch.long)
+        images, labels = torch.empty(1, arch.in_channels, size, size), torch.empty(1, dtype=torch.long)
         progress = torch.zeros(())
     with _counted() as counter:
         task.train()(images, labels, progress, **outcome)["loss"].backward()
-    return counter.get_total_flops() // 4
+    return counter.get_total_flops() // 2
 
 
 def mean_step_macs(task: nn.Module, size: int, size_at: Callable[[float], int] | None = None) -> float:

@@ -154,8 +154,7 @@ class Build:
     """One configuration of the build.
 
     ``sanitize``: for ``-fsanitize=``; it turns optimisation down and assertions on. ``werror``: warnings are errors.
-    ``flags``: further flags of the compiler and of the linker. ``jobs``: compilers that run at once. ``isas``: the
-    instruction sets that the program needs, where that is not all that the compiler has.
+    ``flags``: further flags of the compiler and of the linker. ``jobs``: compilers that run at once.
     """
 
     compiler: Compiler
@@ -164,7 +163,6 @@ class Build:
     flags: tuple[str, ...] = ()
     jobs: int = field(default_factory=lambda: _cpus())
     objects: Path = OBJECTS
-    isas: Sequence[str] = tuple(INSTRUCTION_SETS)
 
     def library(self, folder: Path) -> Path:
         """Build the shared library in ``folder``; returns its path."""
@@ -188,7 +186,7 @@ class Build:
         unknown = [path.name for path in files if path.stem not in INSTRUCTION_SETS]
         if unknown:
             raise BuildError(f"src/kernels/{unknown[0]} has no entry in INSTRUCTION_SETS of {Path(__file__).name}")
-        return [path for path in files if path.stem in self.isas and path.stem in self.compiler.isas]
+        return [path for path in files if path.stem in self.compiler.isas]
 
     def _command(self, source: Path) -> list[str]:
         """The compiler's command for one file, but for its output."""

@@ -153,7 +153,7 @@ class BottleneckKernel:
     outputs: int
     stride: int
 
-    @cached_property
+    @cached_property  # as the pixels: asked for as often as there are configurations
     def out_size(self) -> tuple[int, int]:
         return (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1
 

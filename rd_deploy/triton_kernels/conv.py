@@ -185,7 +185,7 @@ class ConvKernel:
     add: bool = False
     fp32_out: bool = False
 
-    @functools.cached_property
+    @functools.cached_property  # as the pixels: asked for as often as there are configurations
     def out_size(self) -> tuple[int, int]:
         sizes = (self.height, self.kernel_height), (self.width, self.kernel_width)
         return tuple((size + 2 * self.padding - kernel) // self.stride + 1 for size, kernel in sizes)

@@ -8,12 +8,12 @@ for 30 seconds, or as many as RD_FUZZ_SECONDS of the environment says. Kernels t
 import os
 import shutil
 import subprocess
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
 
-from rd_deploy.native import available_isas
+from rd_deploy.native import library
 from rd_deploy.native.build import EMPTY, EMPTY_FUZZER, OBJECTS, Build, BuildError, Compiler
 
 FOLDER = Path(__file__).parent
@@ -28,10 +28,25 @@ def sanitizers(program: str) -> str:
 
 
 @cache
+def runs_here() -> list[str]:
+    """The instruction sets of this CPU, by a library of today's sources."""
+    path = Build(Compiler.find()).library(OBJECTS / "current")
+    return library.load(path).rd_available_isas().decode().split(",")
+
+
+class Native(Compiler):
+    """Compiles the kernels that this CPU can run, and no others."""
+
+    @cached_property
+    def isas(self) -> dict[str, tuple[str, ...]]:
+        return {isa: flags for isa, flags in super().isas.items() if isa in runs_here()}
+
+
+@cache
 def usable(sanitize: str, name: str | None = None, source: str = EMPTY) -> Compiler | str:
     """The compiler, or why programs under these sanitizers cannot be built or run here."""
     try:
-        compiler = Compiler.find(name)
+        compiler = Native.find(name)
     except BuildError as reason:
         return str(reason)
     if compiler.runs([f"-fsanitize={sanitize}"], source):
@@ -45,8 +60,7 @@ def test_program(program, tmp_path):
     compiler = usable(sanitize)
     if isinstance(compiler, str):
         pytest.skip(compiler)
-    build = Build(compiler, sanitize, isas=available_isas())
-    built = build.executable(OBJECTS / "tests" / Path(program).stem, [FOLDER / program])
+    built = Build(compiler, sanitize).executable(OBJECTS / "tests" / Path(program).stem, [FOLDER / program])
     ran = subprocess.run(
         [built, tmp_path], cwd=tmp_path, env=os.environ | OPTIONS, capture_output=True, text=True, errors="replace"
     )
@@ -58,8 +72,9 @@ def test_no_file_crashes_the_engine(tmp_path):
     compiler = usable("fuzzer,address,undefined", "clang++", EMPTY_FUZZER)
     if isinstance(compiler, str):
         pytest.skip(f"libFuzzer needs clang: {compiler}")
-    build = Build(compiler, "fuzzer,address,undefined", isas=available_isas())
-    built = build.executable(OBJECTS / "tests" / "fuzz", [FOLDER / "fuzz_rdp.cpp"])
+    built = Build(compiler, "fuzzer,address,undefined").executable(
+        OBJECTS / "tests" / "fuzz", [FOLDER / "fuzz_rdp.cpp"]
+    )
     corpus, crashes = tmp_path / "corpus", OBJECTS / "crashes"
     shutil.copytree(FOLDER / "corpus", corpus)
     crashes.mkdir(exist_ok=True)

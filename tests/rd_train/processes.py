@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -20,13 +21,16 @@ def flags(recipe: Recipe) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items() if value != getattr(Recipe, name)]
 
 
-def started(function: Callable[..., int], out: Path, err: Path, *arguments: object, environment: Mapping | None = None):
-    """Run ``function(*arguments)``, which returns the exit code, in a process of one thread.
+def started(
+    function: Callable[..., int], out: Path, err: Path, *arguments: object, environment: Mapping | None = None
+) -> BaseProcess:
+    """Run ``function(*arguments)``, which returns the exit code, in a process of one thread; returns the process.
 
-    It writes its stdout and stderr to those files.
+    It writes its stdout and stderr to those files. ``environment`` comes besides today's: the fork server has kept that
+    of its own start.
     """
-    member = (out, err, {name: str(value) for name, value in (environment or {}).items()}, function, arguments)
-    process = FORK.Process(target=_member, args=member, daemon=True)
+    values = {**os.environ, **{name: str(value) for name, value in (environment or {}).items()}}
+    process = FORK.Process(target=_member, args=(out, err, values, function, arguments), daemon=True)
     process.start()
     return process
 
@@ -39,7 +43,7 @@ def _member(out: Path, err: Path, environment: dict, function: Callable[..., int
     sys.exit(function(*arguments))
 
 
-def rd_train(*arguments: str) -> int:
+def run_rd_train(*arguments: str) -> int:
     """The command, as a function for `started`."""
     from rd_train import cli
 

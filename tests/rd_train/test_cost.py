@@ -102,8 +102,8 @@ def test_muons_products_are_counted(name, monkeypatch):
     assert relative_cost(ordinary, 64, update=step_macs(ordinary, 64) / 4) == 1.25
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_counted_without_memory_as_with_it(frozen):
+@pytest.mark.parametrize("trained", [("weight", "bias"), ("bn",), ("bias",)])
+def test_counted_without_memory_as_with_it(trained):
     """All products of a step of images, with BN as it is; also where BN alone is trained, and nothing before it."""
 
     def task():
@@ -111,9 +111,8 @@ def test_counted_without_memory_as_with_it(frozen):
             Network(parse_arch(name, width=0.25, in_channels=1, classes=10, reparam="branches"))
             for name in ("plain20", "resnet20")
         )
-        for part in student.modules():
-            if isinstance(part, torch.nn.Conv2d):
-                part.weight.requires_grad_(not frozen)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(any(part in name for part in trained))
         return ResidualDistillation(student, teacher).train()
 
     with FlopCounterMode(display=False) as counter:

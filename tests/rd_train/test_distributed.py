@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from processes import flags, rd_train, started
+from processes import flags, run_rd_train, started
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads
@@ -101,7 +101,7 @@ def command(mishap: str, *arguments: str) -> int:
         return learning_rate(step, total, **options)
 
     loop.learning_rate = rate
-    return rd_train(*arguments)
+    return run_rd_train(*arguments)
 
 
 def train_all(recipes: dict[str, Recipe], folder: Path) -> int:

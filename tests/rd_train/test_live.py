@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import flags
 
 from rd_train.checkpoint import load_checkpoint
 from rd_train.live import BLOCKS, View, in_words, shown, sparkline
@@ -135,9 +136,8 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(tmp_path):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     before = termios.tcgetattr(slave)
-    flags = [f"--{name}={value}" for name, value in replace(SMALL, epochs=500).to_dict().items()
-             if value not in (None, "") and value != getattr(Recipe, name)]  # fmt: skip
-    command = [sys.executable, "-m", "rd_train.cli", "digits", *flags, "--out", str(tmp_path / "run")]
+    options = flags(replace(SMALL, epochs=500))
+    command = [sys.executable, "-m", "rd_train.cli", "digits", *options, "--out", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,

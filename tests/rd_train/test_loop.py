@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import flags, rd_train, started
+from processes import flags, run_rd_train, started
 from steps import stepped
 
 from rd_deploy.common import Stopped, UserError
@@ -35,6 +37,11 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
+def environment() -> dict:
+    root = Path(__file__).resolve().parents[2]
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -42,23 +49,26 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def interrupt(folder: Path, when: str, how: signal.Signals) -> int:
-    """Start the run as a process and send a signal as soon as a file exists; returns the exit status."""
+def interrupt(folder: Path, when: str, how: signal.Signals) -> tuple[int, str]:
+    """Start the run as a process and send a signal as soon as a file exists: the exit code, and what stderr got."""
     errors = folder.with_name("errors")
-    process = started(rd_train, Path(os.devnull), errors, "digits", *flags(RECIPE), "--out", str(folder))
+    process = started(run_rd_train, Path(os.devnull), errors, "digits", *flags(RECIPE), "--out", str(folder))
     deadline = time.monotonic() + 200
     while not (folder / when).exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.kill(process.pid, how)
+    if process.is_alive():
+        os.kill(process.pid, how)
     process.join(100)
-    return process.exitcode
+    process.kill()  # should it not have ended
+    return process.exitcode, errors.read_text()
 
 
 def resume(folder: Path) -> tuple[int, str]:
-    """The exit code, and what was said on stderr."""
+    """The exit code, and what stderr got."""
     errors = folder.with_name("errors")
-    process = started(rd_train, Path(os.devnull), errors, "--resume", str(folder))
+    process = started(run_rd_train, Path(os.devnull), errors, "--resume", str(folder))
     process.join(200)
+    process.kill()
     return process.exitcode, errors.read_text()
 
 
@@ -85,7 +95,8 @@ def assert_same(one: Path, other: Path) -> None:
     ],
 )
 def test_resume_is_bit_equal(uninterrupted, tmp_path, when, how, status):
-    assert interrupt(tmp_path / "run", when, how) == status
+    code, said = interrupt(tmp_path / "run", when, how)
+    assert code == status, said
     assert not (tmp_path / "run" / "result.json").exists()
     code, said = resume(tmp_path / "run")
     assert code == 0, said
@@ -154,9 +165,10 @@ def test_damaged_state_is_one_line(uninterrupted, tmp_path):
     folder.mkdir()
     (folder / "recipe.yaml").write_text((uninterrupted / "recipe.yaml").read_text())
     (folder / "teacher-state.pt").write_bytes((uninterrupted / "teacher-state.pt").read_bytes()[:1000])
-    code, said = resume(folder)
-    assert code == 2
-    assert len(said.strip().splitlines()) == 1
+    command = [sys.executable, "-m", "rd_train", "--resume", str(folder)]  # itself, with all that Python says
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 # Everything that draws at random or changes with the step: a resume must repeat all of it.
