@@ -1,5 +1,6 @@
 """The picture of a benchmark: latency, ratios, and feature maps over the layers of both networks."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rd_deploy.bench.claims import SPEED
@@ -7,6 +8,8 @@ from rd_deploy.bench.memory_plot import COLOURS, draw_ledgers
 from rd_deploy.bench.report import engine_label
 from rd_deploy.common import atomic_path
 from rd_deploy.memory import Ledger
+
+FAR_APART = 30  # times: on a linear axis the least could no longer be read
 
 
 def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Ledger]]) -> None:
@@ -22,8 +25,8 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Le
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, height_ratios=[1 + 0.42 * rows, 3.2])
     latency = figure.add_subplot(grid[0, 0])
-    _latency(latency, document)
-    _ratios(figure.add_subplot(grid[0, 1]), document)
+    draw_latency(latency, document)
+    draw_ratios(figure.add_subplot(grid[0, 1]), document)
     if ledgers:
         draw_ledgers([figure.add_subplot(grid[1, column]) for column in range(len(ledgers))], ledgers)
     cpu = document["environment"]["cpu"]["model"] or "unknown CPU"
@@ -43,7 +46,18 @@ def _where(row: dict) -> str:
     return f"{row['precision']}, batch {row['batch']}"
 
 
-def _latency(axes, document: dict) -> None:
+def _scale(axes, values: Iterable[float], label: str) -> None:
+    """Scale and label of the horizontal axis: logarithmic where one engine is far slower than another."""
+    least, most = min(values), max(values)
+    axes.margins(x=0.15)
+    if most > FAR_APART * least > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(least / 2, most * 3)  # and room for its number
+        label += "\non a logarithmic axis"
+    axes.set_xlabel(label)
+
+
+def draw_latency(axes, document: dict) -> None:
     """Horizontal bars, two per setting; time per image, so that batches share one axis."""
     settings = list(dict.fromkeys(_setting(row) for row in document["results"]))
     for side, name in enumerate((document["model"], document["compare"])):
@@ -59,14 +73,14 @@ def _latency(axes, document: dict) -> None:
             )
     axes.set_yticks(range(len(settings)), settings, size=8)
     axes.set_ylim(len(settings) - 0.4, -0.6)
-    axes.margins(x=0.15)
-    axes.set_xlabel("ms per image, host to host (median, 95% interval)")
+    times = [row[name] / row["batch"] for row in document["results"] for name in ("low_ms", "high_ms")]
+    _scale(axes, times, "ms per image, host to host (median, 95% interval)")
     axes.set_title("Latency: shorter is better", size=10)
     axes.legend(fontsize=8, loc="best")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _ratios(axes, document: dict) -> None:
+def draw_ratios(axes, document: dict) -> None:
     """Points with intervals against the lines of no difference and of the claim."""
     rows = [(_setting(row), row) for row in document["ratios"]]
     for kind, across in (("best", document["best"]), ("best other", document.get("native_against_others", ()))):
@@ -87,7 +101,7 @@ def _ratios(axes, document: dict) -> None:
     axes.annotate(f"claim {SPEED}x", (SPEED, 1), (3, -2), color="green", **where)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], size=8)
     axes.set_ylim(len(rows) - 0.5, -0.9)
-    axes.margins(x=0.15)
-    axes.set_xlabel(f"time of {document['compare']} / time of {document['model']} (95% interval)")
+    ends = [1, SPEED, *(row[name] for _, row in rows for name in ("low", "high"))]
+    _scale(axes, ends, f"time of {document['compare']} / time of {document['model']} (95% interval)")
     axes.set_title(f"How many times faster {document['model']} is", size=10)
     axes.spines[["top", "right"]].set_visible(False)
