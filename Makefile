@@ -36,8 +36,7 @@ demo: setup  ## train a small plain network, export it, bench it (under 4 minute
 		"  $(DEMO)/bench/bench.png, bench.json, memory.png   speed and memory against the ResNet it came from"
 
 test: lint  ## everything that CI runs: lint, then the tests, those of the C++ engine among them
-	@# In the order of their files: xdist would put those of few tests last, and some of them take longest.
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --max-worker-restart=0 $(PYTEST_FLAGS)
 
 lint: setup  ## ruff, clang-format, hadolint on the Dockerfiles, and the C++ engine without a warning
 	$(BIN)/ruff check .
