@@ -1,6 +1,6 @@
 """The picture of a benchmark: latency, ratios, and feature maps over the layers of both networks."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from rd_deploy.bench.claims import SPEED
@@ -46,7 +46,7 @@ def _where(row: dict) -> str:
     return f"{row['precision']}, batch {row['batch']}"
 
 
-def _scale(axes, values: Iterable[float], label: str) -> None:
+def _scale(axes, values: Sequence[float], label: str) -> None:
     """Scale and label of the horizontal axis: logarithmic where one engine is far slower than another."""
     least, most = min(values), max(values)
     axes.margins(x=0.15)

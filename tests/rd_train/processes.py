@@ -15,6 +15,12 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["rd_train.run", "sklearn.datasets", "pytest"])
 
 
+def environment() -> dict[str, str]:
+    """Today's, with this checkout among what Python imports from."""
+    root = Path(__file__).resolve().parents[2]
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
 def flags(recipe: Recipe) -> list[str]:
     """Those of ``rd-train`` for this recipe."""
     values = {name: value for name, value in recipe.to_dict().items() if value not in (None, "")}
@@ -22,21 +28,21 @@ def flags(recipe: Recipe) -> list[str]:
 
 
 def started(
-    function: Callable[..., int], out: Path, err: Path, *arguments: object, environment: Mapping | None = None
+    function: Callable[..., int], out: Path, err: Path, *arguments: object, values: Mapping | None = None
 ) -> BaseProcess:
     """Run ``function(*arguments)``, which returns the exit code, in a process of one thread; returns the process.
 
-    It writes its stdout and stderr to those files. ``environment`` comes besides today's: the fork server has kept that
-    of its own start.
+    It writes its stdout and stderr to those files. ``values`` of the environment come besides today's: the fork server
+    has kept those of its own start.
     """
-    values = {**os.environ, **{name: str(value) for name, value in (environment or {}).items()}}
-    process = FORK.Process(target=_member, args=(out, err, values, function, arguments), daemon=True)
+    today = {**os.environ, **{name: str(value) for name, value in (values or {}).items()}}
+    process = FORK.Process(target=_member, args=(out, err, today, function, arguments), daemon=True)
     process.start()
     return process
 
 
-def _member(out: Path, err: Path, environment: dict, function: Callable[..., int], arguments: tuple) -> None:
-    os.environ.update(environment)
+def _member(out: Path, err: Path, values: dict, function: Callable[..., int], arguments: tuple) -> None:
+    os.environ.update(values)
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from processes import flags, run_rd_train, started
+from processes import environment, flags, run_rd_train, started
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads
@@ -73,9 +73,9 @@ def start(function, folder: Path, *arguments, world: int = 2, restarts: int = 0)
     }  # fmt: skip
     processes = []
     for rank in range(world):
-        environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        values = {**common, "RANK": rank, "LOCAL_RANK": rank}
         out, err = folder / f"out{rank}", folder / f"err{rank}"
-        processes.append(started(leaving, out, err, function, *arguments, environment=environment))
+        processes.append(started(leaving, out, err, function, *arguments, values=values))
     return Group(processes, folder, store)
 
 
@@ -472,10 +472,8 @@ def worker(launcher: subprocess.Popen, rank: int) -> int:
 def test_a_killed_worker_is_survived(two, tmp_path):
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     arguments += ["-m", "rd_train", "digits", *flags(WHOLE), "--out", str(tmp_path / "run")]
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
+        launcher = subprocess.Popen([sys.executable, *arguments], env=environment(), stdout=log, stderr=log)
         while not (tmp_path / "run" / "student-state.pt").exists() and launcher.poll() is None:
             time.sleep(0.002)
         os.kill(worker(launcher, 1), signal.SIGKILL)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import flags, run_rd_train, started
+from processes import environment, flags, run_rd_train, started
 from steps import stepped
 
 from rd_deploy.common import Stopped, UserError
@@ -35,11 +35,6 @@ RECIPE = Recipe(
     method="jointrd", arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5,
     ema=0.9, clip_norm=1.0, train_limit=200, precision="fp32", device="cpu", threads=1,
 )  # fmt: skip
-
-
-def environment() -> dict:
-    root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 @pytest.fixture(scope="module")

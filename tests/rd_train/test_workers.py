@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from photographs import write_imagenet
+from processes import environment
 
 from rd_train.workers import MOST, Workers, default_workers
 
@@ -63,10 +64,8 @@ def members(session: int) -> list[int]:
 
 def started(command: list[str]) -> subprocess.Popen:
     """A process in a session of its own, as a terminal starts it."""
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen([sys.executable, *command], env=environment(), start_new_session=True, **pipes)
 
 
 def assert_gone(session: int) -> None:
