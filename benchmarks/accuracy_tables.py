@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 
-from committed import find, markdown, newest
+from committed import find, located, markdown, newest
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
@@ -30,11 +30,10 @@ RATES = (
 def short() -> str:
     """The README's table: the rows that decide of the main experiment."""
     document = newest("*-accuracy-main.json")
-    rows = [row for row in document["rows"] if row["key"] in SHORT]
+    rows = [row for row in _rows(document) if row["key"] in SHORT]
     verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "start", "published")))
-    return "\n\n".join(
-        part for part in (_unfinished(document), _by_depth(rows), verdicts, _source(document, COLUMNS)) if part
-    )
+    source = _source(document, COLUMNS, notes=False)
+    return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, source) if part)
 
 
 def experiment(name: str) -> Callable[[], str]:
@@ -46,13 +45,19 @@ def experiment(name: str) -> Callable[[], str]:
             script = "gpu.py" if name == "gpu" else f"table.py {name}"
             return f"Not run yet: `python benchmarks/accuracy/{script}`."
         if name == "rates":
-            made, columns = (_rates(document["rows"]),), RATES
+            made, columns = (_rates(_rows(document)),), RATES
         else:
             verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
-            made, columns = (_by_depth(document["rows"], seconds=True), verdicts), COLUMNS
+            made, columns = (_by_depth(_rows(document), seconds=True), verdicts), COLUMNS
         return "\n\n".join(part for part in (_unfinished(document), *made, _source(document, columns)) if part)
 
     return table
+
+
+def _rows(document: dict) -> list[dict]:
+    """The document's rows, each with how many of its results are by emulated bf16."""
+    names = Counter(run["name"] for run in document["results"] if run["precision"].endswith("-emulated"))
+    return [row | {"emulated": names[row["name"]]} for row in document["rows"]]
 
 
 def _by_depth(rows: list[dict], seconds: bool = False) -> str:
@@ -92,7 +97,8 @@ def _cell(row: dict | None) -> str:
     if row is None:
         return "-"
     spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
-    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])}){_other_precision(row)}"
+    emulated = f", {row['emulated']} e" if row.get("emulated") else ""
+    return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])}{emulated}){_other_precision(row)}"
 
 
 def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
@@ -137,8 +143,8 @@ def _unfinished(document: dict) -> str:
     return f"**Unfinished: {len(missing)} of {runs} runs are missing.** {named}{more}."
 
 
-def _source(document: dict, columns: str) -> str:
-    """What the columns mean and where they come from."""
+def _source(document: dict, columns: str, *, notes: bool = True) -> str:
+    """What the columns mean and where they come from; ``notes``: with what each run's circumstances were."""
     precisions = [run["precision"].removesuffix("-emulated") for run in document["results"]]
     settings = sorted({*zip([run["epochs"] for run in document["results"]], precisions, strict=True)})
     trained = " or ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
@@ -146,21 +152,26 @@ def _source(document: dict, columns: str) -> str:
         usual = Counter(precisions).most_common(1)[0][0]
         trained += f", {usual} where nothing else is said"
     if emulated := sum(run["precision"].endswith("-emulated") for run in document["results"]):
-        trained += f"; {emulated} of the results by emulated bf16"
+        trained += f"; {emulated} of the results by emulated bf16 (e)"
     machine = document.get("card") or document["machine"]["cpu"]
     seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
     parts = (
         f"{document['what']}; {trained}. {columns} ",
-        f"Seconds are {seconds}. " if columns == COLUMNS else "",
-        f"{machine}, {document['date']}, commit {document['commit']}. {document['note']} ",
-        *_again(document),
-        f"From `{document['path']}`, made by `{document['command']}`.",
+        f"Seconds are {seconds}. " if columns == COLUMNS and notes else "",
+        f"{machine}, {document['date']}, commit {document['commit']}. ",
+        *([f"{document['note']} ", *_again(document)] if notes else ()),
+        f"From `{document['path']}`, made by `{_command(document)}`.",
     )
     return " ".join("".join(parts).split())
 
 
+def _command(document: dict) -> str:
+    """The document's command; files of results by their paths, which older documents have without folders."""
+    return " ".join(located(word) if word.endswith(".json") else word for word in document["command"].split())
+
+
 def _again(document: dict) -> list[str]:
-    """Where results came from that another machine made, and what became of teachers that were trained again."""
+    """Where results of earlier days came from, and what became of teachers that were trained again."""
     origins = {
         (*(run["from"].get(key, "") for key in ("file", "date", "commit", "note")), run["from"]["machine"]["cpu"])
         for run in document["results"]
@@ -169,11 +180,11 @@ def _again(document: dict) -> list[str]:
     if not origins:
         return []
     named = "; ".join(
-        f"{file}: {cpu}, {date}, commit {commit}{f': {note}' if note else ''}"
+        f"{located(file)}: {cpu}, {date}, commit {commit}{f': {note}' if note else ''}"
         for file, date, commit, note, cpu in sorted(origins)
     )
     count = sum("from" in run for run in document["results"])
-    said = f"{count} of the results are of an earlier machine ({named}), their seconds too. "
+    said = f"{count} of the results are of earlier days, their seconds too ({named}). "
     again = document["trained_again"]
     if not again:
         return [said]

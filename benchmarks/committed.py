@@ -26,6 +26,12 @@ def newest(pattern: str, machine: str = "*") -> dict:
     return found
 
 
+def located(name: str) -> str:
+    """A result's path in the repository, which says its machine, where one committed file has that name."""
+    paths = list(RESULTS.glob(f"*/{name}"))
+    return paths[0].relative_to(ROOT).as_posix() if len(paths) == 1 else name
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose first column is text and whose others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

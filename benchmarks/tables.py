@@ -7,6 +7,7 @@ python benchmarks/tables.py --check    exit 1 where a page differs (a test runs 
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 from accuracy_tables import EXPERIMENTS, experiment, short
 from committed import RESULTS, ROOT, find, markdown, newest
@@ -14,13 +15,23 @@ from committed import RESULTS, ROOT, find, markdown, newest
 MACHINE = "epyc-genoa-2c"  # whose speed and memory the tables of the CPU show; `machines` has the others, too
 
 
-def provenance(bench: dict, script: str = "benchmarks/compare_resnet50.sh") -> str:
-    """Machine, versions, date and script of a committed bench.json."""
-    environment = bench["environment"]
+STAR = "*: unsteady times, see `warnings` in the file."
+
+
+def provenance(bench: dict, script: str = "compare_resnet50.sh") -> str:
+    """Machine, what disturbed it, versions, date and command of a committed bench.json."""
+    environment, options = bench["environment"], bench["options"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
+    settings = f"SECONDS_PER_PAIR={options['seconds']:g} "
+    if script == "compare_resnet50.sh" and options["precisions"] == ["fp32"]:
+        settings += "PRECISION=fp32 "
+    # Those of one pair begin with its label, and a star stands beside its times.
+    general = [text for text in bench["warnings"] if not re.match(r"[^:]* batch \d+:", text)]
+    disturbed = "".join(f" Warning of that run: {text}." for text in general)
     return (
-        f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}. "
-        f"From `{bench['path']}`, made by `{script}` ({bench['options']['seconds']:g} s a pair)."
+        f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}."
+        f"{disturbed} From `{bench['path']}`, made by "
+        f"`{settings}benchmarks/{script} {Path(bench['path']).parent.name}`."
     )
 
 
@@ -32,10 +43,9 @@ def speed() -> str:
     rows = []
     for ratio in bench["ratios"]:
         key = (ratio["engine"], ratio["precision"], ratio["batch"])
-        warned = any(text.startswith(f"{key[0]} {key[1]} batch {key[2]}:") for text in bench["warnings"])
         rows.append(
             [
-                f"{key[0]} {key[1]}, batch {key[2]}{' *' if warned else ''}",
+                f"{key[0]} {key[1]}, batch {key[2]}{_star(bench, f'{key[0]} {key[1]} batch {key[2]}')}",
                 f"{times[(compare, *key)]['median_ms']:.1f}",
                 f"{times[(model, *key)]['median_ms']:.1f}",
                 _ratio(ratio),
@@ -44,8 +54,8 @@ def speed() -> str:
         )
     header = ["engine", f"{compare}, ms per batch", f"{model}, ms per batch", "faster by (95% interval)", "quads"]
     source = (
-        "Medians, 224x224, random weights, host to host. The ratio is the median over interleaved quads, not the "
-        f"quotient of the columns. *: unsteady times, see `warnings` in the file. {provenance(bench)}"
+        "Medians, 224x224, random weights, host to host. A quad times the two networks in the order A B B A; the ratio "
+        f"is the median over quads, not the quotient of the columns. {STAR} {provenance(bench)}"
     )
     return f"{markdown(header, rows)}\n\n{source}"
 
@@ -72,7 +82,17 @@ def memory() -> str:
         *(f"smaller by, batch {batch}" for batch in batches),
         f"held by shortcuts in {compare}",
     ]
-    return f"{markdown(header, rows)}\n\nfp32, 224x224. {provenance(bench)}"
+    least = peaks["ledger, in-place"][compare, batches[0]]["peak_bytes"]
+    ours = ", ".join(
+        f"`{source}` {least / found[model, batches[0]]['peak_bytes']:.2f}x"
+        for source, found in peaks.items()
+        if source.startswith("native")
+    )
+    note = (
+        f"fp32, 224x224. A row's ratio is between two plans of one engine; against the least that {compare} needs "
+        f"layer by layer on any (`ledger, in-place`) it is, at batch {batches[0]}: {ours}."
+    )
+    return f"{markdown(header, rows)}\n\n{note} {provenance(bench)}"
 
 
 def native() -> str:
@@ -94,10 +114,41 @@ def native() -> str:
     ]
     kinds = sorted({f"{row['precision']}: {row['variant']}" for row in same.values()})
     note = (
-        "Ratios are medians over interleaved quads, not quotients of the columns. *: unsteady times, see `warnings` in "
-        f"the file. Transformed weights: of {model}, for Winograd's convolution, beside those of the file."
+        f"Ratios are medians over interleaved quads, not quotients of the columns. {STAR} Each pair is measured by "
+        "itself: one network's times differ between pairs, and the intervals are those within a pair. "
+        f"Transformed weights: of {model}, for Winograd's convolution, beside those of the file."
     )
-    return f"{markdown(header, rows)}\n\n{note} Instruction sets: {', '.join(kinds)}. {provenance(bench)}"
+    source = f"{note} Instruction sets: {', '.join(kinds)}. {provenance(bench)}"
+    return "\n\n".join([markdown(header, rows), _judged(bench), source])
+
+
+def _judged(bench: dict) -> str:
+    """What became of the claim of speed: network and engine together, and best engine against best engine."""
+    model, compare = (network["name"] for network in bench["networks"])
+    said = []
+    for who, what in (
+        ("native-against-others", f"{model} on ours against {compare} on the best other engine"),
+        ("best", "best engine against best engine"),
+    ):
+        groups: dict[bool | None, list[dict]] = {True: [], None: [], False: []}
+        for claim in bench["claims"]:
+            if claim["name"].startswith(f"speed/{who}/") and claim["value"] is not None:
+                groups[claim["holds"]].append(claim)
+        words = {True: "holds", None: "is not decided", False: "does not hold"}
+        parts = [
+            f"{words[holds]} in {', '.join(_where(claim) for claim in claims)}"
+            for holds, claims in groups.items()
+            if claims
+        ]
+        said.append(f"{what}, it {', '.join(parts)}")
+    (target,) = {claim["target"] for claim in bench["claims"] if claim["name"].startswith("speed/")}
+    return f"**The claim of {target:g}x**: {'; '.join(said)}."
+
+
+def _where(claim: dict) -> str:
+    """``speed/best/fp32/batch-8`` in words, with its value."""
+    precision, batch = claim["name"].split("/")[2:]
+    return f"{precision} at {batch.replace('-', ' ')} ({claim['value']:.2f}x)"
 
 
 def machines() -> str:
@@ -107,14 +158,21 @@ def machines() -> str:
         bench = newest("*-bench-plain50.json", machine)
         kinds = {row["variant"] for row in bench["ratios"] if (row["engine"], row["precision"]) == ("native", "fp32")}
         rows += [
-            [f"{machine} ({', '.join(sorted(kinds))}), batch {row['batch']}", *_against_others(bench, row)]
+            [
+                f"{machine} ({', '.join(sorted(kinds))}), batch {row['batch']}",
+                *_against_others(bench, row),
+                _best(bench, row),
+            ]
             for row in bench["native_against_others"]
             if row["precision"] == "fp32"
         ]
         sources.append(provenance(bench))
     header = ["fp32", "resnet50 on the best other engine, ms", "plain50 on ours, ms"]
-    header += ["faster by (95% interval)", "faster when both are on ours"]
-    note = "Ratios are medians over interleaved quads, not quotients. *: unsteady times, see `warnings` in the file."
+    header += ["faster by (95% interval)", "faster when both are on ours", "best engine against best"]
+    note = (
+        f"Ratios are medians over interleaved quads, not quotients. {STAR} Each pair is measured by itself, also where "
+        "two columns are of the same engines: they may differ by more than the intervals, which are of one pair."
+    )
     return f"{markdown(header, rows)}\n\n{note} {' '.join(sources)}"
 
 
@@ -128,6 +186,15 @@ def _against_others(bench: dict, row: dict) -> list[str]:
         _ratio(row) + _star(bench, f"native-against-others {setting}"),
         _ratio(same) + _star(bench, f"native {setting}"),
     ]
+
+
+def _best(bench: dict, row: dict) -> str:
+    """The ratio of the best engine for each network, and which these are."""
+    best = next(found for found in bench["best"] if _setting(found) == _setting(row))
+    engines = [best["model_engine"], best["compare_engine"]]
+    ours = engines == ["native", "native"]
+    label = f"{'native' if ours else 'best'} {best['precision']} batch {best['batch']}"
+    return f"{_ratio(best)}{_star(bench, label)}, {'both on ours' if ours else ' against '.join(engines)}"
 
 
 def _setting(row: dict) -> tuple[str, int]:
@@ -165,8 +232,8 @@ def native_basic() -> str:
         "faster by (95% interval)",
         "faster when both are on ours",
     ]
-    sources = " ".join(provenance(bench, "benchmarks/compare_basic.sh") for bench in benches)
-    return f"{markdown(header, rows)}\n\n{sources}"
+    sources = " ".join(provenance(bench, "compare_basic.sh") for bench in benches)
+    return f"{markdown(header, rows)}\n\n{STAR} {sources}"
 
 
 def native_memory() -> str:
@@ -206,8 +273,9 @@ def ablation() -> str:
     environment = document["environment"]
     source = (
         "Time of each plan / time of the default plan, interleaved: above 1, the default is faster. "
-        f"{environment['threads']} threads of {environment['cpu']['model']}, {environment['date'][:10]}. From "
-        f"`{document['path']}`, made by `benchmarks/engine_ablation.py`."
+        f"{environment['threads']} threads of {environment['cpu']['model']}, {environment['date'][:10]}; load "
+        f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by "
+        "`benchmarks/engine_ablation.py`."
     )
     return f"{markdown(['', *names], rows)}\n\n{source}"
 
@@ -247,7 +315,7 @@ def agreement() -> str:
     document = newest("*-native-agreement.json", MACHINE)
     rows = [
         [
-            f"{row['model']}, {row['plan']} ({row['isa']})",
+            f"{_trained(row)}, {row['plan']} ({row['isa']})",
             f"{row['images']:,}",
             f"{row['top1_agreement']:.2%}",
             f"{row['accuracy_torch']:.2%}",
@@ -258,11 +326,23 @@ def agreement() -> str:
     ]
     header = ["network and plan", "test images", "same class", "accuracy, torch fp32", "accuracy, native", "max error"]
     source = (
-        "The error is that of a logit, in standard deviations of the logits. "
+        "The error is that of a logit, in standard deviations of the logits. The networks are of short trainings, "
+        "whose settings are in the file. "
         f"{document['environment']['cpu']['model']}, {document['date']}. From `{document['path']}`, made by "
         "`benchmarks/native_agreement.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
+
+
+def _trained(row: dict) -> str:
+    """A trained network's name, data and what of its recipe made its accuracy."""
+    recipe = row["recipe"]
+    parts = [row["model"]]
+    if recipe["width"] != 1:
+        parts.append(f"{recipe['width']:g} of the width")
+    if recipe["train_limit"]:
+        parts.append(f"{recipe['train_limit']:,} images")
+    return ", ".join([*parts, f"{recipe['epochs']} epochs"])
 
 
 def _predicted() -> tuple[dict, dict[tuple, dict]]:

@@ -126,7 +126,8 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
     epochs = f" --epochs {options.epochs}" if options.epochs else ""
     seeds = sorted({*experiment.seeds, *(each["seed"] for each in results)})
     more = f" --seeds {','.join(map(str, seeds))}" if seeds != sorted(experiment.seeds) else ""
-    command = f"python benchmarks/accuracy/table.py {name}{epochs}{more}"
+    glyphs = f" --glyphs {options.glyphs}" if name == "glyphs" else ""
+    command = f"python benchmarks/accuracy/table.py {name}{epochs}{more}{glyphs}"
     return {
         "experiment": name,
         **document(experiment.what, command, options),

@@ -299,7 +299,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert found["command"].endswith("--earlier depth.json")
     assert found["trained_again"] == [{"name": "resnet20", "seed": 0, "earlier": 0.8, "again": 0.9}]
     (said,) = [accuracy_tables._source({**found, "path": "x.json"}, accuracy_tables.COLUMNS)]
-    assert "2 of the results are of an earlier machine (depth.json: " in said
+    assert "2 of the results are of earlier days, their seconds too (depth.json: " in said
     assert "in the table: resnet20 seed 0 +10.00." in said
     # A third machine keeps where each comes from; a run of other settings, given or by default, is not taken.
     (tmp_path / "third.json").write_text(json.dumps(found))
@@ -479,9 +479,19 @@ def test_emulated_bf16_is_bf16_and_is_counted():
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
     assert (pair["precisions"], bool(pair["holds"])) == (None, True)
     document = {"results": [*ours, *resnet], "what": "W", "machine": {"cpu": "C"}, "date": "D", "commit": "K"}
-    document |= {"note": "", "trained_again": [], "path": "P", "command": "M"}
+    document |= {"note": "N", "trained_again": [], "path": "P", "command": "M"}
     said = accuracy_tables._source(document, accuracy_tables.COLUMNS)
-    assert said.startswith("W; 2 epochs in bf16; 2 of the results by emulated bf16. Mean")
+    assert said.startswith("W; 2 epochs in bf16; 2 of the results by emulated bf16 (e). Mean")
+    document["rows"] = summary.summary(EXPERIMENTS["main"], [*ours, *resnet])
+    text = accuracy_tables._by_depth(accuracy_tables._rows(document))
+    assert ("90.50 ± 0.71 (2, 2 e)" in text, "80.00 ± 0.00 (2) |" in text) == (True, True)
+    assert accuracy_tables._source(document, accuracy_tables.COLUMNS, notes=False).count(" N ") == 0
+
+
+def test_files_of_results_are_named_with_their_machine():
+    document = {"command": "python x --earlier 2026-11-25-accuracy-main.json other.json"}
+    where = "benchmarks/results/epyc-genoa-2c/2026-11-25-accuracy-main.json"
+    assert accuracy_tables._command(document) == f"python x --earlier {where} other.json"
 
 
 def test_what_is_compared_is_the_precision_of_each_pair():

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks" / "accuracy"))  # as the scripts have it
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "accuracy")]  # as the scripts have it
 
 import plot
 import summary
+import tables as pages
 from experiments import experiments
 from PIL import Image
 
@@ -69,6 +70,37 @@ def commit(root: Path, document: dict) -> None:
 def test_the_pages_are_made_from_the_results():
     checked = tables(ROOT, "--check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def claim(name: str, value: float | None, holds: bool | None) -> dict:
+    return {"name": f"speed/{name}", "target": 1.4, "value": value, "low": value, "high": value, "holds": holds}
+
+
+def test_the_claim_of_speed_is_told_for_both_questions():
+    bench = {"networks": [{"name": "plain50"}, {"name": "resnet50"}]}
+    bench["claims"] = [
+        claim("native/fp32/batch-1", 9.0, True),  # one engine's is another question
+        claim("native-against-others/fp32/batch-1", 1.36, None),
+        claim("native-against-others/fp32/batch-8", 1.5, True),
+        claim("best/fp32/batch-1", 1.34, False),
+        claim("best/bf16/batch-1", None, None),  # not measured
+    ]
+    said = (
+        "**The claim of 1.4x**: plain50 on ours against resnet50 on the best other engine, it holds in fp32 at batch 8 "
+    )
+    said += (
+        "(1.50x), is not decided in fp32 at batch 1 (1.36x); best engine against best engine, it does not hold in fp32 "
+    )
+    assert pages._judged(bench) == said + "at batch 1 (1.34x)."
+
+
+def test_a_table_names_the_command_and_what_disturbed_its_run():
+    bench = pages.newest("*-bench-plain50.json", "epyc-milan-2c")
+    said = pages.provenance(bench)
+    assert said.count("Warning of that run") == 1  # those of a pair stand beside it
+    assert "load 2.30 on 2 CPUs at the start" in said
+    command = "SECONDS_PER_PAIR=12 PRECISION=fp32 benchmarks/compare_resnet50.sh epyc-milan-2c"
+    assert said.endswith(f"made by `{command}`.")
 
 
 def test_a_changed_figure_is_noticed(checkout):
