@@ -50,6 +50,11 @@ def cpu_multiplies_bf16() -> bool:
     return has and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def gpu_multiplies_bf16() -> bool:
+    """Whether the current GPU multiplies bf16; torch's own answer is yes for those that only convert it, too."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def products(*, emulated: bool) -> contextlib.AbstractContextManager:
     """What products of bf16 run under: `Fp32Products`, or nothing."""
     return Fp32Products() if emulated else contextlib.nullcontext()

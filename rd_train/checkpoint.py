@@ -56,6 +56,8 @@ def check_state(own: dict[str, Tensor], state_dict: dict[str, Tensor], what: str
             raise UserError(
                 f"{what}: {name} is {value.dtype}, {value.layout}, the architecture needs a dense {tensor.dtype}"
             )
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise UserError(f"{what}: {name} repeats its values instead of holding them; it is not loaded")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{what}: {name} holds NaN or infinity; train again")
 

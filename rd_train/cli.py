@@ -11,6 +11,7 @@ from typing import get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, nearest, require, run_command
+from rd_train.output import lasting_output
 from rd_train.recipe import (
     RUN_FILES,
     Recipe,
@@ -115,24 +116,36 @@ def list_presets() -> str:
 
 def _new_folder(options: Namespace) -> Path:
     """Where the run goes: --out, which must hold no run unless --overwrite, or the first free default name."""
+    from rd_train.run import check_new
+
+    if options.out is None and options.overwrite:
+        raise UserError("--overwrite replaces the run that --out names; give both")
     if options.out is None:
         stem = Path("runs") / f"{Path(options.preset).stem}-{options.method}-s{options.seed}"
         number = 1
         while (folder := stem if number == 1 else Path(f"{stem}-{number}")).exists():
             number += 1
         return folder
-    if not options.out:
-        raise UserError("--out is empty; name a folder")
-    folder = Path(options.out)
+    folder = _folder("--out", options.out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
-    present = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if present and not options.overwrite:
-        raise UserError(f"{folder} already holds {present[0].name}; --resume {folder}, --overwrite, or another --out")
+    if not options.overwrite:
+        check_new(folder)
+    present = [(folder / name).resolve() for name in RUN_FILES if (folder / name).exists()]
     for what, file in (("teacher", options.teacher_weights), ("start_weights", options.start_weights)):
-        if file and Path(file).expanduser().resolve() in [path.resolve() for path in present]:
+        if file and Path(file).expanduser().resolve() in present:
             raise UserError(f"--overwrite would delete the {what} {file}; choose another --out")
     return folder
+
+
+def _folder(option: str, name: str) -> Path:
+    """The folder that an option names; after ``=`` a shell leaves its ``~`` to us."""
+    if not name:
+        raise UserError(f"{option} is empty; name a folder")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no such user: the ~ of {name} has no folder") from error
 
 
 def _released(arguments: list[str], preset: dict) -> Namespace:
@@ -164,15 +177,15 @@ def _start(options: Namespace) -> dict | None:
             f"--overwrite does not go with torchrun, whose restarted processes could not tell the old run from theirs: "
             f"remove {options.out} first"
         )
-    if distributed.restarted() and _holds_run(Path(options.out), recipe):
-        return _go_on(Path(options.out), options.tensorboard)
+    if distributed.restarted() and _holds_run(_folder("--out", options.out), recipe):
+        return _go_on(_folder("--out", options.out), options.tensorboard)
     folder = _new_folder(options)
     if options.dry and distributed.launched():
         raise UserError("--dry measures one process; run it without torchrun")
     if options.dry:
         dry_run(recipe, folder)
         return None
-    return {"folder": folder, **run(recipe, folder, tensorboard=options.tensorboard)}
+    return {"folder": folder, **run(recipe, folder, overwrite=options.overwrite, tensorboard=options.tensorboard)}
 
 
 def _holds_run(folder: Path, recipe: Recipe) -> bool:
@@ -187,10 +200,9 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     allowed = {"--resume", "--tensorboard", options.resume, f"--resume={options.resume}"}
     if set(arguments) - allowed:
         raise UserError("--resume takes everything from the run's recipe.yaml; leave the other options away")
-    if not options.resume:
-        raise UserError("--resume is empty; name the folder of a run")
+    folder = _folder("--resume", options.resume)
     require("torch", "train")
-    return _go_on(Path(options.resume), options.tensorboard)
+    return _go_on(folder, options.tensorboard)
 
 
 def _go_on(folder: Path, tensorboard: bool) -> dict:
@@ -219,13 +231,19 @@ def command(arguments: list[str]) -> int:
     if options.list:
         print(list_presets())
         return 0
-    if options.resume is not None:
-        result = _resume(arguments, options)
-    else:  # parsed again, now with the preset's values as defaults
-        read = _released if options.as_released else _parse
-        result = _start(read(arguments, preset_values(options.preset)))
-    if result is None:  # a dry run
-        return 0
+    with lasting_output():
+        if options.resume is not None:
+            result = _resume(arguments, options)
+        else:  # parsed again, now with the preset's values as defaults
+            read = _released if options.as_released else _parse
+            result = _start(read(arguments, preset_values(options.preset)))
+        if result is not None:  # not a dry run
+            _conclude(result)
+    return 0
+
+
+def _conclude(result: dict) -> None:
+    """Say how a run ended and where everything is."""
     folder = result["folder"]
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"
@@ -233,7 +251,6 @@ def command(arguments: list[str]) -> int:
     if result["corrupt_images"]:
         print(f"left out {result['corrupt_images']} corrupt images, named in {folder}/skipped.txt")
     print(f"wrote {folder}/model.pt, result.json, report.html, report.md, curves.png, metrics.jsonl, recipe.yaml")
-    return 0
 
 
 def main() -> int:

@@ -28,6 +28,8 @@ from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fa
 from rd_train.splits import check_labels, limited, stratified_order
 from rd_train.workers import Workers
 
+STATISTICS_BLOCK = 1 << 24  # values that are counted at a time
+
 
 class Split(Protocol):
     """One of train, validation and test; ``labels`` is int64 (N,) on the CPU.
@@ -98,9 +100,15 @@ class MemorySplit:
 # --- data sets held in memory
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images (N, H, W, C), in [0, 1], from exact counts."""
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[3])])
+def channel_statistics(images: np.ndarray, chosen: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of the ``chosen`` of uint8 images (N, H, W, C), in [0, 1], by counts.
+
+    Block by block: `numpy.bincount` makes eight bytes of each.
+    """
+    counts = np.zeros((images.shape[3], 256), np.int64)
+    for indices in np.array_split(chosen, 1 + len(chosen) * images[0].size // STATISTICS_BLOCK):
+        block = images[indices]
+        counts += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(images.shape[3])]
     share, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
@@ -118,19 +126,19 @@ def memory_dataset(
     """
     if augment.smallest_crop != 1:
         raise UserError("smallest_crop is for image folders; the images of this data set are shifted by crop_padding")
-    check_labels(data.labels, len(data.classes), f"{name}'s training set", every=True)
-    check_labels(data.test_labels, len(data.classes), f"{name}'s test set")
+    check_labels(data.labels, data.classes, f"{name}'s training set", every=True)
+    check_labels(data.test_labels, data.classes, f"{name}'s test set")
     order = stratified_order(data.labels) if data.given_validation is None else np.arange(len(data.labels))
     held_out, kept = order[len(order) - data.validation :], order[: len(order) - data.validation]
     validation = data.given_validation or (data.images[held_out], data.labels[held_out])
-    check_labels(validation[1], len(data.classes), f"{name}'s validation set")
-    check_labels(data.labels[kept], len(data.classes), f"{name}'s training split", every=True)
+    check_labels(validation[1], data.classes, f"{name}'s validation set")
+    check_labels(data.labels[kept], data.classes, f"{name}'s training split", every=True)
     height, width, channels = data.images.shape[1:]
     native = min(height, width)
     size = native if size is None else size
     if not native <= size <= 1024:
         raise UserError(f"size must be from {native} (the images' own) to 1024 for {name}, not {size}")
-    statistics = channel_statistics(data.images[kept]) if like is None else (like.mean, like.std)
+    statistics = channel_statistics(data.images, kept) if like is None else (like.mean, like.std)
     if like is not None and like.channels != channels:
         raise UserError(f"the network to start from takes {like.channels} channel(s), images of {name} have {channels}")
     preprocessing = Preprocessing(size, native, channels, *statistics, pad=(size - native + 1) // 2)
@@ -215,7 +223,7 @@ def load_dataset(
     try:
         classes, listings = ENCODED[name](folder, processes, split_seed)
         for listing, part in zip(listings, ("training", "validation", "test"), strict=True):
-            check_labels(listing.labels, len(classes), f"{folder}: the {part} split", every=part == "training")
+            check_labels(listing.labels, classes, f"{folder}: the {part} split", every=part == "training")
         listings[0] = listings[0].select(limited(listings[0].labels, limit))
     except BaseException:  # Ctrl-C, too
         processes.close()

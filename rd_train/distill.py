@@ -185,7 +185,7 @@ class ResidualDistillation(_Distillation):
         m = float(self.splice_decay(torch.tensor(progress, dtype=torch.float64)))
         if self.splice_probability is None or m == 0:
             return [(1.0, {"splices": self.splices if m else ()})]
-        one = self.splice_probability * m / self.splice_weight
+        one = min(1.0, self.splice_probability * m / self.splice_weight)  # m may be an ulp above its start
         each = [(one / len(self.splices), {"splices": (k,)}) for k in self.splices]
         return [(1 - one, {"splices": ()}), *each] if one > 0 else [(1.0, {"splices": ()})]
 

@@ -248,8 +248,10 @@ def data_parallel(task: nn.Module, step: Callable[..., dict]) -> Callable[..., d
     """
     if world() == 1:
         return step
-    # One graph in all steps, or not: where a splice is drawn or none, say.
-    return DistributedDataParallel(_Trained(task, step), static_graph=len(task.kinds()) == 1)
+    # One graph in all steps, or not: where a splice is drawn or none, say. Then a splice's connector may be left out.
+    static = len(task.kinds()) == 1
+    unused = not static and len(getattr(task, "connectors", ())) > 1
+    return DistributedDataParallel(_Trained(task, step), static_graph=static, find_unused_parameters=unused)
 
 
 class _Trained(nn.Module):

@@ -93,7 +93,8 @@ def recalibrated(network: Network, context: Context) -> Network:
         bn.reset_running_stats()
         bn.momentum, bn.training = None, True  # None: the mean of all batches
     chosen = fixed_sample(split, max(2, recipe.recalibrate))
-    for indices in [chunk for chunk in chosen.split(statistics_size(recipe)) if len(chunk) > 1]:
+    # As equal as can be, since all batches weigh the same in the mean, and none of a single image.
+    for indices in chosen.tensor_split(max(1, len(chosen) // statistics_size(recipe))):
         with context.cast():
             network(context.place(split.images(indices)))
     for bn in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:

@@ -24,7 +24,7 @@ from rd_train.clock import Clock
 from rd_train.context import Context, student_checkpoint
 from rd_train.data import Meter, batches, derive_seed, steps_per_epoch
 from rd_train.evaluation import evaluate, predict, recalibrated
-from rd_train.metrics import drop_rows_after, log, read_rows
+from rd_train.metrics import drop_rows_after, keep, read_rows, say
 from rd_train.networks import Network, set_fading
 from rd_train.optimizers import build_optimizer
 from rd_train.recipe import Recipe
@@ -228,12 +228,13 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Conte
     context.dataset.skipped.agree()
     row |= {"corrupt_images": len(context.dataset.skipped), **speeds, "seconds": clock.total()}
     state.seconds = row["seconds"]
-    log(row, context, left_out=len(validation) - len(seen.indices))
-    if distributed.first():
-        context.view.epoch(row)
+    keep(row, context)
     state.sums.clear()
     state.counts.clear()
     state.save()
+    say(row, left_out=len(validation) - len(seen.indices))  # last: a terminal that is gone costs no epoch
+    if distributed.first():
+        context.view.epoch(row)
     if distributed.any_process(context.stop.is_set()):
         _stop(context)
 

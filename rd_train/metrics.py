@@ -1,25 +1,35 @@
 """The log of a run: ``metrics.jsonl``, a line an epoch, and the same for the terminal and TensorBoard."""
 
 import json
-import shutil
+import os
 from pathlib import Path
 
-from rd_deploy.common import UserError, require, write_text
+from rd_deploy.common import UserError, write_text
 from rd_train import distributed
 from rd_train.context import Context
 
+TENSORBOARD = "tensorboard"  # the folder of its logs in a run's
 
-def log(row: dict, context: Context, left_out: int) -> None:
-    """Keep the row of an epoch, by the first process, and print it; ``left_out``: corrupt images of validation."""
+
+def keep(row: dict, context: Context) -> None:
+    """Keep the row of an epoch, by the first process; on the disk before the state that comes after it."""
     if not distributed.first():
         return
     with (context.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     if context.writer is not None:
         for name, value in row.items():
             if isinstance(value, float):
                 context.writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
         context.writer.flush()
+
+
+def say(row: dict, left_out: int) -> None:
+    """Print the row of an epoch, by the first process; ``left_out``: corrupt images of validation."""
+    if not distributed.first():
+        return
     print(
         f"{row['phase']} epoch {row['epoch']}: {terms(row)} train {row['train_accuracy']:.2%} "
         f"val {row['val_accuracy']:.2%}{f' ({left_out} corrupt images left out)' if left_out else ''} "
@@ -62,11 +72,8 @@ def drop_rows_after(folder: Path, phase: str, step: int) -> None:
         write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def tensorboard_writer(folder: Path, *, resume: bool) -> object:
+def tensorboard_writer(folder: Path) -> object:
     """TensorBoard's writer for a run; steps that a resumed run repeats are logged twice, with the same values."""
-    require("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    if not resume:
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / TENSORBOARD)

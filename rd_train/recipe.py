@@ -163,7 +163,8 @@ class Recipe:
             value = getattr(self, name)
             if value is None and name in settled:
                 object.__setattr__(self, name, settled[name])
-            elif float in (annotation, *get_args(annotation)) and type(value) is int:  # YAML's 1 for 1.0
+            elif float in (annotation, *get_args(annotation)) and type(value) is int and abs(value) < 1 << 63:
+                # YAML's 1 for 1.0
                 object.__setattr__(self, name, float(value))
             elif not _is_a(value, annotation):
                 raise UserError(f"{name}={value} is not {what_it_takes(annotation)}")
@@ -202,6 +203,10 @@ class Recipe:
                 joint and (self.method in ("kd", "rd") or self.teacher_weights is not None),
                 "teacher_mode=joint trains a teacher from scratch beside a student of method=jointrd: "
                 "it goes neither with method=kd or rd nor with teacher_weights",
+            ),
+            (
+                self.method == "kd" and self.kd_weight == 0,
+                "method=kd with kd_weight=0 distils nothing; give a kd_weight (0.5, say), or method=ce",
             ),
             (
                 joint and "/" in self.teacher,
@@ -405,7 +410,7 @@ def read_values(path: str | Path) -> dict:
     path = check_file(path, "recipe", max_bytes=1 << 16)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML's constructors let others through: IndexError of !!int "", KeyError of !!bool x
         raise UserError(f"recipe {path} is not YAML ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of names to values")

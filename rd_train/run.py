@@ -1,6 +1,9 @@
 """A whole run: plan, teacher phase if one is needed, student phase, test, report."""
 
 import contextlib
+import fcntl
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +14,7 @@ import yaml
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads
-from rd_deploy.common import UserError, write_json, write_text
+from rd_deploy.common import UserError, one_line, require, write_json, write_text
 from rd_train import bf16, distributed, report
 from rd_train.build import (
     build_student,
@@ -33,7 +36,7 @@ from rd_train.estimate import PhaseEstimate, measure, print_estimate
 from rd_train.evaluation import evaluate, predict, statistics_size
 from rd_train.live import View, shown
 from rd_train.loop import fit
-from rd_train.metrics import tensorboard_writer
+from rd_train.metrics import TENSORBOARD, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.teachers import is_published, load_published, settled_name
@@ -51,14 +54,14 @@ def settle(recipe: Recipe) -> Recipe:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU; use --device cpu")
     precision = recipe.precision
-    multiplies = torch.cuda.is_bf16_supported() if device == "cuda" else bf16.cpu_multiplies_bf16()
+    multiplies = bf16.gpu_multiplies_bf16() if device == "cuda" else bf16.cpu_multiplies_bf16()
     if precision == "auto":
         precision = "bf16" if multiplies else "fp32"
     elif precision == "bf16" and device == "cpu" and not multiplies:
         precision = bf16.EMULATED
     # Absolute, so that a run can be resumed from another folder.
     names = ("data_dir", "teacher_weights", "start_weights")
-    paths = {name: _absolute(path) for name in names if (path := getattr(recipe, name))}
+    paths = {name: _absolute(name, path) for name in names if (path := getattr(recipe, name)) is not None}
     threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
     if fetched_teacher(recipe):
         paths["teacher"] = settled_name(recipe.teacher)
@@ -70,7 +73,9 @@ def settle(recipe: Recipe) -> Recipe:
     return Recipe(**yaml.safe_load(distributed.of_first(dump_yaml(settled))))
 
 
-def _absolute(path: str) -> str:
+def _absolute(name: str, path: str) -> str:
+    if not path:  # an unset variable of a script, say: Path("") would be the current folder
+        raise UserError(f"{name} is empty; name a path")
     try:
         return str(Path(path).expanduser().resolve())
     except RuntimeError as error:
@@ -91,16 +96,24 @@ class _Plan:
     figures: dict
 
 
-def run(recipe: Recipe, folder: Path, *, resume: bool = False, tensorboard: bool = False) -> dict:
-    """Train by a settled recipe in ``folder`` and return what is in its ``result.json``."""
-    with _planned(recipe) as plan:
+def run(
+    recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False, tensorboard: bool = False
+) -> dict:
+    """Train by a settled recipe in ``folder`` and return what is in its ``result.json``.
+
+    ``resume``: go on with the run that is there; ``overwrite``: delete it once nothing is wrong with the new one.
+    Neither, and the folder must hold none. Another process that trains there is a `UserError`.
+    """
+    if tensorboard:
+        require("tensorboard", "tensorboard")  # before anything is deleted
+    with _planned(recipe) as plan, _one_run_in(folder):
         distributed.barrier()  # every process has looked into the folder
         writer = None
         if distributed.first():
             if not resume:
-                _clear(folder)
+                _clear(folder, overwrite)
             write_text(folder / "recipe.yaml", dump_yaml(recipe))
-            writer = tensorboard_writer(folder, resume=resume) if tensorboard else None
+            writer = tensorboard_writer(folder) if tensorboard else None
         distributed.barrier()
         plan.dataset.skipped.record(folder / "skipped.txt", resume=resume, write=distributed.first())
         view = shown(View()) if distributed.first() else contextlib.nullcontext(View())
@@ -117,7 +130,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
     start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
-    with distributed.one_per_machine_first() if recipe.download else contextlib.nullcontext():
+    with one_per_machine_first(recipe.download):
         dataset = load_dataset(
             recipe.data,
             recipe.data_dir,
@@ -132,12 +145,46 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
     try:
         check_shares(len(dataset.train), recipe.batch_size, distributed.world())
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
-        teacher = _given_teacher(recipe, dataset, arch)
+        with one_per_machine_first(fetched_teacher(recipe)):
+            teacher = _given_teacher(recipe, dataset, arch)
         plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
         with bf16.products(emulated=recipe.precision == bf16.EMULATED):
             yield plan
+    except RuntimeError as error:  # as torch's allocators say it, of the GPU and of the CPU
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(one_line(error)[:160]) from error
+        raise
     finally:
         dataset.workers.close()
+
+
+def one_per_machine_first(downloads: bool) -> contextlib.AbstractContextManager:
+    """In one process of each machine first, where something is downloaded."""
+    return distributed.one_per_machine_first() if downloads else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _one_run_in(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it, by its first process, against another run; a held one is a `UserError`."""
+    if not distributed.first():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"another rd-train is training in {folder}; wait for it, or choose another --out") from error
+    except OSError:  # some network file systems lock no folders, and a run there must not need it
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _context(recipe: Recipe, plan: _Plan, folder: Path, stop: threading.Event, **options) -> Context:
@@ -168,12 +215,22 @@ def _teacher_epochs(recipe: Recipe, plan: _Plan) -> int:
     return (recipe.teacher_epochs or recipe.epochs) if own_phase else 0
 
 
-def _clear(folder: Path) -> None:
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds a run, or a part of one."""
+    present = [name for name in RUN_FILES if (folder / name).exists()]
+    if present:
+        raise UserError(f"{folder} already holds {present[0]}; --resume {folder}, --overwrite, or another --out")
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
     """Forget an earlier run, after everything that can be wrong with the new one was checked."""
+    if not overwrite:
+        check_new(folder)  # once more: reading the data has taken its time
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
+        if (folder / TENSORBOARD).is_dir():
+            shutil.rmtree(folder / TENSORBOARD)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
 

@@ -32,8 +32,9 @@ class Skipped:
         with self._lock:
             self.path, self._write = path, write
             if resume and path.is_file():
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                self._reasons = dict(line.partition("\t")[::2] for line in lines) | self._reasons
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                whole = [line[:-1] for line in lines if line.endswith("\n")]  # killed while it wrote the last one
+                self._reasons = dict(line.partition("\t")[::2] for line in whole) | self._reasons
             if self._reasons and write:
                 write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in self._reasons.items()))
 

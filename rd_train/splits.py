@@ -37,14 +37,18 @@ def hashed_share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6], "big") / 2**48
 
 
-def check_labels(labels: np.ndarray, classes: int, where: str, *, every: bool = False) -> None:
+def check_labels(labels: np.ndarray, classes: list[str], where: str, *, every: bool = False) -> None:
     """Labels must lie in 0 .. classes - 1; with ``every``, each class must occur."""
     if len(labels) == 0:
         raise UserError(f"{where} has no images; add some")
-    if classes < 2:
+    if len(classes) < 2:
         raise UserError(f"{where} has fewer than 2 classes; there is nothing to learn")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"{where} has labels from {labels.min()} to {labels.max()}, not 0 to {classes - 1}; fix them")
-    empty = np.setdiff1d(np.arange(classes), labels)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        last = len(classes) - 1
+        raise UserError(f"{where} has labels from {labels.min()} to {labels.max()}, not 0 to {last}; fix them")
+    empty = np.setdiff1d(np.arange(len(classes)), labels)
     if every and len(empty):
-        raise UserError(f"{where} has no images of class {empty[0]}; every class needs some")
+        raise UserError(
+            f"{where} has no images of class '{classes[empty[0]]}'; every class needs some, and where a set is divided "
+            "here, more than a few"
+        )

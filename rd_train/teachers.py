@@ -48,6 +48,8 @@ def parse_published(name: str) -> Published:
     """The parts of a name; another library, or a variant that is not our ResNet, is a `UserError`."""
     library, _, rest = name.partition("/")
     model, _, weights = rest.partition(".")
+    if library not in LIBRARIES and name.endswith((".pt", ".pth", ".safetensors", ".bin")):
+        raise UserError(f"teacher '{name}' is no network's name; give a file of weights with --teacher-weights")
     if library not in LIBRARIES:
         raise UserError(f"teacher '{name}': unknown library '{library}' (known: {', '.join(LIBRARIES)})")
     if model not in MODELS:

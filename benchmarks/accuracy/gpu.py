@@ -137,7 +137,7 @@ def train(job: Job) -> None:
     """One run, from where it stands; raises `Stopped` where it was told to or where its loss is NaN."""
     job.check_folder()
     recipe = rd_train.run.settle(job.recipe())
-    rd_train.run.run(recipe, job.folder, resume=job.begun())
+    rd_train.run.run(recipe, job.folder, resume=job.begun(), overwrite=True)
     torch.compiler.reset()  # the next network is another one: nothing of this one must count as its recompilation
 
 

@@ -148,6 +148,12 @@ def test_instructions_count_where_torch_uses_them(monkeypatch, flag):
     assert not bf16.cpu_multiplies_bf16()
 
 
+def test_gpus_that_only_convert_bf16_do_not_multiply_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert settle(replace(RECIPE, precision="auto", device="cuda")).precision == "fp32"
+
+
 def test_torch_says_whether_it_uses_them():
     assert torch.ops.mkldnn._is_mkldnn_bf16_supported() in (True, False)
 

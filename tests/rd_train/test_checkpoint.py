@@ -74,6 +74,7 @@ def rewrite(path, change):
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3, dtype=torch.int32)}), "fc.bias is torch.int32"),
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3, dtype=torch.complex64)}), "fc.bias is"),
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3).to_sparse()}), "sparse"),
+        (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(1).expand(3)}), "fc.bias repeats its values"),
         (lambda v: v["arch"].update(depth=21), "depth 21 is unknown"),
         (lambda v: v["arch"].update(depth=[20]), "depth"),
         (lambda v: v["arch"].update(width=1e9), "width must be"),

@@ -1,6 +1,9 @@
 """rd-train as its users call it: errors of one line with exit code 2, and the files of a run."""
 
+import fcntl
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +12,18 @@ import pytest
 import torch
 import yaml
 
-from rd_deploy.common import run_command
+from rd_deploy.common import UserError, run_command
 from rd_train.cli import _recipe, command
 from rd_train.recipe import AS_RELEASED, AS_RELEASED_BY_STEM, Recipe, preset_names, preset_values
+from rd_train.run import run, settle
 from rd_train.sources import DEBIAN_FASHION
 
 SMALL = ["--arch", "plain20", "--width", "0.25", "--train_limit", "200", "--threads", "1", "--batch_size", "50",
          "--warmup_epochs", "0.2"]  # fmt: skip
+
+
+# What torch says where the system has none left.
+CPU_MEMORY = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
 def call(*arguments: str) -> int:
@@ -94,6 +102,9 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_by_accident(finished,
         (["--resume", "nowhere"], "holds no run"),
         (["--resume", ""], "--resume is empty"),
         (["--out", ""], "--out is empty"),
+        (["--out=~nosuchuser/x"], "nosuchuser"),
+        (["--data-dir", ""], "data_dir is empty"),
+        (["--overwrite"], "give both"),
         (["nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--resume", ".", "--epochs", "3"], "leave the other options away"),
         (["--device", "cuda"], "no GPU"),
@@ -144,6 +155,55 @@ def test_tensorboard_logs_by_option(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra [tensorboard]")
     assert call("digits", *SMALL, "--epochs", "1", "--method", "ce", "--tensorboard", "--out", str(tmp_path)) == 0
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_without_tensorboard_an_earlier_run_stays(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # an import of it fails
+    for out, flags in (("run", ["--overwrite"]), ("new", [])):
+        assert call("digits", *SMALL, *flags, "--tensorboard", "--out", str(tmp_path / out)) == 2
+        assert "tensorboard is not usable here" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_after_an_equals_sign_may_be_in_the_home(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(finished.parent))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--resume=~/run"], ["digits", "--out=~/run"]):
+        assert call(*arguments) == 2
+        assert str(finished) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    tmp_path.joinpath("run").mkdir()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as a run that is training holds it
+    assert call("digits", *SMALL, "--method", "ce", "--out", str(tmp_path / "run")) == 2
+    os.close(handle)
+    assert f"another rd-train is training in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_run_that_came_while_data_were_read_is_not_deleted(finished, capsys):
+    recipe = settle(Recipe(**yaml.safe_load((finished / "recipe.yaml").read_text())))
+    with pytest.raises(UserError, match="already holds"):
+        run(recipe, finished)
+    assert (finished / "result.json").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU_MEMORY)])
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
+    def fit(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("rd_train.run.fit", fit)
+    assert call("digits", *SMALL, "--method", "ce", "--out", str(tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("rd-train: error: not enough memory")
 
 
 def test_what_stands_in_the_folder_is_not_deleted_by_accident(finished, tmp_path, capsys):

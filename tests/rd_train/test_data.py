@@ -13,7 +13,15 @@ from sklearn.datasets import load_digits
 
 from rd_deploy.common import UserError
 from rd_train.augment import Augment
-from rd_train.data import DATASETS, READERS, batches, evaluation_batches, load_dataset, steps_per_epoch
+from rd_train.data import (
+    DATASETS,
+    READERS,
+    batches,
+    channel_statistics,
+    evaluation_batches,
+    load_dataset,
+    steps_per_epoch,
+)
 from rd_train.recipe import IN_MEMORY
 from rd_train.sources import DEBIAN_FASHION
 
@@ -74,6 +82,17 @@ def test_training_split_is_normalised(digits):
 
 
 @needs_fashion
+def test_statistics_are_exact_whatever_the_blocks(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (40, 5, 7, 2), np.uint8)
+    chosen = np.arange(1, 40, 2)
+    expected = images[chosen].reshape(-1, 2) / 255
+    for block in (1 << 24, 100):  # bytes: all at once, an image or two
+        monkeypatch.setattr("rd_train.data.STATISTICS_BLOCK", block)
+        mean, std = channel_statistics(images, chosen)
+        np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(std, expected.std(0), rtol=1e-12)
+
+
 def test_fashion_is_torchvisions_order_and_labels(fashion):
     with gzip.open(DEBIAN_FASHION / "t10k-images-idx3-ubyte.gz") as stream:
         expected = np.frombuffer(stream.read()[16:], np.uint8).reshape(-1, 28, 28)

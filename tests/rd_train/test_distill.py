@@ -366,3 +366,10 @@ def test_logit_distillation_begins_at_its_start_and_is_drawn_by_its_probability(
     assert not task.kinds()[0]["distils"]
     gradients_of(task, {"distils": True})
     assert len(calls) == 1
+
+
+def test_probabilities_are_probabilities_for_all_weights():
+    task = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), splice_probability=1.0, feature_weight=0.0)
+    for start, end in ((0.9, 0.3), (0.3, 0.03), (1.8, 0.6)):  # where the cosine begins an ulp above its start
+        task.splice_weight, task.splice_weight_end = start, end
+        assert all(probability >= 0 for probability, _ in task.outcomes(0.0))

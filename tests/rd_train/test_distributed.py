@@ -140,6 +140,8 @@ SYNCED = {
     "rd": replace(RD, sync_bn=True, recalibrate=60, audit=True),
     "with branches": replace(RD, init="identity", init_noise=0.3, reparam="identity", sync_bn=True),
     "jointrd": replace(EPOCH, method="jointrd", sync_bn=True, teacher_mode="joint", clip_norm=1.0),
+    # The connectors of splices that have ended get no gradient.
+    "jointrd that ends": replace(EPOCH, method="jointrd", sync_bn=True, splice_weight_end=0.0, splice_window=0.3),
 }
 # BN by each process's slice: equal to one process that forwards the slices one after the other.
 SLICED = {
@@ -342,6 +344,7 @@ def test_bn_of_all_processes_is_bn_of_the_whole_batch(tmp_path):
         ({"method": "rd", "splices": "all", "splice_weight_end": 0.1}, True),
         ({"method": "rd", "splices": "all", "splice_weight_end": 0.0}, False),
         ({"method": "rd", "splices": "one"}, False),
+        ({"method": "jointrd", "splice_weight_end": 0.0}, False),
     ],
 )
 def test_the_graph_is_static_where_all_steps_are_of_one_kind(options, static):

@@ -130,6 +130,10 @@ def test_corrupt_images_are_named_counted_and_limited(tmp_path, capsys):
     other = load_dataset("folder", tmp_path / "data", size=16, max_corrupt=2)
     other.skipped.record(tmp_path / "skipped.txt", resume=True)
     assert len(other.skipped) == 2
+    with (tmp_path / "skipped.txt").open("a", encoding="utf-8") as file:
+        file.write("train/cut sh")  # killed while it wrote
+    other.skipped.record(tmp_path / "skipped.txt", resume=True)
+    assert len(other.skipped) == 2
     name = ruin(dataset.train, 20)
     with pytest.raises(
         UserError, match=r"more corrupt images than --max-corrupt 2: .*the others are in .*skipped\.txt"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rd_train.context import Context
-from rd_train.data import load_dataset
+from rd_train.data import fixed_sample, load_dataset
 from rd_train.evaluation import evaluate, predict, recalibrated
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
@@ -46,6 +46,17 @@ def test_recalibration_takes_the_statistics_of_clean_training_images(tmp_path):
     torch.testing.assert_close(copy.bn1.running_var, first.var((0, 2, 3)), rtol=0.02, atol=1e-3)
     assert evaluate(copy, dataset.val, context)[0] >= 0
     assert recalibrated(network, replace_recipe(context, recalibrate=0)) is network
+
+
+def test_all_recalibrated_batches_weigh_the_same(tmp_path):
+    recipe = replace(RECIPE, recalibrate=52, batch_size=50)  # not 50 images and 2, of which each would count 25 times
+    dataset = load_dataset("digits", limit=100)
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, None)
+    torch.manual_seed(0)
+    copy = recalibrated(Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10), "dirac"), context)
+    images = dataset.train.images(fixed_sample(dataset.train, 52))
+    first = torch.nn.functional.conv2d(images, copy.conv1.weight, padding=1)
+    torch.testing.assert_close(copy.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def replace_recipe(context: Context, **changes) -> Context:

@@ -127,7 +127,7 @@ def test_wrong_layouts_are_refused(tmp_path):
     with pytest.raises(UserError, match="fewer than 2 classes"):
         load_dataset("folder", tmp_path)
     (tmp_path / "two").mkdir()
-    with pytest.raises(UserError, match="no images of class 1"):
+    with pytest.raises(UserError, match="no images of class 'two'"):
         load_dataset("folder", tmp_path)
 
 

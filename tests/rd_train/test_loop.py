@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import json
 import math
 import os
@@ -96,6 +97,17 @@ def test_resume_is_bit_equal(uninterrupted, tmp_path, when, how, status):
     code, said = resume(tmp_path / "run")
     assert code == 0, said
     assert_same(uninterrupted, tmp_path / "run")
+
+
+def test_an_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):
+    def say(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")  # of the disk that the output goes to
+
+    monkeypatch.setattr("rd_train.loop.say", say)
+    with pytest.raises(OSError, match="No space"):
+        run(replace(RECIPE, method="ce", epochs=1, ema=0.0), tmp_path)
+    assert torch.load(tmp_path / "student-state.pt", weights_only=True)["step"] == 200 // 50
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_divergence_stops_with_the_last_good_state(tmp_path, monkeypatch):

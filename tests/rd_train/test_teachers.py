@@ -80,6 +80,7 @@ def test_timms_variants_are_refused_by_name_and_their_weights_by_shape(name, tmp
         ("torchvision/resnet20", "is not one of"),
         ("torch/resnet50", "unknown library 'torch'"),
         ("/resnet50", "unknown library ''"),
+        ("runs/t/model.pt", "give a file of weights with --teacher-weights"),
         ("torchvision/", "is not one of"),
         ("torchvision/resnet50.IMAGENET1K_V9", "known: IMAGENET1K_V1, IMAGENET1K_V2"),
     ],

@@ -1,0 +1,38 @@
+"""What a run prints goes to a reader that may leave; the run goes on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from processes import environment
+
+from rd_train.output import lasting_output
+
+SCRIPT = """
+import sys
+from rd_train.output import lasting_output
+with lasting_output():
+    for number in range(3):
+        print("to nobody", flush=True)
+        print("nor here", file=sys.stderr, flush=True)
+    print("left in the buffer")
+"""
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_leaves_ends_nothing(both):
+    read, write = os.pipe()
+    os.close(read)
+    stderr = write if both else subprocess.PIPE
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment(), stdout=write, stderr=stderr)
+    os.close(write)
+    assert done.returncode == 0
+    assert done.stderr is None or done.stderr.decode().splitlines() == ["nor here"] * 3
+
+
+def test_what_is_printed_is_printed(capsys):
+    with lasting_output():
+        print("here")
+        assert sys.stdout.isatty() is False  # as the stream itself says
+    assert capsys.readouterr().out == "here\n"
