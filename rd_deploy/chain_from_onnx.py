@@ -15,7 +15,7 @@ from onnx import NodeProto, numpy_helper
 from rd_deploy.chain import INPUT, Chain, ChainError, Conv, GlobalAveragePool, Linear, MaxPool, Step
 from rd_deploy.common import UserError
 from rd_deploy.export.onnx import KEY, Metadata, read_metadata
-from rd_deploy.onnx_files import fixed_batch, runtime_inputs
+from rd_deploy.onnx_files import first_line, fixed_batch, runtime_inputs
 from rd_deploy.onnx_shapes import is_standard
 from rd_deploy.preprocessing import Preprocessing
 
@@ -25,6 +25,13 @@ def chain_from_onnx(model: onnx.ModelProto) -> Chain:
 
     A file of others says nothing of preprocessing or classes: none is done, and classes are numbered.
     """
+    try:
+        return _read(model)
+    except (ValueError, TypeError, IndexError, KeyError) as error:  # weights that do not fit their shape or their node
+        raise UserError(f"the ONNX file is damaged, or not a chain ({first_line(error)}); export it again") from error
+
+
+def _read(model: onnx.ModelProto) -> Chain:
     inputs = runtime_inputs(model)
     shape = tuple(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim[1:]) if len(inputs) == 1 else ()
     if len(shape) != 3:
@@ -73,7 +80,11 @@ class _Reader:
         """The steps; the last one must make the network's output."""
         if not self.steps or self.values.get(output) != list(self.steps)[-1]:
             raise UserError("a chain ends with the step that gives its logits")
-        return tuple(self.steps.values())
+        steps = tuple(self.steps.values())
+        if not isinstance(steps[-1], Linear):
+            kind = type(steps[-1]).__name__
+            raise UserError(f"a chain ends in a linear layer, this network in a {kind} ({output})")
+        return steps
 
     def append(self, node: "_Node", step: Step) -> None:
         if step.name in self.steps or step.name == INPUT:

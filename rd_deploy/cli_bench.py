@@ -17,6 +17,9 @@ DEFAULTS = {
     "cpu": {"precision": "fp32,bf16", "batch": "1,8"},
     "cuda": {"precision": "fp16,bf16", "batch": "1,32"},
 }
+SECONDS, SEED, OUT = 10.0, 0, "bench"
+# What a plan does not depend on; None, False or an empty list where it is not given, so that --plan can refuse it.
+MEASUREMENT_OPTIONS = ("engines", "precision", "threads", "seconds", "seed", "profile", "quick", "out", "require")
 PLAN_CARD = "h100"  # whose plan is shown where there is no GPU
 QUICK_SECONDS = QUICK_WARM_UP = 0.2
 QUICK_QUADS = 3
@@ -56,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", help="fp32, fp16, bf16 (default: fp32,bf16; on a GPU fp16,bf16)")
     parser.add_argument("--threads", type=int, help="(default: the CPUs this process may use)")
     parser.add_argument("--size", type=int, help="pixels, for named networks (default: 224, or 32 for that family)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="sampling time per pair (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, images, bootstrap (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help=f"sampling time per pair (default: {SECONDS})")
+    parser.add_argument("--seed", type=int, help=f"of weights, images, bootstrap (default: {SEED})")
     parser.add_argument(
         "--profile", action="store_true", help="also time the native engine's steps, against this machine's limits"
     )
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--card", metavar="NAME", help=f"of --plan (default: the GPU here, or {PLAN_CARD})")
     parser.add_argument("--quick", action="store_true", help="a smoke run: short sampling, no conclusions")
-    parser.add_argument("--out", default="bench", metavar="FOLDER", help="of the results (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help=f"of the results (default: {OUT})")
     parser.add_argument(
         "--require",
         action="append",
@@ -87,7 +90,22 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             raise UserError(f"--{option} {value} must be from {low} to {high}")
     if options.card and not options.plan:
         raise UserError("--card names the GPU of --plan: a measurement takes the GPU that is here")
+    if options.plan:
+        _check_plan(options)
+    for option, default in (("seconds", SECONDS), ("seed", SEED), ("out", OUT)):
+        if getattr(options, option) is None:
+            setattr(options, option, default)
     return options
+
+
+def _check_plan(options: argparse.Namespace) -> None:
+    """Refuse what a plan would ignore."""
+    values = {name: getattr(options, name) for name in MEASUREMENT_OPTIONS}
+    given = [name for name, value in values.items() if not (value is None or value is False or value == [])]
+    if given:
+        raise UserError(f"--{given[0]} is for a measurement, and --plan makes none: leave one of them away")
+    if options.device == "cpu":
+        raise UserError("--plan is of the cuda engine, which is not on --device cpu: leave one of them away")
 
 
 def _choose_device(options: argparse.Namespace) -> None:

@@ -89,8 +89,11 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say in one line which extra of a checkout installs it ("": a core one)."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(f"{module} is not usable here ({one_line(error)}): {install_hint(extra)}") from error
+    except Exception as error:  # a broken installation: a library that is missing, binaries of another version
+        reason = one_line(error)[:160] or type(error).__name__
+        raise UserError(f"{module} is installed but cannot be imported ({reason}): install it again") from error
 
 
 @contextlib.contextmanager

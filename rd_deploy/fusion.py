@@ -137,8 +137,9 @@ class _Fusion:
         return pointwise and one_to_one and self._fits(node.operands[0], node.outputs[0])
 
     def _is_residual(self, node: _Node) -> bool:
-        dims = {self._shapes.dims(name) for name in (*node.proto.input, *node.proto.output)} if node.op == "Add" else ()
-        return node.op == "Add" and len(node.operands) == 2 and len(dims) == 1
+        if node.op != "Add" or len(node.operands) != 2:  # a constant's shape may be unknown, and need not be known
+            return False
+        return len({self._shapes.dims(name) for name in (*node.proto.input, *node.proto.output)}) == 1
 
     def _new_step(self, node: _Node, **changes) -> Step:
         name = node.proto.name or node.outputs[0]

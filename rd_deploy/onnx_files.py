@@ -3,6 +3,7 @@
 Nothing is unpickled, sizes are checked before reading, and weights outside the model's folder are refused.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from google.protobuf.message import DecodeError, Message
 from rd_deploy.common import UserError, check_file
 
 MAX_MODEL_BYTES = (2 << 30) - 1  # what protobuf can parse
+# Of the types that weights mostly have; of others, some of which are packed, the size is left to their reader.
+ELEMENT_BYTES = {
+    **dict.fromkeys((onnx.TensorProto.INT8, onnx.TensorProto.UINT8), 1),
+    **dict.fromkeys((onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16), 2),
+    **dict.fromkeys((onnx.TensorProto.FLOAT, onnx.TensorProto.INT32), 4),
+    **dict.fromkeys((onnx.TensorProto.DOUBLE, onnx.TensorProto.INT64), 8),
+}
 
 
 def load_model(path: str | Path) -> onnx.ModelProto:
@@ -58,7 +66,7 @@ def _texts(message: Message) -> Iterator[str | bytes]:
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    """Refuse external weights that lie outside the model's folder, are missing or are too short."""
+    """Refuse external weights that lie outside the model's folder, are missing, too short or of another size."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, folder = entries.get("location", ""), path.resolve().parent
     if not location or "\0" in location or "\\" in location:
@@ -71,8 +79,12 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     except ValueError as error:
         raise UserError(f"ONNX file {path}: tensor '{tensor.name}' has a bad offset or length") from error
-    if min(offset, length) < 0 or offset + length > target.stat().st_size:
+    wanted = math.prod(tensor.dims) * ELEMENT_BYTES.get(tensor.data_type, 0) or length
+    if min(offset, length) < 0 or offset + (length or wanted) > target.stat().st_size:
         raise UserError(f"weight file {target} is shorter than {path} says; copy it again")
+    if length and length != wanted:
+        what = f"tensor '{tensor.name}' needs {wanted:,} bytes and has {length:,} in {target}"
+        raise UserError(f"ONNX file {path}: {what}; export it again")
 
 
 def runtime_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -6,13 +6,14 @@ from rd_deploy.bench.models import Subject
 from rd_deploy.bench.report import table
 from rd_deploy.chain_from_onnx import chain_from_onnx
 from rd_deploy.common import UserError, require
+from rd_deploy.engines import Unsupported
 
 HEADER = ("step", "kernel", "configuration", "blocks", "waves", "MFLOP", "maps KiB", "weights KiB", "limit", "µs")
 NOTE = "Predicted by the model of docs/gpu.md, not measured; a card at hand is measured when a network is loaded."
 
 
 def choose_card(name: str | None, default: str):
-    """The card of a name; without one the GPU that is here, or the default."""
+    """The card of a name; without one the GPU that is here, or the default. `UserError` if that GPU is too old."""
     require("triton", "cuda")
     from rd_deploy.triton_kernels.cards import get_card
 
@@ -23,7 +24,10 @@ def choose_card(name: str | None, default: str):
         return get_card(default)
     from rd_deploy.cuda.device import current_card
 
-    return current_card()
+    try:
+        return current_card()
+    except Unsupported as reason:
+        raise UserError(f"{reason}; name one with --card") from reason
 
 
 def render_plans(subjects: Sequence[Subject], batches: Sequence[int], card) -> str:

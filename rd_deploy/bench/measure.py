@@ -14,7 +14,7 @@ from rd_deploy.bench.feature_maps import count_memory, engine_rows, judge_memory
 from rd_deploy.bench.models import Subject
 from rd_deploy.bench.profile import profile
 from rd_deploy.bench.statistics import Ratio, Summary, instability, paired_ratio, summarise
-from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, time_pair
+from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, WarmUp, time_pair
 from rd_deploy.common import UserError
 from rd_deploy.engines import Engine, Session, Unsupported
 from rd_deploy.engines.native import NativeSession
@@ -260,12 +260,14 @@ def _warnings(label: str, summaries: dict[str, Summary], samples: PairedSamples,
     """Reasons to doubt a measurement, each with the setting it is about."""
     shaky = instability(summaries, ratio)
     texts = [shaky] if shaky else []
-    texts += [
-        f"{name} was not steady after {warm.seconds:.1f} s of warm-up (still changing by {warm.change:.0%})"
-        for name, warm in zip(summaries, samples.warm_up, strict=True)
-        if not warm.steady
-    ]
+    texts += [_unsteady(name, warm) for name, warm in zip(summaries, samples.warm_up, strict=True) if not warm.steady]
     return [f"{label}: {text}" for text in texts]
+
+
+def _unsteady(name: str, warm: WarmUp) -> str:
+    if warm.change is None:
+        return f"{name} was warmed up for one window only, {warm.seconds:.1f} s"
+    return f"{name} was not steady after {warm.seconds:.1f} s of warm-up (still changing by {warm.change:.0%})"
 
 
 def _skip(engine: str, precision: str | None, batch: int | None, reason: str) -> dict:

@@ -3,11 +3,13 @@
 Whatever it is, it becomes one ONNX model that every engine reads.
 """
 
+import importlib.util
 import math
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import onnx
 
@@ -105,7 +107,7 @@ def _onnx_file(path: str, size: int | None) -> Subject:
     """An ONNX file; one of ours says in its metadata which architecture it is."""
     model = load_model(path)
     onnx.load_external_data_for_model(model, str(Path(path).resolve().parent))  # `load_model` checked where they lie
-    arch = _arch(read_metadata(model).arch, path) if _is_ours(model) else None
+    arch = _own_arch(model, path) if _is_ours(model) else None
     subject = Subject(Path(path).stem, f"ONNX file {Path(path).name}", model, arch, is_file=True)
     _check_size(subject, size)
     _check_elements(subject, 1)
@@ -116,12 +118,20 @@ def _is_ours(model: onnx.ModelProto) -> bool:
     return any(entry.key.startswith(KEY) for entry in model.metadata_props)
 
 
-def _arch(values: dict, path: str) -> dict:
-    """The part of an architecture that decides what to compare with, checked without torch: files may be damaged."""
+def _own_arch(model: onnx.ModelProto, path: str) -> dict:
+    """The architecture of an fp32 export, of which engines make the other precisions themselves.
+
+    The part of it that decides what to compare with is checked, without torch: files may be damaged.
+    """
+    known = read_metadata(model)
+    if known.precision != "fp32":
+        raise UserError(
+            f"ONNX file {path} is the {known.precision} export; give the fp32 one: --precision sets what is run"
+        )
     kinds = {"depth": int, "stem": str, "width": (int, float)}
-    if not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
+    if not all(isinstance(known.arch.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"ONNX file {path}: its metadata names no architecture; export it again")
-    return values
+    return known.arch
 
 
 def _checkpoint(path: str, size: int | None) -> Subject:
@@ -144,18 +154,19 @@ def _check_size(subject: Subject, size: int | None) -> None:
 
 
 def _named(name: str, like: Subject | None, size: int | None, seed: int) -> Subject:
-    if Path(name).exists():
-        raise UserError(f"{name} is neither a .pt checkpoint nor an .onnx file")
     require("torch", "train")
     from rd_train.networks import ARCH_NAMES
 
     if name in ARCH_NAMES:
         return _architecture(name, like, size, seed)
-    installed = {library: names() for library, names in LIBRARIES.items()}
-    for library, names in installed.items():
-        if name in names:
+    known = list(ARCH_NAMES)
+    for library, names in LIBRARIES.items():
+        found = names()
+        if name in found:
             return _foreign(library, name, like, size, seed)
-    known = [*ARCH_NAMES, *(f for names in installed.values() for f in names)]
+        known += found
+    if Path(name).exists():  # asked last: a folder may be named like a network
+        raise UserError(f"{name} is neither a .pt checkpoint nor an .onnx file")
     hint = nearest(name, known)
     raise UserError(f"unknown network '{name}'{hint if 'did you mean' in hint else nearest(name, ARCH_NAMES)}")
 
@@ -240,20 +251,19 @@ def _torch_export(network, size: int, name: str) -> onnx.ModelProto:
         return load_model(path)
 
 
+def _library(name: str, extra: str) -> ModuleType | None:
+    """None where it is not installed; a `UserError` where it is, and cannot be imported."""
+    return require(name, extra) if importlib.util.find_spec(name) else None
+
+
 def _torchvision_names() -> list[str]:
-    try:
-        import torchvision
-    except ImportError:
-        return []
-    return torchvision.models.list_models(module=torchvision.models)
+    torchvision = _library("torchvision", "train")
+    return torchvision.models.list_models(module=torchvision.models) if torchvision else []
 
 
 def _timm_names() -> list[str]:
-    try:
-        import timm
-    except ImportError:
-        return []
-    return timm.list_models()
+    timm = _library("timm", "timm")
+    return timm.list_models() if timm else []
 
 
 LIBRARIES = {"torchvision": _torchvision_names, "timm": _timm_names}

@@ -20,19 +20,20 @@ MIN_WARM_UP = 0.5  # seconds: clock speed and thread pools need this long even w
 SETTLE_MS = 20.0  # an idle thread pool may spin for some ms after its last call, and takes cores from the next callable
 APART_MS = 0.05  # calls at least this long are timed one by one: reading the clock costs them well below 1%
 MIN_QUADS = 20
+CLOCK_MS = 1e-6  # a nanosecond: the least that the clock tells from nothing
 
 
 @dataclass(frozen=True)
 class WarmUp:
     """How the warm-up of one callable ended.
 
-    ``change``: the last difference of window medians, relative; ``median_ms``: of the last window.
+    ``change``: the last difference of window medians, relative, None after one window only; ``median_ms``: of the last.
     """
 
     calls: int
     seconds: float
     steady: bool
-    change: float
+    change: float | None
     median_ms: float
 
 
@@ -109,15 +110,15 @@ def warm_up(function: Callable[[], object], max_seconds: float, clock: Clock) ->
 
     It takes at least `MIN_WARM_UP` seconds, unless ``max_seconds`` is less.
     """
-    start, calls, previous = clock(), 0, math.inf
+    start, calls, previous = clock(), 0, None
     while True:
         window = _window(function, clock)
         calls += len(window)
         median = statistics.median(window)
-        change = abs(median - previous) / median if math.isfinite(previous) and median > 0 else math.inf
-        seconds, steady = (clock() - start) / 1e9, change <= STEADY
+        change = None if previous is None else abs(median - previous) / max(median, CLOCK_MS)
+        seconds, steady = (clock() - start) / 1e9, change is not None and change <= STEADY
         if (steady and seconds >= MIN_WARM_UP) or seconds >= max_seconds:
-            return WarmUp(calls, seconds, steady, change if math.isfinite(change) else 1.0, median)
+            return WarmUp(calls, seconds, steady, change, median)
         previous = median
 
 

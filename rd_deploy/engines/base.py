@@ -15,12 +15,14 @@ from rd_deploy.common import UserError, install_hint
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PRECISIONS = tuple(ELEMENT_BYTES)
-# What a weight can be besides float32, each of a name that ONNX gives it.
-FLOATS = tuple(
+# What a weight can be besides float32, by the names that ONNX gives: other floats, and integers of a byte or less.
+FLOATS, SMALL_INTEGERS = ("FLOAT", "BFLOAT", "DOUBLE"), ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+OTHER_WEIGHTS = tuple(
     value
     for name, value in onnx.TensorProto.DataType.items()
-    if name.startswith(("FLOAT", "BFLOAT", "DOUBLE")) and value != onnx.TensorProto.FLOAT
+    if value != onnx.TensorProto.FLOAT and (name.startswith(FLOATS) or name in SMALL_INTEGERS)
 )
+QUANTISERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
 class Unsupported(Exception):
@@ -150,7 +152,8 @@ def first_line(error: Exception) -> str:
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     """The one input that is not a weight; anything but one float32 (N, C, H, W) tensor is a `UserError`.
 
-    So is a file whose weights are not float32: an engine would run it, and its times would pass for float32's.
+    So is a file that is quantised or whose weights are not float32: an engine would run it, and its times would pass
+    for float32's.
     """
     _check_float32(model)
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -164,7 +167,10 @@ def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
 
 
 def _check_float32(model: onnx.ModelProto) -> None:
-    other = next((tensor for tensor in model.graph.initializer if tensor.data_type in FLOATS), None)
+    quantiser = next((node.op_type for node in model.graph.node if node.op_type in QUANTISERS), None)
+    if quantiser is not None:
+        raise UserError(f"the ONNX file is quantised (it has {quantiser}); give the fp32 export")
+    other = next((tensor for tensor in model.graph.initializer if tensor.data_type in OTHER_WEIGHTS), None)
     if other is not None:
         kind = onnx.TensorProto.DataType.Name(other.data_type).lower()
         raise UserError(f"the ONNX file holds {kind} weights ('{other.name}'); give the fp32 export")

@@ -23,9 +23,8 @@ class CudaSession(DeviceSession):
         super().__init__(engine, model, precision, threads, batch)
         settings = {name: setting(name) for name in SETTINGS}
         self._interpreted = is_interpreted()
-        chain = chain_from_onnx(model)
         try:
-            self._prepare(chain, settings)
+            self._prepare(chain_from_onnx(model), settings)
         except UserError as reason:  # the settings are checked: it is the network or the GPU
             raise Unsupported(str(reason)) from reason
 

@@ -129,7 +129,7 @@ class Network:
 
     def __init__(self, handle: c_void_p, memory: np.ndarray | None):
         self._handle, self._memory = handle, memory
-        weakref.finalize(self, _free, c.library().rd_network_free, handle, memory)
+        _when_unused(self, _free, c.library().rd_network_free, handle, memory)
 
     @classmethod
     def load(cls, path: str | Path) -> "Network":
@@ -198,7 +198,7 @@ class Plan:
 
     def __init__(self, handle: c_void_p, memory: np.ndarray | None):
         self._handle, self._memory = handle, memory
-        weakref.finalize(self, _free, c.library().rd_plan_free, handle, memory)
+        _when_unused(self, _free, c.library().rd_plan_free, handle, memory)
 
     @cached_property
     def info(self) -> PlanInfo:
@@ -224,7 +224,7 @@ class Context:
         self._handle = _made(c.library().rd_context_create, plan._handle, pointer, size)
         self._lock, self._process = threading.Lock(), os.getpid()
         kept = (plan._memory, arena)
-        weakref.finalize(self, _free_context, c.library().rd_context_free, self._handle, self._process, kept)
+        _when_unused(self, _free_context, c.library().rd_context_free, self._handle, self._process, kept)
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -333,6 +333,14 @@ def _pointer(array: np.ndarray, writes: bool = False) -> int:
     if writes and not (array.flags.writeable and array.flags.c_contiguous):
         raise UserError("the engine needs memory that is contiguous and can be written")
     return array.ctypes.data
+
+
+def _when_unused(owner: object, function: Callable, *arguments) -> None:
+    """Call when nobody has the object any more, but not at exit.
+
+    The system takes the memory back then, and a daemon thread may still be in a call that uses it.
+    """
+    weakref.finalize(owner, function, *arguments).atexit = False
 
 
 def _free(function: Callable, handle: c_void_p, kept: object) -> None:

@@ -5,6 +5,7 @@ CUDA context is current and, afterwards, the caller's again.
 """
 
 import contextlib
+import threading
 import time
 import weakref
 from collections import OrderedDict
@@ -72,7 +73,8 @@ class Session:
         except BaseException:
             self._gpu.close()
             raise
-        self._finalizer = weakref.finalize(self, self._gpu.close)
+        self._running = threading.Lock()  # held during a call
+        self._finalizer = weakref.finalize(self, _close_idle, self._gpu, self._running)
 
     def _prepare(self, file: EngineFile) -> None:
         gpu, images, logits = self._gpu, (self.batch, *self._image_shape), (self.batch, len(self.classes))
@@ -92,7 +94,9 @@ class Session:
 
     def close(self) -> None:
         """Wait for what still runs and free everything; done as well when nobody has the session any more."""
-        self._finalizer()
+        if self._finalizer.detach():
+            with self._running:
+                self._gpu.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -169,10 +173,11 @@ class Session:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
-        if self.closed:
-            raise UserError("this session is closed: make another one")
-        with self._gpu:
-            yield
+        with self._running:
+            if self.closed:
+                raise UserError("this session is closed: make another one")
+            with self._gpu:
+                yield
 
     def _host_run(self, images: np.ndarray, timed: bool = False) -> tuple[np.ndarray, tuple | None]:
         """Logits in memory of their own, and the events around the network if ``timed``."""
@@ -260,6 +265,19 @@ class Session:
             raise UserError(f"this session takes {self.profile.minimum} to {self.batch} images, not {count}{limit}")
 
 
+def _close_idle(gpu: Gpu, running: threading.Lock) -> None:
+    """Close what a session left, unless a call is running: at exit, a daemon thread may still be in one.
+
+    Then nothing is freed below it, and the driver takes all of it back with the process. Otherwise closing is right
+    even at exit: TensorRT's objects want to go in their order, in their context, after the work that they have queued.
+    """
+    if running.acquire(blocking=False):
+        try:
+            gpu.close()
+        finally:
+            running.release()  # a later call says that the session is closed
+
+
 def _largest(file: EngineFile, batch: int | None) -> int:
     """The most images per run."""
     profile = file.profile
@@ -297,6 +315,12 @@ class _Network:
         found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if found != names or any(engine.get_tensor_dtype(name) != self._trt.float32 for name in names):
             raise UserError(f"{file.path} does not read float32 {INPUT} and write float32 {OUTPUT}: {file.rebuild}")
+        for name, wanted in ((INPUT, file.input_shape), (OUTPUT, (len(file.classes),))):
+            found = tuple(engine.get_tensor_shape(name))[1:]
+            if found != wanted:  # memory is allocated as the sidecar says, and TensorRT writes as the engine does
+                raise UserError(
+                    f"{file.path} has {name} of shape {found}, not {wanted} as its sidecar says: {file.rebuild}"
+                )
 
     def _context_options(self):
         """How contexts are made: in our memory; where kernels are compiled at run time, for the very shape, once."""

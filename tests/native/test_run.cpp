@@ -384,6 +384,15 @@ void test_plan_mistakes() {
     const Loaded large(wide);
     const rd_options tiny{1, 1, 8, 8, 0, nullptr};
     refused(rd_plan_create(large.handle, &tiny, &made), RD_ERROR_ARGUMENT, "too small");
+    // Two paths whose maps are of one size for images of an even number of pixels only.
+    Network meeting(false, 3, 32, 32);
+    const int first = meeting.conv({test::kImages, 16}), shortcut = meeting.conv({first, 16, 2, 2, 2, 0});
+    meeting.conv({first, 16, 3, 3, 2, 1, true, shortcut});
+    meeting.finish(2);
+    const Loaded paths(meeting);
+    const rd_options odd{1, 1, 33, 33, 0, nullptr};
+    refused(rd_plan_create(paths.handle, &odd, &made), RD_ERROR_ARGUMENT, "different sizes");
+    CHECK(Planned(paths, {1, 1, 34, 34, 0, nullptr}).info.height == 34);
     const Planned plan(loaded, usual);
     rd_step_info step;
     succeeded(rd_plan_get_step(plan.handle, plan.info.steps - 1, &step));

@@ -402,6 +402,10 @@ class Engine(Living):
     def get_tensor_dtype(self, name: str) -> str:
         return self.dtypes[("images", "logits").index(name)]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        (value,) = [x for x in (*self.ort.get_inputs(), *self.ort.get_outputs()) if x.name == name]
+        return tuple(size if isinstance(size, int) else -1 for size in value.shape)
+
     def create_execution_context(self, strategy: Strategy) -> "Context":
         assert strategy is Strategy.USER_MANAGED
         return Context(self)

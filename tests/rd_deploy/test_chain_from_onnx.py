@@ -229,5 +229,31 @@ def test_a_reshape_for_another_batch_is_refused():
 
 def test_a_network_that_ends_elsewhere_is_refused():
     nodes = [conv("x", "c"), op("ReduceMean", ["c"], ["logits"], axes=[2, 3], keepdims=0)]
-    with pytest.raises(UserError, match="class logits"):
+    with pytest.raises(UserError, match=r"ends in a linear layer, this network in a GlobalAveragePool \(logits\)"):
         chain_from_onnx(checked(nodes, {"w": values(5, 4, 1, 1)}))
+
+
+def short_weight() -> onnx.ModelProto:
+    """A weight with fewer bytes than its shape says."""
+    model = model_of(conv("x", "features"), **W)
+    model.graph.initializer[0].raw_data = bytes(8)
+    return model
+
+
+def wide_bias() -> onnx.ModelProto:
+    """A bias for each of three images, which ONNX allows at that batch."""
+    nodes = [conv("x", "c"), POOL, op("Flatten", ["g"], ["f"]), op("Gemm", ["f", "wf", "bf"], ["logits"])]
+    return checked(nodes, W | {"wf": values(4, 5), "bf": values(3, 5)}, batch=3)
+
+
+def all_axes() -> onnx.ModelProto:
+    """A mean whose axes are left out, which are all of them then."""
+    nodes = [conv("x", "c"), op("ReduceMean", ["c", ""], ["m"]), op("Flatten", ["m"], ["f"])]
+    return checked([*nodes, op("Gemm", ["f", "wf"], ["logits"])], W | {"wf": values(1, 5)}, opset=18, batch=1)
+
+
+@pytest.mark.parametrize("make", [short_weight, wide_bias, all_axes])
+def test_a_damaged_or_odd_file_is_one_line(make):
+    with pytest.raises(UserError, match=r"the ONNX file is damaged, or not a chain \(.+\); export it again") as error:
+        chain_from_onnx(make())
+    assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -303,6 +304,19 @@ def test_best_against_best_on_different_engines_is_measured_interleaved(tmp_path
     assert len(pairs) == 3
     quads = [np.reshape(best[f"{side}_times"]["samples_ms"], (-1, 2)).sum(axis=1) for side in ("model", "compare")]
     assert best["ratio"] == pytest.approx(np.median(quads[1] / quads[0]), rel=1e-4)
+
+
+def test_a_warm_up_of_one_window_is_said_to_be_one(tmp_path, monkeypatch):
+    """No change is known then: null in the file, and no number in the warning."""
+    monkeypatch.setattr(cli_bench, "QUICK_WARM_UP", 0.01)
+    model = save_onnx(tmp_path / "a.onnx")
+    arguments = [model, "--compare", model, "--batch", 1, "--precision", "fp32", "--engines", "onnxruntime", *FAST]
+    assert bench(*arguments, "--out", tmp_path / "o") == 0
+    document = read(tmp_path / "o")
+    jsonschema.validate(document, schema())
+    assert [row["warm_up"]["change"] for row in document["results"]] == [None, None]
+    (said,) = [text for text in document["warnings"] if "batch 1: a was warmed up" in text]
+    assert re.fullmatch(r"onnxruntime fp32 batch 1: a was warmed up for one window only, \d+\.\d s", said)
 
 
 # Networks the ledger cannot count, and other machines ---------------------------------------------------------------

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import resources
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -67,6 +68,38 @@ def test_a_run_in_the_interpreter_is_a_whole_report(files, tmp_path, capsys):
     }
     assert {row["source"] for row in document["memory"]} >= {"cuda maps", "cuda arena", "ledger, in-place"}
     assert all(row["agrees"] for row in document["agreement"])
+
+
+def test_a_plan_on_a_gpu_that_is_too_old_asks_for_a_card(monkeypatch, capsys):
+    old = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: old)
+    assert bench("--plan") == 2
+    error = capsys.readouterr().err
+    assert error == "rd-bench: error: Tesla T4 is sm_75; the kernels need sm_80 or later; name one with --card\n"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(["--require", "speed=1.4"], ["--engines", "cuda"], ["--device", "cpu"], ["--precision", "fp16"]),
+        *(["--threads", "2"], ["--profile"], ["--quick"], ["--seconds", "10"], ["--seed", "0"], ["--out", "bench"]),
+    ],
+    ids=lambda given: given[0],
+)
+def test_a_plan_refuses_what_it_would_ignore(given, capsys):
+    assert bench("--plan", "--card", "h100", *given) == 2
+    captured = capsys.readouterr()
+    assert given[0] in captured.err
+    assert "leave one of them away" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_a_plan_takes_the_device_that_it_is_for(files, capsys):
+    assert bench(files[0], "--compare", files[1], "--plan", "--device", "cuda", "--card", "a100", "--batch", "1") == 0
+    assert "cuda engine on a100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rd_deploy.common import run_command
+from rd_deploy.common import UserError, require, run_command
 
 
 @pytest.mark.parametrize(("make", "said"), [(lambda: np.empty(1 << 62, np.uint8), "Unable to allocate"), (None, "")])
@@ -18,3 +18,22 @@ def test_full_memory_is_one_line_and_exit_2(capsys, make, said):
     assert error.startswith("rd-test: error: not enough memory")
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nothing_like_it", "not usable here (No module named 'nothing_like_it'): in the checkout: pip install"),
+        (
+            "raise OSError('libx.so.1:\\nno file')",
+            "installed but cannot be imported (libx.so.1: no file): install it again",
+        ),
+        ("raise RuntimeError", "installed but cannot be imported (RuntimeError): install it again"),
+    ],
+)
+def test_a_dependency_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, code, said):
+    (tmp_path / "dependency.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError) as error:
+        require("dependency", "train")
+    assert str(error.value).startswith(f"dependency is {said}")

@@ -106,6 +106,14 @@ def test_weights_beyond_fp16_are_refused():
     load(chain, "bf16")
 
 
+def test_a_network_that_is_no_chain_is_refused():
+    """As what the engine cannot do, so that a benchmark goes on with the others."""
+    model = to_onnx(CHAINS["basic"])
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Sigmoid"
+    with pytest.raises(Unsupported, match="a chain has no Sigmoid"):
+        get_engine("cuda").load(model, "fp16", threads=1, batch=1)
+
+
 def test_precisions_and_settings(monkeypatch):
     with pytest.raises(Unsupported, match="fp16 and bf16, not fp32"):
         load(CHAINS["basic"], "fp32")

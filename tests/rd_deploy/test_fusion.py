@@ -43,3 +43,12 @@ def test_control_flow_is_refused():
 def test_a_network_that_computes_nothing_is_refused():
     with pytest.raises(UserError, match="computes nothing"):
         ledger((builder := Builder()).model(["N", 4], builder.op("Identity", "image")))
+
+
+def test_an_add_that_spreads_a_map_over_a_constant_is_a_step():
+    """The constant is small, so that shape inference gets its values and nobody its shape."""
+    builder = Builder()
+    builder.initializers.append(helper.make_tensor("c", TensorProto.FLOAT, [1, 4, 1, 1], [1, 2, 3, 4]))
+    model = builder.model(["N", 1, 2, 2], builder.op("Add", builder.op("Relu", "image"), "c"))
+    assert ops(model) == ["Relu", "Add"]
+    assert ledger(model, element_bytes=1).peak_bytes == 4 + 16

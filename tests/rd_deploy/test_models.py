@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+from chains import basics
 from onnx import TensorProto, helper
 from onnx_builder import save
 
@@ -14,6 +16,7 @@ from rd_deploy.common import UserError
 from rd_deploy.export.onnx import KEY, to_onnx
 from rd_deploy.export.source import source_from_checkpoint
 from rd_deploy.preprocessing import Preprocessing
+from rd_deploy.quantize.qdq import KINDS, quantized_tensors, to_qdq
 from rd_train.checkpoint import Checkpoint, save_checkpoint
 from rd_train.networks import Network, parse_arch
 
@@ -70,6 +73,17 @@ def test_a_damaged_architecture_in_our_metadata_is_refused(tmp_path, arch):
         load_subject(str(save(model, tmp_path / "damaged.onnx")))
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp16", "bf16"])
+def test_an_own_export_in_another_precision_is_refused(tmp_path, precision):
+    """Whatever engine ran it, its times would stand under --precision's name."""
+    chain = replace(basics(), arch={"depth": 8, "stem": "small", "width": 1.0})
+    ranges = dict.fromkeys(quantized_tensors(chain, KINDS["int8"]), 1.0)
+    model = to_qdq(chain, ranges, "int8") if precision == "int8" else to_onnx(chain, precision)
+    with pytest.raises(UserError, match=rf"net\.onnx is the {precision} export; give the fp32 one"):
+        load_subject(str(save(model, tmp_path / "net.onnx")))
+    assert load_subject(str(save(to_onnx(chain), tmp_path / "net.onnx"))).arch == chain.arch
+
+
 def test_files_need_no_torch(tmp_path):
     ours, foreign = save_export(save_plain(tmp_path, width=0.25)), save(relu(1, 8, 8), tmp_path / "relu.onnx")
     code = f"""import sys; sys.modules["torch"] = None
@@ -77,6 +91,16 @@ from rd_deploy.bench.models import counterpart, load_subject
 print(counterpart(load_subject({str(ours)!r})), load_subject({str(foreign)!r}).shape)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "resnet20 (1, 8, 8)\n"
+
+
+def test_a_folder_may_be_named_like_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain20", "squeezenet1_1", "results"):
+        Path(name).mkdir()
+    assert load_subject("plain20").arch["depth"] == 20
+    assert load_subject("squeezenet1_1", size=64).source.startswith("torchvision")
+    with pytest.raises(UserError, match=r"results is neither a \.pt checkpoint nor an \.onnx file"):
+        load_subject("results")
 
 
 # --- what cannot be benched
@@ -110,3 +134,15 @@ def test_an_error_without_words_is_named_by_its_kind(monkeypatch):
     monkeypatch.setattr("torchvision.models.get_model", refuse)
     with pytest.raises(UserError, match=r"cannot run 64x64 images \(AssertionError\)"):
         load_subject("torchvision:resnet18", size=64)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "densenet121"])
+def test_a_broken_torchvision_is_one_line(tmp_path, monkeypatch, name):
+    """As one is that was built for another torch; our own networks do without it."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms\\ndoes not exist')")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = r"^torchvision is installed but cannot be imported \(operator torchvision::nms does not exist\): install it"
+    with pytest.raises(UserError, match=said):
+        load_subject(name, size=64)
+    assert load_subject("plain20").arch["depth"] == 20

@@ -3,6 +3,8 @@
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -203,6 +205,38 @@ def test_a_context_says_that_it_did_not_survive_a_fork(network):
     np.testing.assert_array_equal(here.recv(), expected)
     process.join(60)
     assert process.exitcode == 0
+
+
+DAEMONS = """
+import sys, threading
+import numpy as np
+from rd_deploy.native import Network, aligned_empty
+
+with open(sys.argv[1], "rb") as file:
+    network = Network.from_bytes(file.read())
+plan = network.plan(8, 2)
+running = threading.Barrier(3)
+
+def run(context):
+    images = np.zeros(context.input_shape, np.float32)
+    context.run(images)
+    running.wait()
+    while True:
+        context.run(images)
+
+for arena in (None, aligned_empty(plan.info.arena_bytes)):
+    threading.Thread(target=run, args=(plan.context(arena),), daemon=True).start()
+running.wait()
+"""
+
+
+def test_the_process_may_end_while_daemon_threads_run(tmp_path):
+    """Nothing of the engine's is freed below them, the file's memory and the caller's arena included."""
+    path = tmp_path / "net.rdp"
+    path.write_bytes(to_rdp(bottlenecks(width=32, size=(64, 64))))
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", DAEMONS, str(path)], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- Session

@@ -50,6 +50,8 @@ def test_weights_in_a_file_beside_the_model_are_found_and_not_read(tmp_path):
         ("", {}, "names no usable weight file"),
         ("missing.bin", {}, "does not exist"),
         ("here.bin", {"length": 1000}, "shorter"),
+        ("here.bin", {"length": 92}, "tensor 'weight' needs 96 bytes and has 92 in"),
+        ("here.bin", {"offset": 4}, "shorter"),
         ("here.bin", {"offset": -1}, "shorter"),
         ("here.bin", {"offset": "many"}, "bad offset"),
     ],

@@ -129,6 +129,13 @@ def test_warm_up_gives_up_after_its_time_and_says_so():
     assert warm.change > 0.03
 
 
+def test_after_one_window_there_is_no_change():
+    """Five calls of 100 ms are a window, and all the time there is: nothing says whether a sixth would differ."""
+    machine = Machine()
+    warm = warm_up(machine.call("A", 100), 0.2, machine.clock)
+    assert (warm.calls, warm.steady, warm.change, warm.median_ms) == (5, False, None, 100)
+
+
 def test_the_collector_is_off_while_timing_and_on_again_after_an_error():
     seen = []
 

@@ -4,9 +4,11 @@ import gc
 import inspect
 import re
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import fake_gpu
 import numpy as np
 import onnx
 import pytest
@@ -529,6 +531,20 @@ def test_a_session_that_cannot_be_made_leaves_nothing(world, monkeypatch, what, 
     assert not file.flavour.module.state.alive
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": tuple("abc")}, r"net\.engine has logits of shape \(5,\), not \(3,\) as its sidecar says: rd-exp"),
+        ({"input_shape": (3, 8, 9)}, r"has images of shape \(3, 8, 8\), not \(3, 8, 9\) as its sidecar says: rd-exp"),
+    ],
+)
+def test_a_sidecar_with_other_shapes_than_the_engine(world, changes, message):
+    """TensorRT would write more logits than there is memory for, or give each image another's."""
+    with pytest.raises(UserError, match=message):
+        session(world, **changes)
+    assert world.live == 0
+
+
 def test_an_engine_that_cannot_be_recorded_is_an_error(world, monkeypatch):
     monkeypatch.setattr(FakeGpu, "records", False)
     with session(world) as run:
@@ -596,6 +612,49 @@ def test_a_session_that_nobody_has_is_closed(world):
     del logits
     gc.collect()
     assert world.live == 0
+
+
+def test_at_exit_a_session_in_use_is_left_to_the_driver(world, monkeypatch):
+    """A daemon thread is in the middle of a run when the interpreter calls what is to be done at exit."""
+    run, batch, sync = session(world), images(2), fake_gpu.Stream.sync
+
+    def exit_meanwhile(stream):
+        exiting = threading.Thread(target=run._finalizer)
+        exiting.start()
+        exiting.join()
+        sync(stream)
+
+    monkeypatch.setattr(fake_gpu.Stream, "sync", exit_meanwhile)
+    check(run.run(batch), batch)
+    assert world.live
+
+
+def test_at_exit_a_session_that_rests_is_closed(world):
+    file = engine(world)
+    run = Session(file)
+    run.run(images(2))
+    run._finalizer()
+    assert not world.live
+    assert not file.flavour.module.state.alive
+    with pytest.raises(UserError, match="this session is closed"):
+        run.run(images(2))
+
+
+def test_closing_waits_for_another_threads_call(world, monkeypatch):
+    run, batch, sync, closing = session(world), images(2), fake_gpu.Stream.sync, threading.Thread()
+
+    def close_meanwhile(stream):
+        nonlocal closing
+        if closing.ident is None:
+            closing = threading.Thread(target=run.close)
+            closing.start()
+            closing.join(0.1)
+        sync(stream)
+
+    monkeypatch.setattr(fake_gpu.Stream, "sync", close_meanwhile)
+    check(run.run(batch), batch)
+    closing.join()
+    assert not world.live
 
 
 # Times

@@ -90,8 +90,19 @@ class Builder {
             if (std::int64_t{options().batch} * out.height * out.width > (std::int64_t{1} << 30))
                 throw Error(RD_ERROR_ARGUMENT,
                             "images and batch are too large for this engine at " + quoted(step.name));
+            check_sum(step, out);
             shapes_.push_back(out);
         }
+    }
+
+    // Paths whose maps are of one size for images like the file's, which was checked, may differ for others.
+    void check_sum(const Step &step, const Shape &out) const {
+        if (step.add < 0) return;
+        const Shape &added = shapes_[index(step.add)];
+        if (added.channels == out.channels && added.height == out.height && added.width == out.width) return;
+        throw Error(RD_ERROR_ARGUMENT,
+                    "images of " + std::to_string(options().height) + "x" + std::to_string(options().width) +
+                        " do not fit this network: " + quoted(step.name) + " would add maps of different sizes");
     }
 
     Shape source_shape(const Step &step) const {
