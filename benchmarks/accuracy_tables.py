@@ -31,8 +31,10 @@ def short() -> str:
     """The README's table: the rows that decide of the main experiment."""
     document = newest("*-accuracy-main.json")
     rows = [row for row in _rows(document) if row["key"] in SHORT]
+    names = {row["name"] for row in rows}
     verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "start", "published")))
-    source = _source(document, COLUMNS, notes=False)
+    shown = [run for run in document["results"] if run["name"] in names]
+    source = _source(document | {"results": shown}, COLUMNS, notes=False)
     return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, source) if part)
 
 
@@ -159,7 +161,7 @@ def _source(document: dict, columns: str, *, notes: bool = True) -> str:
         f"{document['what']}; {trained}. {columns} ",
         f"Seconds are {seconds}. " if columns == COLUMNS and notes else "",
         f"{machine}, {document['date']}, commit {document['commit']}. ",
-        *([f"{document['note']} ", *_again(document)] if notes else ()),
+        *([f"{document['note']} ", *_again(document)] if notes else _elsewhere(document)),
         f"From `{document['path']}`, made by `{_command(document)}`.",
     )
     return " ".join("".join(parts).split())
@@ -170,8 +172,15 @@ def _command(document: dict) -> str:
     return " ".join(located(word) if word.endswith(".json") else word for word in document["command"].split())
 
 
+def _elsewhere(document: dict) -> list[str]:
+    """How many results the document took over from others, without what its whole table says of these."""
+    count = sum("from" in run for run in document["results"])
+    return [f"{count} of the {len(document['results'])} results are of earlier files, some of another CPU: "
+            "[which](docs/accuracy.md). "] if count else []  # fmt: skip
+
+
 def _again(document: dict) -> list[str]:
-    """Where results of earlier days came from, and what became of teachers that were trained again."""
+    """Where results of earlier files came from, and what became of teachers that were trained again."""
     origins = {
         (*(run["from"].get(key, "") for key in ("file", "date", "commit", "note")), run["from"]["machine"]["cpu"])
         for run in document["results"]
@@ -184,7 +193,7 @@ def _again(document: dict) -> list[str]:
         for file, date, commit, note, cpu in sorted(origins)
     )
     count = sum("from" in run for run in document["results"])
-    said = f"{count} of the results are of earlier days, their seconds too ({named}). "
+    said = f"{count} of the results are of earlier files, their seconds too ({named}). "
     again = document["trained_again"]
     if not again:
         return [said]

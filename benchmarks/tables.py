@@ -23,8 +23,8 @@ def provenance(bench: dict, script: str = "compare_resnet50.sh") -> str:
     environment, options = bench["environment"], bench["options"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
     settings = f"SECONDS_PER_PAIR={options['seconds']:g} "
-    if script == "compare_resnet50.sh" and options["precisions"] == ["fp32"]:
-        settings += "PRECISION=fp32 "
+    if script == "compare_resnet50.sh" and options["precisions"] != ["fp32", "bf16"]:
+        settings += f"PRECISION={','.join(options['precisions'])} "
     # Those of one pair begin with its label, and a star stands beside its times.
     general = [text for text in bench["warnings"] if not re.match(r"[^:]* batch \d+:", text)]
     disturbed = "".join(f" Warning of that run: {text}." for text in general)

@@ -49,12 +49,12 @@ def _read(model: onnx.ModelProto) -> Chain:
     return chain
 
 
-def _metadata(model: onnx.ModelProto, shape: tuple[int, int, int], last: Step) -> Metadata:
+def _metadata(model: onnx.ModelProto, shape: tuple[int, int, int], last: Linear) -> Metadata:
     if any(entry.key.startswith(KEY) for entry in model.metadata_props):
         return read_metadata(model)
     channels, *sides = shape
     none = Preprocessing(min(sides), min(sides), channels, (0.0,) * channels, (1.0,) * channels)
-    classes = tuple(map(str, range(len(last.bias)))) if isinstance(last, Linear) else ()
+    classes = tuple(map(str, range(len(last.bias))))
     return Metadata(model.graph.name or "network", {}, none, classes, "fp32", "")
 
 

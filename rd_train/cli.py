@@ -231,19 +231,13 @@ def command(arguments: list[str]) -> int:
     if options.list:
         print(list_presets())
         return 0
-    with lasting_output():
-        if options.resume is not None:
-            result = _resume(arguments, options)
-        else:  # parsed again, now with the preset's values as defaults
-            read = _released if options.as_released else _parse
-            result = _start(read(arguments, preset_values(options.preset)))
-        if result is not None:  # not a dry run
-            _conclude(result)
-    return 0
-
-
-def _conclude(result: dict) -> None:
-    """Say how a run ended and where everything is."""
+    if options.resume is not None:
+        result = _resume(arguments, options)
+    else:  # parsed again, now with the preset's values as defaults
+        read = _released if options.as_released else _parse
+        result = _start(read(arguments, preset_values(options.preset)))
+    if result is None:  # a dry run
+        return 0
     folder = result["folder"]
     teacher = result["teacher_test_accuracy"]
     versus = "" if teacher is None else f" (teacher {teacher:.2%})"
@@ -251,15 +245,17 @@ def _conclude(result: dict) -> None:
     if result["corrupt_images"]:
         print(f"left out {result['corrupt_images']} corrupt images, named in {folder}/skipped.txt")
     print(f"wrote {folder}/model.pt, result.json, report.html, report.md, curves.png, metrics.jsonl, recipe.yaml")
+    return 0
 
 
 def main() -> int:
     """Entry point of the console script, and of ``torchrun -m rd_train``."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; asked without torch, which is slow to import
-        from rd_train.distributed import leave, run_together
+    with lasting_output():
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; asked without torch, which is slow to import
+            from rd_train.distributed import leave, run_together
 
-        leave(run_together("rd-train", lambda: command(sys.argv[1:])))
-    return run_command("rd-train", lambda: command(sys.argv[1:]))
+            leave(run_together("rd-train", lambda: command(sys.argv[1:])))
+        return run_command("rd-train", lambda: command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ processes must call them in the same order.
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -194,8 +195,11 @@ def _text_of(number: int, text: str) -> str:
 
 
 @contextlib.contextmanager
-def one_per_machine_first() -> Iterator[None]:
-    """Do something in one process of each machine, then in the others: what is downloaded is there for them."""
+def one_per_machine_first(downloads: bool) -> Iterator[None]:
+    """What ``downloads`` something runs in one process of each machine first, then in the others, who find it there."""
+    if not downloads:
+        yield
+        return
     ahead = not launched() or os.environ["LOCAL_RANK"] == "0"
     if not ahead:
         barrier()
@@ -251,6 +255,8 @@ def data_parallel(task: nn.Module, step: Callable[..., dict]) -> Callable[..., d
     # One graph in all steps, or not: where a splice is drawn or none, say. Then a splice's connector may be left out.
     static = len(task.kinds()) == 1
     unused = not static and len(getattr(task, "connectors", ())) > 1
+    if unused:  # steps with all of them come first, of which DDP would say that nothing is unused
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return DistributedDataParallel(_Trained(task, step), static_graph=static, find_unused_parameters=unused)
 
 

@@ -1,6 +1,7 @@
 """What a network makes of a split: predictions, accuracy, and the statistics that it is evaluated with."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -93,8 +94,9 @@ def recalibrated(network: Network, context: Context) -> Network:
         bn.reset_running_stats()
         bn.momentum, bn.training = None, True  # None: the mean of all batches
     chosen = fixed_sample(split, max(2, recipe.recalibrate))
-    # As equal as can be, since all batches weigh the same in the mean, and none of a single image.
-    for indices in chosen.tensor_split(max(1, len(chosen) // statistics_size(recipe))):
+    # Of sizes as equal as can be, since all batches weigh the same in the mean; none of a single image.
+    count = min(math.ceil(len(chosen) / statistics_size(recipe)), len(chosen) // 2)
+    for indices in chosen.tensor_split(count):
         with context.cast():
             network(context.place(split.images(indices)))
     for bn in [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]:

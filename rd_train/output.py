@@ -1,10 +1,13 @@
 """What a run prints must not end it: hours of training are worth more than the terminal that hears of them."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from typing import TextIO
+
+GONE = (errno.EPIPE, errno.EIO)  # a pipe's reader, and a terminal that has hung up
 
 
 class _Lasting:
@@ -29,7 +32,9 @@ class _Lasting:
     def _without_reader(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())  # for what is still in the stream's buffer, too
             os.close(nowhere)

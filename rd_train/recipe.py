@@ -164,7 +164,7 @@ class Recipe:
             if value is None and name in settled:
                 object.__setattr__(self, name, settled[name])
             elif float in (annotation, *get_args(annotation)) and type(value) is int and abs(value) < 1 << 63:
-                # YAML's 1 for 1.0
+                # YAML's 1 for 1.0; whole numbers may be too large for a float
                 object.__setattr__(self, name, float(value))
             elif not _is_a(value, annotation):
                 raise UserError(f"{name}={value} is not {what_it_takes(annotation)}")

@@ -130,7 +130,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
     start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
-    with one_per_machine_first(recipe.download):
+    with distributed.one_per_machine_first(recipe.download):
         dataset = load_dataset(
             recipe.data,
             recipe.data_dir,
@@ -145,7 +145,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
     try:
         check_shares(len(dataset.train), recipe.batch_size, distributed.world())
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
-        with one_per_machine_first(fetched_teacher(recipe)):
+        with distributed.one_per_machine_first(fetched_teacher(recipe)):
             teacher = _given_teacher(recipe, dataset, arch)
         plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
         with bf16.products(emulated=recipe.precision == bf16.EMULATED):
@@ -156,11 +156,6 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
         raise
     finally:
         dataset.workers.close()
-
-
-def one_per_machine_first(downloads: bool) -> contextlib.AbstractContextManager:
-    """In one process of each machine first, where something is downloaded."""
-    return distributed.one_per_machine_first() if downloads else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -179,7 +174,7 @@ def _one_run_in(folder: Path) -> Iterator[None]:
     except BlockingIOError as error:
         os.close(handle)
         raise UserError(f"another rd-train is training in {folder}; wait for it, or choose another --out") from error
-    except OSError:  # some network file systems lock no folders, and a run there must not need it
+    except OSError:  # network file systems lock no folders (NFS: no file that is open for reading); runs go there, too
         pass
     try:
         yield
@@ -217,7 +212,7 @@ def _teacher_epochs(recipe: Recipe, plan: _Plan) -> int:
 
 def check_new(folder: Path) -> None:
     """Refuse a folder that holds a run, or a part of one."""
-    present = [name for name in RUN_FILES if (folder / name).exists()]
+    present = [name for name in (*RUN_FILES, TENSORBOARD) if os.path.lexists(folder / name)]
     if present:
         raise UserError(f"{folder} already holds {present[0]}; --resume {folder}, --overwrite, or another --out")
 
@@ -227,12 +222,12 @@ def _clear(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         check_new(folder)  # once more: reading the data has taken its time
     try:
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        if (folder / TENSORBOARD).is_dir():
+        if (folder / TENSORBOARD).is_dir() and not (folder / TENSORBOARD).is_symlink():
             shutil.rmtree(folder / TENSORBOARD)
+        for name in (*RUN_FILES, TENSORBOARD):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
 
 
 def _phases(context: Context, plan: _Plan, resume: bool) -> dict:

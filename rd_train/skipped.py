@@ -35,7 +35,7 @@ class Skipped:
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 whole = [line[:-1] for line in lines if line.endswith("\n")]  # killed while it wrote the last one
                 self._reasons = dict(line.partition("\t")[::2] for line in whole) | self._reasons
-            if self._reasons and write:
+            if write and (self._reasons or path.is_file()):
                 write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in self._reasons.items()))
 
     def agree(self) -> None:

@@ -49,6 +49,6 @@ def check_labels(labels: np.ndarray, classes: list[str], where: str, *, every: b
     empty = np.setdiff1d(np.arange(len(classes)), labels)
     if every and len(empty):
         raise UserError(
-            f"{where} has no images of class '{classes[empty[0]]}'; every class needs some, and where a set is divided "
-            "here, more than a few"
+            f"{where} has no images of class '{classes[empty[0]]}'; every class needs some, and several "
+            "where validation or test images are taken from the same folder"
         )

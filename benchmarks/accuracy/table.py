@@ -126,7 +126,7 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
     epochs = f" --epochs {options.epochs}" if options.epochs else ""
     seeds = sorted({*experiment.seeds, *(each["seed"] for each in results)})
     more = f" --seeds {','.join(map(str, seeds))}" if seeds != sorted(experiment.seeds) else ""
-    glyphs = f" --glyphs {options.glyphs}" if name == "glyphs" else ""
+    glyphs = f" --glyphs {options.glyphs.name}" if name == "glyphs" else ""
     command = f"python benchmarks/accuracy/table.py {name}{epochs}{more}{glyphs}"
     return {
         "experiment": name,

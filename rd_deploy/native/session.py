@@ -223,8 +223,9 @@ class Context:
         self.info = plan.info
         self._handle = _made(c.library().rd_context_create, plan._handle, pointer, size)
         self._lock, self._process = threading.Lock(), os.getpid()
-        kept = (plan._memory, arena)
-        _when_unused(self, _free_context, c.library().rd_context_free, self._handle, self._process, kept)
+        # Here, too: at exit the finaliser's own references go, while a daemon thread in a call keeps this object.
+        self._kept = (plan._memory, arena)
+        _when_unused(self, _free_context, c.library().rd_context_free, self._handle, self._process, self._kept)
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:

@@ -299,7 +299,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert found["command"].endswith("--earlier depth.json")
     assert found["trained_again"] == [{"name": "resnet20", "seed": 0, "earlier": 0.8, "again": 0.9}]
     (said,) = [accuracy_tables._source({**found, "path": "x.json"}, accuracy_tables.COLUMNS)]
-    assert "2 of the results are of earlier days, their seconds too (depth.json: " in said
+    assert "2 of the results are of earlier files, their seconds too (depth.json: " in said
     assert "in the table: resnet20 seed 0 +10.00." in said
     # A third machine keeps where each comes from; a run of other settings, given or by default, is not taken.
     (tmp_path / "third.json").write_text(json.dumps(found))

@@ -95,11 +95,17 @@ def test_the_claim_of_speed_is_told_for_both_questions():
 
 
 def test_a_table_names_the_command_and_what_disturbed_its_run():
-    bench = pages.newest("*-bench-plain50.json", "epyc-milan-2c")
+    packages = dict.fromkeys(("torch", "onnxruntime", "openvino"), "1")
+    bench = {
+        "environment": {"threads": 2, "cpu": {"model": "CPU"}, "date": "2030-01-01T00:00", "packages": packages},
+        "options": {"seconds": 12.0, "precisions": ["fp32"]},
+        "warnings": ["native fp32 batch 1: unstable", "load 2.30 on 2 CPUs at the start"],
+        "path": "benchmarks/results/here/2030-01-01-bench-plain50.json",
+    }
     said = pages.provenance(bench)
     assert said.count("Warning of that run") == 1  # those of a pair stand beside it
-    assert "load 2.30 on 2 CPUs at the start" in said
-    command = "SECONDS_PER_PAIR=12 PRECISION=fp32 benchmarks/compare_resnet50.sh epyc-milan-2c"
+    assert "Warning of that run: load 2.30 on 2 CPUs at the start." in said
+    command = "SECONDS_PER_PAIR=12 PRECISION=fp32 benchmarks/compare_resnet50.sh here"
     assert said.endswith(f"made by `{command}`.")
 
 

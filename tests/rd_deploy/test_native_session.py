@@ -208,7 +208,7 @@ def test_a_context_says_that_it_did_not_survive_a_fork(network):
 
 
 DAEMONS = """
-import sys, threading
+import os, sys, threading
 import numpy as np
 from rd_deploy.native import Network, aligned_empty
 
@@ -224,8 +224,13 @@ def run(context):
     while True:
         context.run(images)
 
-for arena in (None, aligned_empty(plan.info.arena_bytes)):
+class Arena(np.ndarray):
+    def __del__(self, write=os.write):
+        write(2, b"freed while it was used")
+
+for arena in (None, aligned_empty(plan.info.arena_bytes).view(Arena)):
     threading.Thread(target=run, args=(plan.context(arena),), daemon=True).start()
+del arena
 running.wait()
 """
 

@@ -360,7 +360,7 @@ def agreements(folder: Path) -> int:
         same = torch.tensor([0.1, 1 / 3, 1e-30])
         other = torch.tensor([float(rank)])
         distributed.average([same, other])
-        with distributed.one_per_machine_first():
+        with distributed.one_per_machine_first(True):
             alone = not list(folder.glob("*.done"))
             (folder / f"{rank}.done").touch()
         found = {

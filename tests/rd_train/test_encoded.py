@@ -130,6 +130,11 @@ def test_corrupt_images_are_named_counted_and_limited(tmp_path, capsys):
     other = load_dataset("folder", tmp_path / "data", size=16, max_corrupt=2)
     other.skipped.record(tmp_path / "skipped.txt", resume=True)
     assert len(other.skipped) == 2
+    (tmp_path / "cut.txt").write_text("train/cut sh")
+    fresh = Skipped()
+    fresh.record(tmp_path / "cut.txt", resume=True)
+    fresh.add("a.jpg", "no image")
+    assert (tmp_path / "cut.txt").read_text() == "a.jpg\tno image\n"
     with (tmp_path / "skipped.txt").open("a", encoding="utf-8") as file:
         file.write("train/cut sh")  # killed while it wrote
     other.skipped.record(tmp_path / "skipped.txt", resume=True)

@@ -31,6 +31,35 @@ def test_a_reader_that_leaves_ends_nothing(both):
     assert done.stderr is None or done.stderr.decode().splitlines() == ["nor here"] * 3
 
 
+def test_a_terminal_that_hangs_up_ends_nothing():
+    ours, terminal = os.openpty()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment(), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert done.returncode == 0
+
+
+STOPPED = """
+import sys
+from rd_deploy.common import Stopped
+from rd_train import cli
+
+def command(arguments):
+    raise Stopped("stopped; go on with: ...", code=130)
+
+cli.command = command
+sys.exit(cli.main())
+"""
+
+
+def test_the_exit_code_is_that_of_the_run_though_nobody_reads_why():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", STOPPED], env=environment(), stdout=write, stderr=write)
+    os.close(write)
+    assert done.returncode == 130
+
+
 def test_what_is_printed_is_printed(capsys):
     with lasting_output():
         print("here")
