@@ -107,7 +107,7 @@ def test_one_class_is_refused(tmp_path):
 def test_class_without_images_is_refused(tmp_path):
     write_idx_set(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(240) % 4 * 2))
-    with pytest.raises(UserError, match="no images of class 1"):
+    with pytest.raises(UserError, match="no images of class '1'"):
         load_dataset("idx", tmp_path)
 
 

@@ -97,7 +97,7 @@ def test_a_limit_is_stratified_and_leaves_validation_alone(tmp_path):
         ({"train_labels": np.full(40, 2**40)}, "must lie in 0 to 99,999"),
         ({"test_labels": np.full(20, 4)}, "test set has labels from 4 to 4, not 0 to 3"),
         ({"val_labels": np.full(12, 4)}, "validation set has labels from 4 to 4, not 0 to 3"),
-        ({"train_labels": np.arange(40) % 4 * 2}, "no images of class 1"),
+        ({"train_labels": np.arange(40) % 4 * 2}, "no images of class '1'"),
         ({"train_labels": np.zeros(40, np.uint8), "val_labels": np.zeros(12, np.uint8)}, "fewer than 2 classes"),
         ({"classes": np.array(["a", "a", "b", "c"])}, "must be different names"),
         ({"classes": np.array(["a", "", "b", "c"])}, "of printable characters"),
