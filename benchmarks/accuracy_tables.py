@@ -58,8 +58,12 @@ def experiment(name: str) -> Callable[[], str]:
 
 def _rows(document: dict) -> list[dict]:
     """The document's rows, each with how many of its results are by emulated bf16."""
-    names = Counter(run["name"] for run in document["results"] if run["precision"].endswith("-emulated"))
+    names = Counter(run["name"] for run in document["results"] if _is_emulated(run))
     return [row | {"emulated": names[row["name"]]} for row in document["rows"]]
+
+
+def _is_emulated(run: dict) -> bool:
+    return run["precision"].endswith("-emulated")
 
 
 def _by_depth(rows: list[dict], seconds: bool = False) -> str:
@@ -153,7 +157,7 @@ def _source(document: dict, columns: str, *, notes: bool = True) -> str:
     if len({precision for _, precision in settings}) > 1:
         usual = Counter(precisions).most_common(1)[0][0]
         trained += f", {usual} where nothing else is said"
-    if emulated := sum(run["precision"].endswith("-emulated") for run in document["results"]):
+    if emulated := sum(map(_is_emulated, document["results"])):
         trained += f"; {emulated} of the results by emulated bf16 (e)"
     machine = document.get("card") or document["machine"]["cpu"]
     seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
@@ -175,8 +179,10 @@ def _command(document: dict) -> str:
 def _elsewhere(document: dict) -> list[str]:
     """How many results the document took over from others, without what its whole table says of these."""
     count = sum("from" in run for run in document["results"])
-    return [f"{count} of the {len(document['results'])} results are of earlier files, some of another CPU: "
-            "[which](docs/accuracy.md). "] if count else []  # fmt: skip
+    if not count:
+        return []
+    whole = len(document["results"])
+    return [f"{count} of the {whole} results are of earlier files, some of another CPU: [which](docs/accuracy.md). "]
 
 
 def _again(document: dict) -> list[str]:

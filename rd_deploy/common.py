@@ -132,6 +132,16 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def expanded(what: str, path: str, kind: str = "path") -> Path:
+    """The path of an option or entry, its ``~`` replaced; an empty one, or one of no user, is a `UserError`."""
+    if not path:  # an unset variable of a script, say: Path("") would be the current folder
+        raise UserError(f"{what} is empty; name a {kind}")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no such user: the ~ of {path} has no folder") from error
+
+
 def check_file(path: str | Path, what: str, max_bytes: int = 4 << 30) -> Path:
     """The path of an existing, non-empty, not absurdly large regular file, or a `UserError`."""
     path = Path(path)

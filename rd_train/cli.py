@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from rd_deploy.common import UserError, nearest, require, run_command
+from rd_deploy.common import UserError, expanded, nearest, require, run_command
 from rd_train.output import lasting_output
 from rd_train.recipe import (
     RUN_FILES,
@@ -126,7 +126,7 @@ def _new_folder(options: Namespace) -> Path:
         while (folder := stem if number == 1 else Path(f"{stem}-{number}")).exists():
             number += 1
         return folder
-    folder = _folder("--out", options.out)
+    folder = expanded("--out", options.out, "folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     if not options.overwrite:
@@ -136,16 +136,6 @@ def _new_folder(options: Namespace) -> Path:
         if file and Path(file).expanduser().resolve() in present:
             raise UserError(f"--overwrite would delete the {what} {file}; choose another --out")
     return folder
-
-
-def _folder(option: str, name: str) -> Path:
-    """The folder that an option names; after ``=`` a shell leaves its ``~`` to us."""
-    if not name:
-        raise UserError(f"{option} is empty; name a folder")
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"no such user: the ~ of {name} has no folder") from error
 
 
 def _released(arguments: list[str], preset: dict) -> Namespace:
@@ -177,8 +167,8 @@ def _start(options: Namespace) -> dict | None:
             f"--overwrite does not go with torchrun, whose restarted processes could not tell the old run from theirs: "
             f"remove {options.out} first"
         )
-    if distributed.restarted() and _holds_run(_folder("--out", options.out), recipe):
-        return _go_on(_folder("--out", options.out), options.tensorboard)
+    if distributed.restarted() and _holds_run(out := expanded("--out", options.out, "folder"), recipe):
+        return _go_on(out, options.tensorboard)
     folder = _new_folder(options)
     if options.dry and distributed.launched():
         raise UserError("--dry measures one process; run it without torchrun")
@@ -200,7 +190,7 @@ def _resume(arguments: list[str], options: Namespace) -> dict:
     allowed = {"--resume", "--tensorboard", options.resume, f"--resume={options.resume}"}
     if set(arguments) - allowed:
         raise UserError("--resume takes everything from the run's recipe.yaml; leave the other options away")
-    folder = _folder("--resume", options.resume)
+    folder = expanded("--resume", options.resume, "folder")
     require("torch", "train")
     return _go_on(folder, options.tensorboard)
 

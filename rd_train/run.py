@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads
-from rd_deploy.common import UserError, one_line, require, write_json, write_text
+from rd_deploy.common import UserError, expanded, one_line, require, write_json, write_text
 from rd_train import bf16, distributed, report
 from rd_train.build import (
     build_student,
@@ -61,7 +61,8 @@ def settle(recipe: Recipe) -> Recipe:
         precision = bf16.EMULATED
     # Absolute, so that a run can be resumed from another folder.
     names = ("data_dir", "teacher_weights", "start_weights")
-    paths = {name: _absolute(name, path) for name in names if (path := getattr(recipe, name)) is not None}
+    given = {name: path for name in names if (path := getattr(recipe, name)) is not None}
+    paths = {name: str(expanded(name, path).resolve()) for name, path in given.items()}
     threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
     if fetched_teacher(recipe):
         paths["teacher"] = settled_name(recipe.teacher)
@@ -71,15 +72,6 @@ def settle(recipe: Recipe) -> Recipe:
     if distributed.world() == 1:
         return settled
     return Recipe(**yaml.safe_load(distributed.of_first(dump_yaml(settled))))
-
-
-def _absolute(name: str, path: str) -> str:
-    if not path:  # an unset variable of a script, say: Path("") would be the current folder
-        raise UserError(f"{name} is empty; name a path")
-    try:
-        return str(Path(path).expanduser().resolve())
-    except RuntimeError as error:
-        raise UserError(f"no such user: the ~ of {path} has no folder") from error
 
 
 @dataclass(frozen=True)

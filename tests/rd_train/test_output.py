@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from processes import environment
@@ -20,23 +21,25 @@ with lasting_output():
 """
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_a_reader_that_leaves_ends_nothing(both):
-    read, write = os.pipe()
+def told_to_nobody(script: str, both: bool = True, ends: Callable[[], tuple[int, int]] = os.pipe):
+    """Run a script whose stdout, or ``both`` streams, nobody reads: the one of the two ``ends`` is closed."""
+    read, write = ends()
     os.close(read)
     stderr = write if both else subprocess.PIPE
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment(), stdout=write, stderr=stderr)
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), stdout=write, stderr=stderr)
     os.close(write)
+    return done
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_leaves_ends_nothing(both):
+    done = told_to_nobody(SCRIPT, both)
     assert done.returncode == 0
     assert done.stderr is None or done.stderr.decode().splitlines() == ["nor here"] * 3
 
 
 def test_a_terminal_that_hangs_up_ends_nothing():
-    ours, terminal = os.openpty()
-    os.close(ours)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment(), stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    assert done.returncode == 0
+    assert told_to_nobody(SCRIPT, ends=os.openpty).returncode == 0
 
 
 STOPPED = """
@@ -53,11 +56,7 @@ sys.exit(cli.main())
 
 
 def test_the_exit_code_is_that_of_the_run_though_nobody_reads_why():
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run([sys.executable, "-c", STOPPED], env=environment(), stdout=write, stderr=write)
-    os.close(write)
-    assert done.returncode == 130
+    assert told_to_nobody(STOPPED).returncode == 130
 
 
 def test_what_is_printed_is_printed(capsys):
