@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from rd_deploy.output import lasting_output
+
 # What the system says of a place that the user chose: full, forbidden, or no place at all.
 WRONG_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
@@ -39,9 +41,20 @@ class Stopped(Exception):
 
 
 def run_command(name: str, command: Callable[[], int | None]) -> int:
-    """Run a console command; a `UserError`, a full disk or full memory becomes one line on stderr and exit code 2."""
+    """Run a console command; a `UserError`, a full disk or full memory becomes one line on stderr and exit code 2.
+
+    A reader of its output that goes away does not end it: it may have files to write (see `rd_deploy.output`).
+    """
+    with lasting_output():
+        return _exit_code(name, command)
+
+
+def _exit_code(name: str, command: Callable[[], int | None]) -> int:
     try:
-        return command() or 0
+        code = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk is told of
+        return code
     except UserError as error:
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -51,9 +64,6 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away (``| head``): not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except MemoryError as error:
         reason = f" ({one_line(error)})" if str(error) else ""
         print(f"{name}: error: not enough memory{reason}: use smaller images or a smaller batch", file=sys.stderr)

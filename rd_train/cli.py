@@ -11,7 +11,6 @@ from typing import get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, expanded, nearest, require, run_command
-from rd_train.output import lasting_output
 from rd_train.recipe import (
     RUN_FILES,
     Recipe,
@@ -240,12 +239,11 @@ def command(arguments: list[str]) -> int:
 
 def main() -> int:
     """Entry point of the console script, and of ``torchrun -m rd_train``."""
-    with lasting_output():
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; asked without torch, which is slow to import
-            from rd_train.distributed import leave, run_together
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; asked without torch, which is slow to import
+        from rd_train.distributed import leave, run_together
 
-            leave(run_together("rd-train", lambda: command(sys.argv[1:])))
-        return run_command("rd-train", lambda: command(sys.argv[1:]))
+        leave(run_together("rd-train", lambda: command(sys.argv[1:])))
+    return run_command("rd-train", lambda: command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run prints must not end it: hours of training are worth more than the terminal that hears of them."""
+"""What a command prints must not end it: a training or an export is worth more than the terminal that hears of it."""
 
 import contextlib
 import errno
@@ -28,6 +28,13 @@ class _Lasting:
         with self._without_reader():
             self._stream.flush()
 
+    def finish(self) -> None:
+        """The last flush. What it cannot write is dropped: Python would try again at exit, and end with code 120."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
     @contextlib.contextmanager
     def _without_reader(self) -> Iterator[None]:
         try:
@@ -35,13 +42,21 @@ class _Lasting:
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # for what is still in the stream's buffer, too
-            os.close(nowhere)
+            self._drop()
+
+    def _drop(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # for what is still in the stream's buffer, too
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
     """Within it, a reader of stdout or stderr that goes away (``| head``, a ``tee`` that Ctrl-C ended) ends nothing."""
-    with contextlib.redirect_stdout(_Lasting(sys.stdout)), contextlib.redirect_stderr(_Lasting(sys.stderr)):
+    with contextlib.ExitStack() as stack:
+        for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
+            if stream is not None:  # as it is where it was closed before Python started: print says nothing to it
+                lasting = _Lasting(stream)
+                stack.enter_context(redirect(lasting))
+                stack.callback(lasting.finish)
         yield
