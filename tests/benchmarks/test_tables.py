@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "accuracy")]  # as the scripts have it
 
+import cpu_tables
 import plot
 import summary
-import tables as pages
 from experiments import experiments
 from PIL import Image
 
@@ -91,7 +91,7 @@ def test_the_claim_of_speed_is_told_for_both_questions():
     said += (
         "(1.50x), is not decided in fp32 at batch 1 (1.36x); best engine against best engine, it does not hold in fp32 "
     )
-    assert pages._judged(bench) == said + "at batch 1 (1.34x)."
+    assert cpu_tables._judged(bench) == said + "at batch 1 (1.34x)."
 
 
 def test_a_table_names_the_command_and_what_disturbed_its_run():
@@ -102,7 +102,7 @@ def test_a_table_names_the_command_and_what_disturbed_its_run():
         "warnings": ["native fp32 batch 1: unstable", "load 2.30 on 2 CPUs at the start"],
         "path": "benchmarks/results/here/2030-01-01-bench-plain50.json",
     }
-    said = pages.provenance(bench)
+    said = cpu_tables.provenance(bench)
     assert said.count("Warning of that run") == 1  # those of a pair stand beside it
     assert "Warning of that run: load 2.30 on 2 CPUs at the start." in said
     command = "SECONDS_PER_PAIR=12 PRECISION=fp32 benchmarks/compare_resnet50.sh here"

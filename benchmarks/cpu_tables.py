@@ -1,0 +1,338 @@
+"""Tables of speed and memory on CPUs, and of the compiled engine's agreement with torch."""
+
+import re
+from pathlib import Path
+
+from committed import RESULTS, markdown, newest
+
+MACHINE = "epyc-genoa-2c"  # whose speed and memory the tables of the CPU show; `machines` has the others, too
+
+
+STAR = "*: unsteady times, see `warnings` in the file."
+
+
+def provenance(bench: dict, script: str = "compare_resnet50.sh") -> str:
+    """Machine, what disturbed it, versions, date and command of a committed bench.json."""
+    environment, options = bench["environment"], bench["options"]
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
+    settings = f"SECONDS_PER_PAIR={options['seconds']:g} "
+    if script == "compare_resnet50.sh" and options["precisions"] != ["fp32", "bf16"]:
+        settings += f"PRECISION={','.join(options['precisions'])} "
+    # Those of one pair begin with its label, and a star stands beside its times.
+    general = [text for text in bench["warnings"] if not re.match(r"[^:]* batch \d+:", text)]
+    disturbed = "".join(f" Warning of that run: {text}." for text in general)
+    return (
+        f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}."
+        f"{disturbed} From `{bench['path']}`, made by "
+        f"`{settings}benchmarks/{script} {Path(bench['path']).parent.name}`."
+    )
+
+
+def speed() -> str:
+    """Latency of both networks per engine, and the paired ratio with its interval."""
+    bench = newest("*-bench-plain50.json", MACHINE)
+    times = {(row["model"], row["engine"], row["precision"], row["batch"]): row for row in bench["results"]}
+    model, compare = (network["name"] for network in bench["networks"])
+    rows = []
+    for ratio in bench["ratios"]:
+        key = (ratio["engine"], ratio["precision"], ratio["batch"])
+        rows.append(
+            [
+                f"{key[0]} {key[1]}, batch {key[2]}{_star(bench, f'{key[0]} {key[1]} batch {key[2]}')}",
+                f"{times[(compare, *key)]['median_ms']:.1f}",
+                f"{times[(model, *key)]['median_ms']:.1f}",
+                _ratio(ratio),
+                str(len(times[(model, *key)]["samples_ms"]) // 2),
+            ]
+        )
+    header = ["engine", f"{compare}, ms per batch", f"{model}, ms per batch", "faster by (95% interval)", "quads"]
+    source = (
+        "Medians, 224x224, random weights, host to host. A quad times the two networks in the order A B B A; the ratio "
+        f"is the median over quads, not the quotient of the columns. {STAR} {provenance(bench)}"
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def memory() -> str:
+    """Peak feature maps of both networks in fp32, by whose account, at batch 1 and the ratio at every batch."""
+    bench = newest("*-bench-plain50.json", MACHINE)
+    model, compare = (network["name"] for network in bench["networks"])
+    batches = sorted({row["batch"] for row in bench["memory"]})
+    peaks: dict[str, dict[tuple, dict]] = {}
+    for row in bench["memory"]:
+        if row["precision"] == "fp32":
+            peaks.setdefault(row["source"], {})[row["model"], row["batch"]] = row
+    rows = []
+    for source, found in peaks.items():
+        pairs = [[found.get((name, batch), {}).get("peak_bytes") for name in (compare, model)] for batch in batches]
+        ratios = [f"{theirs / ours:.2f}x" if ours and theirs else "-" for theirs, ours in pairs]
+        cells = [f"{peak / 2**20:.2f}" if peak else "none published" for peak in pairs[0]]
+        share = found[compare, batches[0]]["shortcut_share"]
+        rows.append([source, *cells, *ratios, "" if share is None else f"{share:.0%}"])
+    header = [
+        "peak feature maps by",
+        *(f"{name}, MiB, batch {batches[0]}" for name in (compare, model)),
+        *(f"smaller by, batch {batch}" for batch in batches),
+        f"held by shortcuts in {compare}",
+    ]
+    least = peaks["ledger, in-place"][compare, batches[0]]["peak_bytes"]
+    ours = ", ".join(
+        f"`{source}` {least / found[model, batches[0]]['peak_bytes']:.2f}x"
+        for source, found in peaks.items()
+        if source.startswith("native")
+    )
+    note = (
+        f"fp32, 224x224. A row's ratio is between two plans of one engine; against the least that {compare} needs "
+        f"layer by layer on any (`ledger, in-place`) it is, at batch {batches[0]}: {ours}."
+    )
+    return f"{markdown(header, rows)}\n\n{note} {provenance(bench)}"
+
+
+def native() -> str:
+    """plain-50 on our engine against ResNet-50 on the best of the others, and both networks on our engine."""
+    bench = newest("*-bench-plain50.json", MACHINE)
+    model, compare = (network["name"] for network in bench["networks"])
+    same = {(row["precision"], row["batch"]): row for row in bench["ratios"] if row["engine"] == "native"}
+    rows = [
+        [f"{row['precision']}, batch {row['batch']}", *_against_others(bench, row), _packed(bench, row)]
+        for row in bench["native_against_others"]
+    ]
+    header = [
+        "",
+        f"{compare} on the best other engine, ms",
+        f"{model} on ours, ms",
+        "faster by (95% interval)",
+        "faster when both are on ours",
+        "weights transformed besides, MB",
+    ]
+    kinds = sorted({f"{row['precision']}: {row['variant']}" for row in same.values()})
+    note = (
+        f"Ratios are medians over interleaved quads, not quotients of the columns. {STAR} Each pair is measured by "
+        "itself: one network's times differ between pairs, and the intervals are those within a pair. "
+        f"Transformed weights: of {model}, for Winograd's convolution, beside those of the file."
+    )
+    source = f"{note} Instruction sets: {', '.join(kinds)}. {provenance(bench)}"
+    return "\n\n".join([markdown(header, rows), _judged(bench), source])
+
+
+def _judged(bench: dict) -> str:
+    """What became of the claim of speed: network and engine together, and best engine against best engine."""
+    model, compare = (network["name"] for network in bench["networks"])
+    said = []
+    for who, what in (
+        ("native-against-others", f"{model} on ours against {compare} on the best other engine"),
+        ("best", "best engine against best engine"),
+    ):
+        groups: dict[bool | None, list[dict]] = {True: [], None: [], False: []}
+        for claim in bench["claims"]:
+            if claim["name"].startswith(f"speed/{who}/") and claim["value"] is not None:
+                groups[claim["holds"]].append(claim)
+        words = {True: "holds", None: "is not decided", False: "does not hold"}
+        parts = [
+            f"{words[holds]} in {', '.join(_where(claim) for claim in claims)}"
+            for holds, claims in groups.items()
+            if claims
+        ]
+        said.append(f"{what}, it {', '.join(parts)}")
+    (target,) = {claim["target"] for claim in bench["claims"] if claim["name"].startswith("speed/")}
+    return f"**The claim of {target:g}x**: {'; '.join(said)}."
+
+
+def _where(claim: dict) -> str:
+    """``speed/best/fp32/batch-8`` in words, with its value."""
+    precision, batch = claim["name"].split("/")[2:]
+    return f"{precision} at {batch.replace('-', ' ')} ({claim['value']:.2f}x)"
+
+
+def machines() -> str:
+    """Our engine in fp32 on each machine that has been measured."""
+    rows, sources = [], []
+    for machine in sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain50.json")}):
+        bench = newest("*-bench-plain50.json", machine)
+        kinds = {row["variant"] for row in bench["ratios"] if (row["engine"], row["precision"]) == ("native", "fp32")}
+        rows += [
+            [
+                f"{machine} ({', '.join(sorted(kinds))}), batch {row['batch']}",
+                *_against_others(bench, row),
+                _best(bench, row),
+            ]
+            for row in bench["native_against_others"]
+            if row["precision"] == "fp32"
+        ]
+        sources.append(provenance(bench))
+    header = ["fp32", "resnet50 on the best other engine, ms", "plain50 on ours, ms"]
+    header += ["faster by (95% interval)", "faster when both are on ours", "best engine against best"]
+    note = (
+        f"Ratios are medians over interleaved quads, not quotients. {STAR} Each pair is measured by itself, also where "
+        "two columns are of the same engines: they may differ by more than the intervals, which are of one pair."
+    )
+    return f"{markdown(header, rows)}\n\n{note} {' '.join(sources)}"
+
+
+def _against_others(bench: dict, row: dict) -> list[str]:
+    """Times and ratio of our engine against the best other one, and the ratio with both networks on ours."""
+    setting = f"{row['precision']} batch {row['batch']}"
+    same = next(found for found in bench["ratios"] if (found["engine"], *_setting(found)) == ("native", *_setting(row)))
+    return [
+        f"{row['compare_times']['median_ms']:.1f} ({row['compare_engine']})",
+        f"{row['model_times']['median_ms']:.1f}",
+        _ratio(row) + _star(bench, f"native-against-others {setting}"),
+        _ratio(same) + _star(bench, f"native {setting}"),
+    ]
+
+
+def _best(bench: dict, row: dict) -> str:
+    """The ratio of the best engine for each network, and which these are."""
+    best = next(found for found in bench["best"] if _setting(found) == _setting(row))
+    engines = [best["model_engine"], best["compare_engine"]]
+    ours = engines == ["native", "native"]
+    label = f"{'native' if ours else 'best'} {best['precision']} batch {best['batch']}"
+    return f"{_ratio(best)}{_star(bench, label)}, {'both on ours' if ours else ' against '.join(engines)}"
+
+
+def _setting(row: dict) -> tuple[str, int]:
+    return row["precision"], row["batch"]
+
+
+def _star(bench: dict, label: str) -> str:
+    return " *" if any(text.startswith(f"{label}:") for text in bench["warnings"]) else ""
+
+
+def _packed(bench: dict, row: dict) -> str:
+    model = bench["networks"][0]["name"]
+    entry = next(found for found in bench["profiles"] if found["model"] == model and _setting(found) == _setting(row))
+    return f"{entry['memory']['packed_bytes'] / 1e6:.0f}"
+
+
+def _ratio(row: dict) -> str:
+    return f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def native_basic() -> str:
+    """The networks of basic blocks, whose maps are all narrow: plain-18 and plain-34 against their ResNets."""
+    benches = [newest(f"*-bench-plain{depth}.json", MACHINE) for depth in (18, 34)]
+    rows = [
+        [
+            " and ".join(network["name"] for network in bench["networks"]),
+            *_against_others(bench, bench["native_against_others"][0]),
+        ]
+        for bench in benches
+    ]
+    header = [
+        "bf16, batch 1",
+        "ResNet on OpenVINO, ms",
+        "plain on ours, ms",
+        "faster by (95% interval)",
+        "faster when both are on ours",
+    ]
+    sources = " ".join(provenance(bench, "compare_basic.sh") for bench in benches)
+    return f"{markdown(header, rows)}\n\n{STAR} {sources}"
+
+
+def native_memory() -> str:
+    """Arena of plain-50 in bf16 at batch 1, by the number of threads, against ResNet-50's optimal plan."""
+    document = newest("*-engine-memory.json", MACHINE)
+    best = document["resnet50_optimal_bytes"]
+    rows = [
+        [
+            str(row["threads"]),
+            *(
+                f"{row[plan]['arena_bytes']:,} ({best / row[plan]['arena_bytes']:.2f}x)"
+                for plan in ("default", "small")
+            ),
+            *(f"{row[plan]['feature_map_bytes']:,}" for plan in ("default", "small")),
+        ]
+        for row in document["plans"]
+    ]
+    header = ["threads", "arena, bytes", "arena, `RD_FLAG_SMALL`", "of which maps", "of which maps, `RD_FLAG_SMALL`"]
+    source = (
+        "plain-50, 224x224, batch 1, bf16; in brackets how many times smaller than ResNet-50's optimal plan, "
+        f"{best:,} bytes of maps alone. Scratch is per thread, so that with many threads little or nothing is gained. "
+        f"Plans, not measurements: {document['isa']}. From `{document['path']}`, made by `benchmarks/engine_memory.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def ablation() -> str:
+    """What fusion, Winograd's convolution and the small plan are each worth in time."""
+    document = newest("*-engine-ablation.json", MACHINE)
+    names = list(dict.fromkeys(row["plan"] for row in document["results"]))
+    settings = list(dict.fromkeys((row["model"], row["precision"], row["batch"]) for row in document["results"]))
+    found = {(row["model"], row["precision"], row["batch"], row["plan"]): row for row in document["results"]}
+    rows = [
+        [f"{model}, {precision}, batch {batch}", *(_ratio(found[model, precision, batch, name]) for name in names)]
+        for model, precision, batch in settings
+    ]
+    environment = document["environment"]
+    source = (
+        "Time of each plan / time of the default plan, interleaved: above 1, the default is faster. "
+        f"{environment['threads']} threads of {environment['cpu']['model']}, {environment['date'][:10]}; load "
+        f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by "
+        "`benchmarks/engine_ablation.py`."
+    )
+    return f"{markdown(['', *names], rows)}\n\n{source}"
+
+
+def _is_bf16_single(row: dict) -> bool:
+    return (row["precision"], row["batch"]) == ("bf16", 1)
+
+
+def profile() -> str:
+    """Every step of plain-50 on our engine in bf16 at batch 1, against this machine's limits."""
+    bench = newest("*-bench-plain50.json", MACHINE)
+    model = bench["networks"][0]["name"]
+    entry = next(row for row in bench["profiles"] if row["model"] == model and _is_bf16_single(row))
+    rows = [
+        [
+            f"{step['name']} ({step['kernel']})",
+            f"{step['median_ms']:.3f}",
+            f"{step['gflops']:.0f}",
+            f"{2 * step['macs'] / step['median_ms'] / 1e6:.0f}",
+            f"{step['share']:.0%} of {step['limit']}",
+        ]
+        for step in entry["steps"]
+    ]
+    header = ["step", "ms", "GFLOP/s done", "as a direct convolution", "share of the limit here"]
+    limits = entry["limits"]
+    source = (
+        f"Medians of {entry['runs']} runs. Limits, measured in the same run: {limits['gflops']:.0f} GFLOP/s of our own "
+        f"matrix products in the first cache, {limits['network_gb_s']:.0f} GB/s reading as many bytes as a run touches."
+        " "
+        "The limit of a step is the longer of its arithmetic and of reading its weights and maps."
+    )
+    return f"{markdown(header, rows)}\n\n{source} {provenance(bench)}"
+
+
+def agreement() -> str:
+    """Top-1 agreement of the compiled engine with torch on trained networks."""
+    document = newest("*-native-agreement.json", MACHINE)
+    rows = [
+        [
+            f"{_trained(row)}, {row['plan']} ({row['isa']})",
+            f"{row['images']:,}",
+            f"{row['top1_agreement']:.2%}",
+            f"{row['accuracy_torch']:.2%}",
+            f"{row['accuracy_native']:.2%}",
+            f"{row['max_error']:.1e}",
+        ]
+        for row in document["results"]
+    ]
+    header = ["network and plan", "test images", "same class", "accuracy, torch fp32", "accuracy, native", "max error"]
+    source = (
+        "The error is that of a logit, in standard deviations of the logits. The networks are of short trainings, "
+        "whose settings are in the file. "
+        f"{document['environment']['cpu']['model']}, {document['date']}. From `{document['path']}`, made by "
+        "`benchmarks/native_agreement.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def _trained(row: dict) -> str:
+    """A trained network's name, data and what of its recipe made its accuracy."""
+    recipe = row["recipe"]
+    parts = [row["model"]]
+    if recipe["width"] != 1:
+        parts.append(f"{recipe['width']:g} of the width")
+    if recipe["train_limit"]:
+        parts.append(f"{recipe['train_limit']:,} images")
+    return ", ".join([*parts, f"{recipe['epochs']} epochs"])
