@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from cifar_files import write_cifar
 from photographs import (
     write_caltech101,
     write_imagenet,
@@ -27,6 +28,21 @@ def call(*arguments: str) -> int:
 
 def finished(folder) -> dict:
     return json.loads((folder / "result.json").read_text())
+
+
+# --- CIFAR
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifars_recipes_run_on_their_files(tmp_path, classes):
+    write_cifar(tmp_path / "data", classes, per_file=40 if classes == 10 else 250)
+    flags = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert call(f"cifar{classes}-plain18", *TINY, *flags) == 0
+    result = finished(tmp_path / "run")
+    assert (result["data"], result["arch"], result["method"]) == (f"cifar{classes}", "plain18", "rd")
+    assert result["train_images"] == (180 if classes == 10 else 225)
+    kept = load_checkpoint(tmp_path / "run" / "model.pt")
+    assert (kept.arch.stem, len(kept.classes), kept.preprocessing.size) == ("small", classes, 32)
 
 
 # --- ImageNet

@@ -21,13 +21,13 @@ from processes import environment, flags, run_rd_train, started
 from steps import stepped
 
 from rd_deploy.common import Stopped, UserError
-from rd_train.build import build_task, student_arch
+from rd_train.build import build_student, build_task, student_arch
 from rd_train.checkpoint import load_checkpoint
 from rd_train.context import Context
-from rd_train.data import batches, load_dataset
+from rd_train.data import batches, fixed_sample, load_dataset
 from rd_train.distill import CrossEntropy
 from rd_train.loop import Stepper
-from rd_train.networks import Network, parse_arch
+from rd_train.networks import Network, fading_blocks, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
 from rd_train.schedules import learning_rate
@@ -230,6 +230,33 @@ def test_a_warm_start_ends_as_a_plain_network_and_begins_as_the_teacher(uninterr
     assert all(torch.allclose(kept.state_dict[name], teacher[name], atol=1e-6) for name in weights)
     with pytest.raises(UserError, match="must be the ResNet of the plain plain32"):
         run(replace(RECIPE, arch="plain32", **flags), tmp_path / "other")
+
+
+def test_shortcuts_fade_and_images_grow_with_the_steps(tmp_path):
+    recipe = replace(RECIPE, method="kd", warm_start=True, warm_start_window=0.5, resize_start=0.5, resize_window=0.5)
+    dataset = load_dataset("digits", size=16, limit=200)
+    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
+    arch = student_arch(recipe, 1, 10)
+    teacher = Network(replace(arch, shortcuts="all"))
+    task = build_task(recipe, build_student(recipe, arch, teacher), teacher).train()
+    take = Stepper(task, 2, Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event()))
+    sizes, weights = [], []
+    task.student.conv1.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
+    for number in (0, 2, 4, 7):  # of 8
+        take(number, images, labels)
+        weights.append([float(block.fading) for _, block in fading_blocks(task.student)])
+    assert sizes == [8, 12, 16, 16]
+    assert weights == [[1.0] * 9, [0.0] * 4 + [0.5] + [1.0] * 4, [0.0] * 9, [0.0] * 9]
+
+
+def test_a_recalibrated_student_is_what_is_kept(tmp_path):
+    run(replace(RECIPE, method="ce", epochs=1, ema=0.0, recalibrate=100), tmp_path)
+    kept = load_checkpoint(tmp_path / "model.pt").state_dict
+    split = load_dataset("digits", limit=200).train
+    maps = torch.nn.functional.conv2d(
+        split.images(fixed_sample(split, 100)).double(), kept["conv1.weight"].double(), padding=1
+    )
+    assert torch.allclose(kept["bn1.running_mean"].double(), maps.mean((0, 2, 3)), atol=1e-5)
 
 
 def test_every_kind_of_step_is_compiled(tmp_path, monkeypatch):
