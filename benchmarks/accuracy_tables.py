@@ -1,12 +1,14 @@
 """The tables of accuracy: docs/accuracy.md from the experiments of accuracy/table.py, and the README's short one."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import PurePosixPath
 
 from committed import find, located, markdown, newest
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
+FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet",
     "resnet-muon": "the ResNet by Muon",
@@ -19,7 +21,8 @@ OTHERS = {
 COLUMNS = (
     "Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: multiply-accumulates of the training in "
     "units of training the plain network by cross-entropy; the teacher's own training comes besides. Intervals are "
-    "Student's t, which takes the few differences to be normal."
+    "Student's t over the seeds (of initialisation, order and augmentation), which takes the few differences to be "
+    "normal; training and test images are the same for all, so that which images these are is not in the intervals."
 )
 RATES = (
     "One seed. Validation and test are of the epoch that validation chose; training is the mean over the last epoch's "
@@ -57,9 +60,18 @@ def experiment(name: str) -> Callable[[], str]:
 
 
 def _rows(document: dict) -> list[dict]:
-    """The document's rows, each with how many of its results are by emulated bf16."""
-    names = Counter(run["name"] for run in document["results"] if _is_emulated(run))
-    return [row | {"emulated": names[row["name"]]} for row in document["rows"]]
+    """The document's rows, each with how many of its results are by emulated bf16, and how many seconds they took."""
+    emulated = Counter(run["name"] for run in document["results"] if _is_emulated(run))
+    seconds = defaultdict(list)
+    for run in document["results"]:
+        seconds[run["name"]].append(run["seconds"])
+    return [row | {"emulated": emulated[row["name"]], "took": _range(seconds[row["name"]])} for row in document["rows"]]
+
+
+def _range(seconds: list[float]) -> str:
+    """Of all seeds: machines and what else ran differ, so that a mean would say little."""
+    low, high = f"{min(seconds):,.0f}", f"{max(seconds):,.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _is_emulated(run: dict) -> bool:
@@ -67,7 +79,7 @@ def _is_emulated(run: dict) -> bool:
 
 
 def _by_depth(rows: list[dict], seconds: bool = False) -> str:
-    """A line per kind of row, a column per depth; costs are those of the deepest network that has the row."""
+    """A line per kind of row, a column per depth; cost and seconds are those of the deepest network that has it."""
     depths = sorted({row["depth"] for row in rows})
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -75,8 +87,10 @@ def _by_depth(rows: list[dict], seconds: bool = False) -> str:
         deepest = found[max(found)]
         teacher = deepest["teacher_cost"]
         line = [label, *(_cell(found.get(depth)) for depth in depths), f"{deepest['step_cost']:.2f}"]
+        if deepest["depth"] != depths[-1]:
+            line[-1] += f" (depth {deepest['depth']})"
         line.append("-" if teacher is None else f"{teacher:.2f}")
-        lines.append([*line, f"{deepest['seconds']:,.0f}"] if seconds else line)
+        lines.append([*line, deepest["took"]] if seconds else line)
     header = ["test accuracy, %", *(f"depth {depth}" for depth in depths), "cost", "its teacher's"]
     return markdown([*header, "seconds"] if seconds else header, lines)
 
@@ -109,7 +123,7 @@ def _cell(row: dict | None) -> str:
 
 def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
     """What the pairs of seeds say, computed; against other methods nothing where there are fewer than two."""
-    lines = []
+    lines, emulated = [], {row["name"]: row["emulated"] / len(row["seeds"]) for row in _rows(document)}
     for pair in document["comparisons"]:
         lever = pair["against"] == "lever"
         if pair["against"] not in (*against, "lever") or not pair["seeds"] or not (lever or pair["interval"]):
@@ -118,13 +132,20 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
         line = f"Depth {pair['depth']}, {between}: {100 * pair['mean']:+.2f} points"
         if pair["interval"]:
             low, high = (100 * bound for bound in pair["interval"])
-            line += f", 95% interval {low:+.2f} to {high:+.2f} ({len(pair['seeds'])} pairs of seeds)."
+            each = ", ".join(f"{100 * difference:+.2f}" for difference in pair["differences"])
+            line += f", 95% interval {low:+.2f} to {high:+.2f} (seeds {', '.join(map(str, pair['seeds']))}: {each})."
         else:
-            line += " (one seed)."
+            line += f" (seed {pair['seeds'][0]})."
+        shares = [emulated[pair[side]] for side in ("ours", "other")]
         if precisions := pair.get("precisions"):
             first, other = (" and ".join(each) for each in precisions)
             line += f" Of unlike precisions: the first was trained in {first}, the other in {other}."
-        lines.append(" ".join([line, *(_verdict(pair, name, holds) for name, holds in pair["holds"].items())]))
+        elif shares[0] != shares[1]:
+            first, other = ({0: "none", 1: "all"}.get(share, f"{share:.0%}") for share in shares)
+            line += f" By emulated bf16 are {first} of the first's results and {other} of the other's."
+        enough = len(pair["seeds"]) >= FEWEST  # older files have verdicts of two
+        judged = [_verdict(pair, name, holds) for name, holds in pair["holds"].items()] if enough else []
+        lines.append(" ".join([line, *judged]))
     return lines
 
 
@@ -160,12 +181,13 @@ def _source(document: dict, columns: str, *, notes: bool = True) -> str:
     if emulated := sum(map(_is_emulated, document["results"])):
         trained += f"; {emulated} of the results by emulated bf16 (e)"
     machine = document.get("card") or document["machine"]["cpu"]
-    seconds = "of one GPU" if "card" in document else "of one thread and depend on what else ran"
+    seconds = f"of one thread{_more_threads(document)}, least and most of the seeds; they depend on the machine and"
+    seconds = "of one GPU" if "card" in document else f"{seconds} on what else ran, the cost does not"
     parts = (
         f"{document['what']}; {trained}. {columns} ",
         f"Seconds are {seconds}. " if columns == COLUMNS and notes else "",
-        f"{machine}, {document['date']}, commit {document['commit']}. ",
-        *([f"{document['note']} ", *_again(document)] if notes else _elsewhere(document)),
+        f"Written on {machine}, {document['date']}, by commit {document['commit']}{_trained_by(document)}. ",
+        *([f"{document['note']} ", *_origins(document), *_other_teachers(document)] if notes else _elsewhere(document)),
         f"From `{document['path']}`, made by `{_command(document)}`.",
     )
     return " ".join("".join(parts).split())
@@ -176,17 +198,35 @@ def _command(document: dict) -> str:
     return " ".join(located(word) if word.endswith(".json") else word for word in document["command"].split())
 
 
+def _more_threads(document: dict) -> str:
+    """Which results were made by more than one thread."""
+    found = [run for run in document["results"] if run.get("threads", 1) > 1]
+    named = ", ".join(f"{run['name']} seed {run['seed']}: {run['threads']}" for run in found)
+    return f" ({named})" if named else ""
+
+
+def _trained_by(document: dict) -> str:
+    """The commits that trained the results that this file was the first to hold, where the runs said so."""
+    own = [run["trained"] for run in document["results"] if "from" not in run and "trained" in run]
+    commits = sorted({str(start["commit"]) for starts in own for start in starts})
+    return f", which holds {len(own)} results first, trained by {' and '.join(commits)}" if commits else ""
+
+
 def _elsewhere(document: dict) -> list[str]:
     """How many results the document took over from others, without what its whole table says of these."""
-    count = sum("from" in run for run in document["results"])
-    if not count:
+    files = [located(run["from"]["file"]) for run in document["results"] if "from" in run]
+    if not files:
         return []
+    here = PurePosixPath(document["path"]).parent
+    others = Counter(PurePosixPath(file).parent.name for file in files if PurePosixPath(file).parent != here)
+    named = ", ".join(f"{count} of machine {name or 'unknown'}" for name, count in sorted(others.items()))
+    named = f" ({named})" if named else ""
     whole = len(document["results"])
-    return [f"{count} of the {whole} results are of earlier files, some of another CPU: [which](docs/accuracy.md). "]
+    return [f"{len(files)} of the {whole} results are of earlier files{named}: [which](docs/accuracy.md). "]
 
 
-def _again(document: dict) -> list[str]:
-    """Where results of earlier files came from, and what became of teachers that were trained again."""
+def _origins(document: dict) -> list[str]:
+    """Where results of earlier files came from."""
     origins = {
         (*(run["from"].get(key, "") for key in ("file", "date", "commit", "note")), run["from"]["machine"]["cpu"])
         for run in document["results"]
@@ -199,12 +239,23 @@ def _again(document: dict) -> list[str]:
         for file, date, commit, note, cpu in sorted(origins)
     )
     count = sum("from" in run for run in document["results"])
-    said = f"{count} of the results are of earlier files, their seconds too ({named}). "
-    again = document["trained_again"]
-    if not again:
-        return [said]
-    changes = [f"{each['name']} seed {each['seed']} {100 * (each['again'] - each['earlier']):+.2f}" for each in again]
+    return [f"{count} of the results are of earlier files, their seconds too ({named}). "]
+
+
+def _other_teachers(document: dict) -> list[str]:
+    """Which students had another teacher than the ResNet of the table: one trained again, on another machine say."""
+    depths = {row["name"]: row["depth"] for row in document["rows"]}
+    resnets = {row["depth"]: row["name"] for row in document["rows"] if row["key"] == "resnet"}
+    scores = {(run["name"], run["seed"]): run["test_accuracy"] for run in document["results"]}
+    unlike = []
+    for run in document["results"]:
+        taught = run.get("teacher_test_accuracy")
+        usual = scores.get((resnets.get(depths.get(run["name"])), run["seed"]))
+        if taught is not None and usual is not None and taught != usual:
+            unlike.append(f"{run['name']} seed {run['seed']} {100 * (taught - usual):+.2f}")
+    if not unlike:
+        return []
     return [
-        said,
-        f"Teachers trained again for students of today, points against the result in the table: {', '.join(changes)}. ",
+        "Teachers were trained again where a student was trained later or elsewhere; test accuracy of these against "
+        f"the ResNet in the table, points: {', '.join(unlike)}. "
     ]

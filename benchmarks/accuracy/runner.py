@@ -81,7 +81,15 @@ class Job:
         rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         fit = json.loads(rows[-1])["train_accuracy"] if rows else None
         extra = {"last_train_accuracy": fit, "device": recipe.get("device"), "settings": settings}
+        if self.starts.exists():
+            starts = self.starts.read_text(encoding="utf-8").splitlines()
+            extra["trained"] = [json.loads(line) for line in starts]
         return {"name": self.name, **found, **extra}
+
+    @property
+    def starts(self) -> Path:
+        """The file that says when, by which commit and on which CPU the run was begun and gone on with: JSON lines."""
+        return self.folder / "starts.jsonl"
 
     def result(self) -> dict | None:
         """The earlier result, or else what the folder holds."""
@@ -114,7 +122,9 @@ class Job:
             found, wanted = getattr(theirs, name), getattr(ours, name)
             if {found, wanted} == {"bf16", bf16.EMULATED}:
                 continue
-            if found != wanted and wanted not in (None, "auto") and name not in inert:
+            if name == "precision" and wanted == "auto":
+                continue
+            if found != wanted and name not in inert:
                 was = f"with {name}={found}" if name in settings else f"of another version, without {name}"
                 return f"{was}, not {name}={wanted}"
         return None
@@ -138,7 +148,12 @@ def _start(job: Job) -> _Process | None:
     except BlockingIOError:
         lock.close()
         return None
-    options = ["--resume", job.folder] if job.begun() else [*job.flags(), "--out", job.folder, "--overwrite"]
+    resumed = job.begun()
+    options = ["--resume", job.folder] if resumed else [*job.flags(), "--out", job.folder, "--overwrite"]
+    with job.starts.open("a" if resumed else "w", encoding="utf-8") as starts:
+        machine = cpu()
+        about = {"cpu": machine["model"], "flags": machine["flags"], "torch": str(torch.__version__)}
+        starts.write(json.dumps({"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), **about}) + "\n")
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [*RD_TRAIN, *map(str, options)]
         path = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -170,7 +185,7 @@ def run_all(
     waiting = to_train(jobs)
     missing, running = {job.folder: "not begun" for job in waiting}, []
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    with told_to_stop() as told:
+    with told_to_stop() as told, _none_left(running):
         stopping = False
         while running or (waiting and not stopping):
             if not stopping and (told or time.monotonic() >= deadline):
@@ -196,6 +211,19 @@ def run_all(
         elif not stopping:
             missing[job.folder] = f"its teacher {job.teacher.name} has no result"
     return missing
+
+
+@contextlib.contextmanager
+def _none_left(running: list[_Process]) -> Iterator[None]:
+    """Stop those that still train where an error ends the benchmark; what they have is saved."""
+    try:
+        yield
+    finally:
+        for each in running:
+            each.process.terminate()
+        for each in running:
+            each.process.wait()
+            each.lock.close()
 
 
 def _ready(waiting: list[Job]) -> Job | None:

@@ -9,6 +9,7 @@ from experiments import RESNET, SHARED, Experiment, Row
 
 WITHIN = 0.003  # of the ResNet's accuracy: what our method must reach; its goal is to equal it
 CONFIDENCE = 0.95
+FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equal by chance, and their interval short
 # What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
 AGAINST = {"ours": ("resnet", "resnet-muon", "plain", "start", "published"), "sgd": ("resnet", "published")}
 
@@ -114,8 +115,8 @@ def comparisons(rows: list[dict]) -> list[dict]:
 
     Of rows that vary another one, by a lever more or less: each against that, as ``lever``.
     ``holds``: against a ResNet ``goal`` (at least its mean) and ``must`` (at most `WITHIN` below it), against the
-    published method ``must`` (above it by more than the spread over seeds). Without two seeds of both it is empty, and
-    where they were trained in unlike precisions.
+    published method ``must`` (above it by more than the spread over seeds). With fewer than `FEWEST` seeds of both it
+    is empty, and where they were trained in unlike precisions.
     """
     found = []
     for ours in [row for row in rows if row["key"] in AGAINST]:
@@ -131,7 +132,7 @@ def comparisons(rows: list[dict]) -> list[dict]:
 
 
 def _holds(pair: dict) -> dict[str, bool]:
-    if pair["interval"] is None or pair["precisions"]:
+    if len(pair["seeds"]) < FEWEST or pair["precisions"]:
         return {}
     mean = round(pair["mean"], 9)  # of multiples of 1e-4, whose sums are not exact
     if pair["against"].startswith("resnet"):

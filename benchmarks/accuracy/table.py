@@ -38,7 +38,7 @@ from experiments import NAMES, Experiment, check_names, experiments
 from runner import INTERRUPTED, Job, asked, check, document, parser_of, run_all, to_train
 from summary import comparisons, summary
 
-from rd_deploy.common import UserError, check_file, run_command, write_json
+from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
 from rd_train.recipe import Recipe
 
 
@@ -68,21 +68,54 @@ def results_path(template: Path, name: str) -> Path:
 
 
 def read_earlier(files: list[Path]) -> dict[tuple[str, int], list[dict]]:
-    """The results in ``files`` (JSON of experiments) by name and seed, which experiments of other sizes share."""
+    """The results in ``files`` (JSON of experiments) by name and seed, which experiments of other sizes share.
+
+    Whatever a table is made of is checked: an error later would cost trainings.
+    """
     found = defaultdict(list)
     for path in files:
         text = check_file(path, "file of results", 16 << 20).read_bytes()
         try:
             document = json.loads(text)
-            origin = {key: document[key] for key in ("date", "commit", "machine", "note")} | {"file": path.name}
+            origin = {key: document[key] for key in ORIGIN} | {"file": path.name}
             for each in document["results"]:
-                Recipe(**each["settings"])
-                found[each["name"], each["seed"]].append({"from": origin} | each)
-        except (ValueError, KeyError, TypeError, UserError) as error:
+                _check_result(each := {"from": origin} | each)
+                found[each["name"], each["seed"]].append(each)
+        except (ValueError, KeyError, TypeError, RecursionError, UserError) as error:
             raise UserError(
-                f"{path} has no results with their settings; --earlier takes what table.py wrote"
+                f"{path} has no results with their settings ({one_line(error)[:100]}); "
+                "--earlier takes what table.py wrote"
             ) from error
     return found
+
+
+ORIGIN = ("date", "commit", "machine", "note")
+# What tables are made of: its type, and between which values it is.
+FIELDS = {
+    **dict.fromkeys(("test_accuracy", "val_accuracy"), (float, 0, 1)),
+    **{"seed": (int, 0, 2**62), "epochs": (int, 1, 10**6), "train_images": (int, 1, 10**9)},
+    **{"step_cost": (float, 0.1, 1e3), "seconds": (float, 0, 1e9)},
+}
+
+
+def _check_result(result: dict) -> None:
+    """Anything that an experiment's table could not be made of is a ValueError, KeyError or TypeError."""
+    Recipe(**result["settings"])
+    for name in ("name", "precision"):
+        if type(result[name]) is not str:
+            raise ValueError(f"{name} is no text")
+    for name, (kind, low, high) in FIELDS.items():
+        if type(result[name]) not in {kind, int} or not low <= result[name] <= high:
+            raise ValueError(f"{name} of {result['name']} is not from {low} to {high}")
+    for name in ("teacher_test_accuracy", "last_train_accuracy"):
+        if result.get(name) is not None and not 0 <= result[name] <= 1:
+            raise ValueError(f"{name} of {result['name']} is not from 0 to 1")
+    origin = result["from"]
+    texts = [origin["file"], *(origin[key] for key in ORIGIN if key != "machine"), origin["machine"]["cpu"]]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError("where a result is from is no text")
+    if not isinstance(result.get("trained", []), list):
+        raise ValueError("trained is no list")
 
 
 def with_earlier(jobs: list[Job], results: dict[tuple[str, int], list[dict]]) -> list[Job]:
@@ -116,14 +149,8 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         for job in jobs
         if job.folder not in found and (job.seed in experiment.seeds or job.folder in missing)
     ]
-    teachers = {job.teacher for job in jobs}
-    again = [
-        {"name": job.name, "seed": job.seed, "earlier": job.earlier["test_accuracy"], "again": now["test_accuracy"]}
-        for job in jobs
-        if job.earlier is not None and job.folder in teachers and (now := job.trained()) is not None
-    ]
     rows = summary(experiment, results)
-    epochs = f" --epochs {options.epochs}" if options.epochs else ""
+    epochs = f" --epochs {options.epochs}" if options.epochs is not None else ""
     seeds = sorted({*experiment.seeds, *(each["seed"] for each in results)})
     more = f" --seeds {','.join(map(str, seeds))}" if seeds != sorted(experiment.seeds) else ""
     glyphs = f" --glyphs {options.glyphs.name}" if name == "glyphs" else ""
@@ -133,7 +160,6 @@ def report(name: str, experiment: Experiment, jobs: list[Job], missing: dict[Pat
         **document(experiment.what, command, options),
         "complete": not any(each["seed"] in experiment.seeds for each in lost),
         "missing": lost,
-        "trained_again": again,
         "rows": rows,
         "comparisons": comparisons(rows),
         "results": results,
@@ -174,6 +200,8 @@ def command() -> int:
         raise UserError("the experiment glyphs needs its file: --glyphs FILE (made by benchmarks/accuracy/glyphs.py)")
     if len(options.names) > 1 and "NAME" not in options.results.name:
         raise UserError("--results must have NAME in its file's name where there are several experiments")
+    if options.epochs is not None and options.epochs < 2:
+        parser.error("--epochs must be at least 2: the first is the warm-up")
     known = experiments(options.glyphs)
     found = {name: known[name].with_epochs(options.epochs) for name in options.names}
     jobs = {name: each.jobs((*each.seeds, *each.more_seeds), options.out) for name, each in found.items()}

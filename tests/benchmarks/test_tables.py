@@ -133,7 +133,8 @@ def test_the_page_of_accuracy_comes_with_its_results(checkout):
     assert "logit" not in readme.partition("<!-- accuracy -->")[2].partition("<!-- /accuracy -->")[0]
     for written in (text, readme):
         against = (
-            "Depth 56, plain, ours against the ResNet: -0.20 points, 95% interval -0.20 to -0.20 (3 pairs of seeds). "
+            "Depth 56, plain, ours against the ResNet: -0.20 points, 95% interval -0.20 to -0.20 "
+            "(seeds 0, 1, 2: -0.20, -0.20, -0.20). "
         )
         against += "Goal, at least its mean: **missed** in the mean. "
         against += "Must, at most 0.3 points below it: reached in the mean.\n"
