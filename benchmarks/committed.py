@@ -10,9 +10,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 def find(pattern: str, machine: str = "*") -> dict | None:
     """The latest committed result of a kind, of any machine or one, with its path; None without one.
 
-    Names of files begin with their date, and ``machine`` names a folder.
+    Names of files begin with their date, and ``machine`` names a folder. Of files of one name that of the last folder,
+    by its name, counts as the latest: files say no hour, and so it is the same one everywhere.
     """
-    paths = sorted(RESULTS.glob(f"{machine}/{pattern}"), key=lambda path: path.name)
+    paths = sorted(RESULTS.glob(f"{machine}/{pattern}"), key=lambda path: (path.name, path.parent.name))
     if not paths:
         return None
     return json.loads(paths[-1].read_text(encoding="utf-8")) | {"path": paths[-1].relative_to(ROOT).as_posix()}

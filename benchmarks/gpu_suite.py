@@ -11,6 +11,10 @@ of our engine against measured limits. e: training speed. Results are written af
 goes on where it was stopped, skips what is finished and tries again what was out of time. Needs no network and no
 installation of this project. The exit code is 1 when something is wrong: a kernel, an engine, or a row that failed.
 
+A file holds results of one state of the sources on one card, with one driver, one version of each package and one value
+of each RD_FUSION, RD_TUNE and RD_PDL. Without --out a sitting goes on with the newest file of this card of which that
+is true, or begins a new one; it says which. With more --seconds than before, rows of part b are measured again.
+
 How long: each of the five parts begins no row after --minutes (8), compiling our kernels included, and no part one
 after --total; a row that has begun is finished, which takes seconds, or minutes where an engine is slow to load. All
 rows of all parts need several such sittings. Where commands are cut off, only the row at work is lost, and what was
@@ -33,6 +37,7 @@ from rd_deploy.common import UserError, nearest, require, run_command
 PARTS = {"a": "correctness", "b": "speed", "c": "memory", "d": "steps", "e": "training"}
 RESULTS = ROOT / "benchmarks" / "results"
 DRY = {"batch": "1", "precision": "fp16"}
+DEFAULT_OUT = "the newest of results/CARD/gpu-*.json that this sitting can go on with, or gpu-DATE.json there"
 
 
 def options() -> argparse.Namespace:
@@ -48,7 +53,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="for each part (default: %(default)g)")
     parser.add_argument("--total", type=float, metavar="MINUTES", help="for all parts together (default: no limit)")
     parser.add_argument("--seconds", type=float, default=2, help="of sampling per comparison (default: %(default)g)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="(default: results/CARD/gpu-DATE.json)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help=f"(default: {DEFAULT_OUT})")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: the figures mean nothing")
     return parser.parse_args()
 
@@ -91,7 +96,6 @@ def picked(rows, text: str, found: list[str]):
 def make_suite(given: argparse.Namespace):
     """The suite on this card, going on with its result file where there is one."""
     from gpu import card
-    from gpu.record import FORMAT, open_record, sources_digest
     from gpu.suite import BATCHES, ENGINES, OURS, PRECISIONS, Suite
 
     precisions = chosen(given.precision or (DRY["precision"] if given.dry else ""), PRECISIONS, "precision")
@@ -101,21 +105,7 @@ def make_suite(given: argparse.Namespace):
     total = float("inf") if given.total is None else given.total
     if not (0 <= given.minutes <= 1e6 and total >= 0 and 0 <= given.seconds <= 600 and 0 < given.patience <= 1e6):
         raise UserError("--minutes and --total must be 0 or more, --seconds from 0 to 600, --patience above 0")
-    now = datetime.now(UTC)
-    described = card.describe(given.dry)
-    name = f"gpu-{now:%Y-%m-%d}{'-dry' if given.dry else ''}.json"
-    path = given.out or RESULTS / card.slug(described["name"]) / name
-    head = {
-        "format": FORMAT,
-        "dry": given.dry,
-        "sources": sources_digest(),
-        "card": described,
-        "commit": git_commit(),
-        "versions": card.versions(),
-        "assembler": card.assembler(described["capability"], given.dry, ours=ours),
-        "date": now.isoformat(timespec="seconds"),
-        "timing": "one run is one replay on resident images, by the GPU's events; 'host' rows: NumPy in, NumPy out",
-    }
+    head = make_head(given.dry, ours)
     asked = {
         "part": given.part,
         "rows": given.rows,
@@ -125,15 +115,55 @@ def make_suite(given: argparse.Namespace):
     }
     sitting = {
         "date": head["date"],
+        "commit": head["commit"],
         "options": asked | {"minutes": given.minutes, "total": given.total, "seconds": given.seconds},
         "state": card.state(given.dry),
     }
-    record = open_record(path, head, sitting)
+    record = open_results(given.out, head, sitting)
     threads = 1 if given.dry else available_threads()  # tiny work: threads only wait for each other
     if given.dry:
         require("torch", "train").set_num_threads(threads)
     times = given.minutes, given.seconds
     return Suite(record, batches, precisions, engines, *times, threads, given.dry, total, given.patience)
+
+
+def make_head(dry: bool, ours: bool) -> dict:
+    """What describes all rows of a result file; ``ours``: kernels of ours are to be compiled."""
+    from gpu import card
+    from gpu.record import FORMAT, sources_digest
+
+    from rd_deploy.engines.cuda import SETTINGS, setting
+
+    described = card.describe(dry)
+    return {
+        "format": FORMAT,
+        "dry": dry,
+        "sources": sources_digest(),
+        "card": described,
+        "commit": git_commit(),
+        "versions": card.versions(),
+        "settings": {name: setting(name) for name in SETTINGS},
+        "assembler": card.assembler(described["capability"], dry, ours=ours),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "timing": "one run is one replay on resident images, by the GPU's events; 'host' rows: NumPy in, NumPy out",
+    }
+
+
+def open_results(out: Path | None, head: dict, sitting: dict):
+    """The record in the file that was given or in the default one; says which, and whether it is gone on with."""
+    from gpu import card
+    from gpu.record import default_path, open_record
+
+    path, reason = out, ""
+    if path is None:
+        name = f"gpu-{head['date'][:10]}{'-dry' if head['dry'] else ''}"
+        path, reason = default_path(RESULTS / card.slug(head["card"]["name"]), name, head)
+    record = open_record(path, head, sitting)
+    if len(record.sittings) > 1:
+        print(f"going on with {path} (rows: {len(record.rows)})", flush=True)
+    else:
+        print(f"new results: {path}{f' ({reason})' if reason else ''}", flush=True)
+    return record
 
 
 def chosen(text: str, known, what: str) -> tuple[str, ...]:

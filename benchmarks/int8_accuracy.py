@@ -4,18 +4,19 @@
 
 Ranges come from 512 training images, the calibrator is chosen on validation images, accuracies are of the test split.
 Q/DQ is computed literally, in float32 between Q and DQ. A row is written as soon as it is done; rows that are in FILE
-already are not done again. Exit code 1 when a network loses more than rd-export allows by default.
+already, by the packages of today, are not done again. When and by which commit and packages a row was made is in its
+``environment``; the file's own date is that of its latest row. Exit code 1 when a network loses more than rd-export
+allows by default.
 """
 
 import argparse
-import datetime
 import json
 import sys
 import time
 from pathlib import Path
 
-from rd_deploy.bench.environment import capture
-from rd_deploy.common import write_json
+from rd_deploy.bench.environment import capture, packages
+from rd_deploy.common import UserError, check_file, run_command, write_json
 from rd_deploy.export.source import Source, source_from_checkpoint
 from rd_deploy.quantize import KINDS, MAX_DROP, quantization_data, quantize_network, stored_bytes
 
@@ -49,24 +50,49 @@ def line(entry: dict) -> str:
     )
 
 
-def main() -> int:
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of results, none where there is no file; a damaged one is a `UserError`."""
+    if not path.exists():
+        return []
+    text = check_file(path, "file of results", 16 << 20).read_bytes()
+    try:
+        rows = json.loads(text)["results"]
+        for entry in rows:
+            _ = (line(entry), is_of(entry, "", ""), _date(entry), entry["environment"]["packages"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} holds no results of this script; move it away, or give another --results") from error
+    return rows
+
+
+def _date(entry: dict) -> str:
+    return entry["environment"]["date"][:10]
+
+
+def is_of(entry: dict, digest: str, kind: str) -> bool:
+    """Whether a row is that of a checkpoint, by its SHA-256, in a precision."""
+    return (entry["checkpoint_sha256"], entry["precision"]) == (digest, kind)
+
+
+def command() -> int:
     """Every network in every precision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", metavar="MODEL.pt")
     parser.add_argument("--results", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--data-dir", help="of the data set (default: where the training found it)")
     options = parser.parse_args()
-    rows = json.loads(options.results.read_text())["results"] if options.results.exists() else []
+    rows, today = read_rows(options.results), packages()
     for path in options.checkpoints:
         source = source_from_checkpoint(path)
         digest = source.chain.provenance["checkpoint_sha256"]
-        done = {entry["precision"] for entry in rows if entry["checkpoint_sha256"] == digest}
-        for kind in (kind for kind in KINDS if kind not in done):
-            rows.append(row(source, kind, options.data_dir))
-            print(line(rows[-1]), flush=True)
-            write_json(options.results, {"date": f"{datetime.date.today()}", "results": rows})
+        for kind in KINDS:
+            if any(is_of(entry, digest, kind) and entry["environment"]["packages"] == today for entry in rows):
+                continue
+            made = row(source, kind, options.data_dir)
+            print(line(made), flush=True)
+            rows = [*(entry for entry in rows if not is_of(entry, digest, kind)), made]  # not that of other packages
+            write_json(options.results, {"date": max(map(_date, rows)), "results": rows})
     return int(any(entry["gate"]["drop_points"] > MAX_DROP for entry in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("int8_accuracy", command))

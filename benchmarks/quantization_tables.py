@@ -15,12 +15,16 @@ def quantised() -> str:
             cells += [f"{gate['accuracy']:.2%}", f"{gate['drop_points']:.2f}", rows[name, kind]["calibrator"]]
         lines.append([name, *cells])
     header = ["network", "fp32", *(text for kind in ("int8", "fp8") for text in (kind, "points lost", "calibrator"))]
-    first = result["results"][0]
-    packages, images = first["environment"]["packages"], first["gate"]["images"]
+    environments = [row["environment"] for row in result["results"]]
+    versions = sorted({each["packages"]["onnxruntime"] for each in environments})
+    dates = sorted({each["date"][:10] for each in environments})
+    commits = sorted({str(each["git_commit"]) for each in environments})
+    images = result["results"][0]["gate"]["images"]
     source = (
-        f"{images:,} test images of Fashion-MNIST, ONE training each (seed 0), ONNX Runtime {packages['onnxruntime']}, "
+        f"{images:,} test images of Fashion-MNIST, ONE training each (seed 0), ONNX Runtime {' and '.join(versions)}, "
         "Q/DQ computed literally; losses this small are noise in either direction. "
-        f"{result['date'][:10]}, from `{result['path']}`, made by `benchmarks/int8_accuracy.py`."
+        f"{' and '.join(dates)}, by commit {' and '.join(commits)}. From `{result['path']}`, made by "
+        "`benchmarks/int8_accuracy.py`."
     )
     return f"{markdown(header, lines)}\n\n{source}"
 

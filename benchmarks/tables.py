@@ -4,6 +4,7 @@ python benchmarks/tables.py            rewrite the tables between the markers
 python benchmarks/tables.py --check    exit 1 where a page differs (a test runs this)
 """
 
+import argparse
 import re
 import sys
 
@@ -66,6 +67,9 @@ def text_of(page: str) -> str | None:
 
 def main() -> int:
     """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page differs")
+    check = parser.parse_args().check
     differing = []
     for page in PAGES:
         path = ROOT / page
@@ -76,9 +80,9 @@ def main() -> int:
         if path.exists() and after == path.read_text(encoding="utf-8"):
             continue
         differing.append(page)
-        if "--check" not in sys.argv[1:]:
+        if not check:
             path.write_text(after, encoding="utf-8")
-    if "--check" not in sys.argv[1:]:
+    if not check:
         return 0
     print(
         f"{', '.join(differing)} differs: run benchmarks/tables.py"

@@ -13,6 +13,7 @@ from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain,
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
 from rd_train.networks import Arch, Network, fade_shortcuts, parse_arch
 from rd_train.recipe import Recipe
+from rd_train.start import start_from
 from rd_train.teachers import (
     check_statistics,
     checked_state,
@@ -47,30 +48,6 @@ def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
         in_channels=student.in_channels,
         classes=student.classes,
     )
-
-
-def from_start(recipe: Recipe) -> Recipe:
-    """The recipe with the architecture of its ``start_weights``; another one asked for is a `UserError`."""
-    arch = load_checkpoint(recipe.start_weights).arch
-    kind = "resnet" if arch.shortcuts == "all" else "plain"
-    own = {"arch": f"{kind}{arch.depth}", "shortcuts": arch.shortcuts, "stem": arch.stem}
-    own |= {"width": float(arch.width), "reparam": arch.reparam}
-    for name, value in own.items():
-        if getattr(recipe, name) not in (value, getattr(Recipe, name)):
-            raise UserError(
-                f"{name}={getattr(recipe, name)}, but the network of {recipe.start_weights} has {name}={value}; "
-                f"leave --{name} away"
-            )
-    return replace(recipe, **own)
-
-
-def start_from(checkpoint: Checkpoint, arch: Arch) -> Network:
-    """A network with the checkpoint's weights and a new classifier for the classes of ``arch``."""
-    network = Network(arch)
-    state = {name: value for name, value in checkpoint.state_dict.items() if not name.startswith("fc.")}
-    fresh = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
-    load_strictly(network, {**state, **fresh}, "start_weights")
-    return network
 
 
 def build_student(recipe: Recipe, arch: Arch, teacher: Network | None, start: Checkpoint | None = None) -> Network:

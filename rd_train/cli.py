@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -83,7 +83,8 @@ def _normalised(arguments: list[str]) -> list[str]:
             name, equals, value = argument.partition("=")
             argument = name[:2] + name[2:].replace("-", "_") + equals + value
             following = arguments[number + 1] if number + 1 < len(arguments) else "--"
-            if TYPES.get(argument[2:]) is bool and following.lower() not in ("true", "false"):
+            annotation = TYPES.get(argument[2:])
+            if bool in (annotation, *get_args(annotation)) and following.lower() not in ("true", "false"):
                 argument += "=true"
         result.append(argument)
     return result
@@ -185,16 +186,25 @@ def _holds_run(folder: Path, recipe: Recipe) -> bool:
     return replace(there, device=recipe.device, precision=recipe.precision, threads=recipe.threads) == recipe
 
 
-def _resume(arguments: list[str], options: Namespace) -> dict:
-    allowed = {"--resume", "--tensorboard", options.resume, f"--resume={options.resume}"}
-    if set(arguments) - allowed:
-        raise UserError("--resume takes everything from the run's recipe.yaml; leave the other options away")
+# What a run may go on with otherwise than it began: where its files are, and what does not change its sums.
+RESUMABLE = ("data_dir", "workers", "max_corrupt", "save_minutes")
+
+
+def _resume(arguments: list[str]) -> dict:
+    options = _parse(arguments, {"preset": ""})
+    given = {word[2:].partition("=")[0] for word in _normalised(arguments) if word.startswith("--")}
+    if options.preset or given - {"resume", "tensorboard", *RESUMABLE}:
+        others = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
+        raise UserError(
+            f"--resume takes everything but {others} from the run's recipe.yaml; leave the other options away"
+        )
     folder = expanded("--resume", options.resume, "folder")
     require("torch", "train")
-    return _go_on(folder, options.tensorboard)
+    return _go_on(folder, options.tensorboard, {name: options[name] for name in RESUMABLE if name in given})
 
 
-def _go_on(folder: Path, tensorboard: bool) -> dict:
+def _go_on(folder: Path, tensorboard: bool, changes: dict | None = None) -> dict:
+    """Resume the run in ``folder`` with some entries of its recipe changed, which its ``recipe.yaml`` then has."""
     from rd_train import distributed
     from rd_train.run import run, settle
 
@@ -210,6 +220,7 @@ def _go_on(folder: Path, tensorboard: bool) -> dict:
     recipe = Recipe(**values)
     if settle(recipe) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
+    recipe = settle(replace(recipe, **(changes or {})))
     return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=tensorboard)}
 
 
@@ -221,7 +232,7 @@ def command(arguments: list[str]) -> int:
         print(list_presets())
         return 0
     if options.resume is not None:
-        result = _resume(arguments, options)
+        result = _resume(arguments)
     else:  # parsed again, now with the preset's values as defaults
         read = _released if options.as_released else _parse
         result = _start(read(arguments, preset_values(options.preset)))

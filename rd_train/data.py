@@ -19,6 +19,7 @@ from torch import Tensor
 from rd_deploy.common import UserError, nearest
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.augment import Augment, shift_and_flip
+from rd_train.decode import SUFFIXES
 from rd_train.encoded import EncodedSplit, encoded_preprocessing
 from rd_train.image_folder import caltech101_layout, folder_layout, mit67_layout
 from rd_train.listing import Listing
@@ -66,6 +67,7 @@ class Dataset:
     preprocessing: Preprocessing
     skipped: Skipped = field(default_factory=Skipped)  # the corrupt images of all splits
     workers: Workers = field(default_factory=Workers)
+    notes: list[str] = field(default_factory=list)  # what a user must know of what was read, a line each
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,17 @@ def load_dataset(
         EncodedSplit(part, torch.from_numpy(part.labels), preprocessing, augment, processes, skipped)
         for part in listings
     ]
-    return Dataset(name, *splits, classes, preprocessing, skipped, processes)
+    return Dataset(name, *splits, classes, preprocessing, skipped, processes, _left_out(listings))
+
+
+def _left_out(listings: list[Listing]) -> list[str]:
+    """What of class folders was not read, told once of each place."""
+    found = {listing.root: listing.ignored for listing in listings if listing.ignored[0]}
+    return [
+        f"{root}: {count:,} entries of class folders are left out, as {example}: images are files directly in them "
+        f"whose names end in {', '.join(SUFFIXES)}"
+        for root, (count, example) in found.items()
+    ]
 
 
 # --- batches

@@ -150,11 +150,16 @@ def _exit_code(error: BaseException) -> int:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process."""
+    return bool(highest(int(flag)))
+
+
+def highest(number: int) -> int:
+    """The largest of all processes' numbers."""
     if world() == 1:
-        return flag
-    flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    numbers = torch.tensor([number])
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 def barrier() -> None:

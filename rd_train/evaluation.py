@@ -45,6 +45,13 @@ class Predictions:
         """In [0, 1]."""
         return int((self.predicted == self.labels).sum()) / len(self.labels)
 
+    @property
+    def mean_class_accuracy(self) -> float:
+        """The mean of the accuracies of the classes that have images, in [0, 1]: what transfer sets are measured by."""
+        images = torch.bincount(self.labels)
+        right = torch.bincount(self.labels[self.predicted == self.labels], minlength=len(images))
+        return float((right[images > 0].double() / images[images > 0]).mean())
+
 
 @torch.no_grad()
 def predict(network: Network, split: Split, context: Context) -> Predictions:

@@ -237,7 +237,8 @@ def _per_class(classes: list[str], seen: Predictions) -> str:
          if images[index] else "none to measure"]
         for index in np.argsort(accuracy, kind="stable")
     ]  # fmt: skip
-    content = table("Test accuracy of each class, the lowest first.", ["class", "test images", "accuracy"], body)
+    caption = f"Test accuracy of each class, the lowest first. Their mean is {seen.mean_class_accuracy:.2%}."
+    content = table(caption, ["class", "test images", "accuracy"], body)
     return content if len(classes) <= LARGEST_MATRIX else _folded(f"All {len(classes):,} classes", content)
 
 

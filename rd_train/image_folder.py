@@ -22,19 +22,25 @@ def list_classes(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def list_images(root: Path, classes: list[str]) -> Listing:
-    """The image files (by suffix, in any case) directly in the class folders of ``root``, sorted."""
-    unknown = set(list_classes(root)) - set(classes)
+def list_images(root: Path, classes: list[str], without: tuple[str, ...] = ()) -> Listing:
+    """The image files (by suffix, in any case) directly in the class folders of ``root``, sorted.
+
+    A class folder that is neither of ``classes`` nor of those to leave out is a `UserError`.
+    """
+    unknown = set(list_classes(root)) - {*classes, *without}
     if unknown:
         raise UserError(f"{root} has class folder '{min(unknown)}', unknown in training; rename or remove it")
     files: list[str] = []
     labels: list[int] = []
+    others: list[str] = []
     for label, name in enumerate(classes):
-        inside = os.scandir(root / name) if (root / name).is_dir() else ()
-        found = [entry.name for entry in inside if entry.name.lower().endswith(SUFFIXES) and entry.name[0] != "."]
-        files += [f"{name}/{file}" for file in sorted(found)]
+        inside = sorted(entry.name for entry in os.scandir(root / name)) if (root / name).is_dir() else []
+        inside = [f"{name}/{entry}" for entry in inside if not entry.startswith(".")]
+        found = [entry for entry in inside if entry.lower().endswith(SUFFIXES)]
+        files += found
         labels += [label] * len(found)
-    return Listing(root, files, np.array(labels, np.int64))
+        others += [entry for entry in inside if not entry.lower().endswith(SUFFIXES)]
+    return Listing(root, files, np.array(labels, np.int64), ignored=(len(others), others[0] if others else ""))
 
 
 def folder_layout(root: Path) -> tuple[list[str], list[Listing]]:
@@ -74,6 +80,7 @@ def _check_arranged(folder: Path) -> None:
 
 # --- transfer: MIT67 and Caltech101
 
+OTHER_CLASSES = ("BACKGROUND_Google",)
 TRAIN_PER_CLASS, MOST_TEST_PER_CLASS = 30, 50  # Caltech101's protocol (Fei-Fei et al. 2004; its authors' page)
 
 
@@ -125,8 +132,8 @@ def caltech101_layout(root: Path, split_seed: int) -> tuple[list[str], list[List
     root = inner if inner.is_dir() else root
     if (root / "train").is_dir():
         raise UserError(f"{root} is divided already; use --data folder")
-    classes = [name for name in list_classes(root) if name != "BACKGROUND_Google"]
-    everything = _without_background(root, classes)
+    classes = [name for name in list_classes(root) if name not in OTHER_CLASSES]
+    everything = list_images(root, classes, without=OTHER_CLASSES)
     share = [hashlib.sha256(os.fsencode(f"{split_seed}/{file}")).digest() for file in everything.files]
     parts: tuple[list[int], ...] = ([], [], [])
     for label, name in enumerate(classes):
@@ -138,9 +145,3 @@ def caltech101_layout(root: Path, split_seed: int) -> tuple[list[str], list[List
         for part, start, stop in zip(parts, bounds, bounds[1:], strict=False):
             part += members[start:stop]
     return classes, [everything.select(np.sort(np.array(part, np.int64))) for part in parts]
-
-
-def _without_background(root: Path, classes: list[str]) -> Listing:
-    known = [*classes, "BACKGROUND_Google"]
-    listing = list_images(root, known)
-    return listing.select(np.flatnonzero(listing.labels < len(classes)))

@@ -14,7 +14,8 @@ class Listing:
     """Images below ``root`` and their class numbers int64 (N,).
 
     ``files``: CLASS/FILE, or SHARD/MEMBER of tars. ``shards``: the tars, and ``spans`` int64 (N, 3) the number of the
-    tar, offset and length of each image; None where each image is a file of its own.
+    tar, offset and length of each image; None where each image is a file of its own. ``ignored``: how many entries of
+    the class folders below ``root`` are no images by their name, nested folders among them, and one of these.
     """
 
     root: Path
@@ -22,6 +23,7 @@ class Listing:
     labels: np.ndarray
     shards: list[str] = field(default_factory=list)
     spans: np.ndarray | None = None
+    ignored: tuple[int, str] = (0, "")
 
     def select(self, chosen: np.ndarray) -> "Listing":
         """Those at the given indices."""

@@ -7,6 +7,7 @@ a pure function of (seed, epoch, number), schedules of the step: so the state of
 import contextlib
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from rd_train.state import State
 from rd_train.vary import mixed, resized
 
 CHECK_EVERY = 20  # steps between looks at the loss, which make a GPU wait
+GO_ON, SAVE, STOP = range(3)  # what processes may want after a step
 STEP_SEED = 0x57E9  # sets the draws of a step apart from those of its batch
 
 
@@ -114,8 +116,9 @@ class Stepper:
 def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: bool) -> dict:
     """Train ``task`` for ``epochs`` and keep its best student (by validation): ``model.pt``, or ``teacher.pt``.
 
-    Returns ``{"epoch", "val_accuracy", "val_loss"}`` of that student and the ``seconds`` spent. After each epoch, and
-    when stopped, all state is in ``{phase}-state.pt``; with ``resume`` the phase goes on from there.
+    Returns ``{"epoch", "val_accuracy", "val_loss"}`` of that student and the ``seconds`` spent. After each epoch, every
+    ``recipe.save_minutes`` and when stopped, all state is in ``{phase}-state.pt``; with ``resume`` the phase goes on
+    from there.
     """
     recipe, split = context.recipe, context.dataset.train
     take = Stepper(task, epochs, context)
@@ -137,7 +140,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
         options = {"seed": recipe.seed, "epoch": epoch, "start": done, "meter": meter}
         loader = batches(split, recipe.batch_size, **options, **distributed.share())
         task.train()
-        clock = Clock(state.seconds, meter, context.device)
+        clock, saved = Clock(state.seconds, meter, context.device), time.monotonic()
         for images, labels in _until_stopped(loader, context.stop):
             clock.begin_step()
             labels = labels.to(context.device)
@@ -145,16 +148,21 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
             state.add(step.result, labels)
             state.step += 1
             clock.end_step(len(labels) * distributed.world())
-            stopping, means = _stopping(context, state.step), None
-            if state.step % CHECK_EVERY == 0 or stopping:
+            due = time.monotonic() - saved > 60 * recipe.save_minutes
+            wanted, means = _wanted(context, state.step, due), None
+            if wanted != GO_ON or state.step % CHECK_EVERY == 0:
                 means = state.means()
                 _check_finite(means, phase, state)
             if distributed.first():
                 context.view.step(state.step, clock.rate(), means)
-            if stopping and state.step % per_epoch:
+            if wanted != GO_ON and state.step % per_epoch:
+                _check_finite(_of_weights(task), phase, state)
                 state.seconds = clock.total()
-                state.agree()
+                if wanted == STOP:
+                    state.agree()
                 state.save()
+                saved = time.monotonic()
+            if wanted == STOP and state.step % per_epoch:
                 _stop(context)
         if state.step < (epoch + 1) * per_epoch:
             if distributed.world() == 1:  # others may be anywhere in their steps: all go on from the last epoch
@@ -170,11 +178,22 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     return {**state.best, "seconds": state.seconds}
 
 
-def _stopping(context: Context, step: int) -> bool:
-    """Whether all processes stop after this step; asked rarely where GPUs would have to wait for the answer."""
+def _wanted(context: Context, step: int, due: bool) -> int:
+    """What all processes do after this step: what any of them wants most, where saving is up to the first.
+
+    Asked rarely where GPUs would have to wait for the answer.
+    """
     if distributed.world() > 1 and context.device.type == "cuda" and step % CHECK_EVERY:
-        return False
-    return distributed.any_process(context.stop.is_set())
+        return GO_ON
+    if context.stop.is_set():
+        return distributed.highest(STOP)
+    return distributed.highest(SAVE if due and distributed.first() else GO_ON)
+
+
+@torch.no_grad()
+def _of_weights(task: nn.Module) -> dict[str, float]:
+    """A sum that is not finite where a weight is not."""
+    return {"a weight": float(sum(p.abs().sum(dtype=torch.float64) for p in task.parameters()))}
 
 
 def _until_stopped(loader: Iterator[tuple[Tensor, Tensor]], stop: threading.Event) -> Iterator[tuple[Tensor, Tensor]]:

@@ -32,6 +32,11 @@ class Recipe:
         split_seed: Which division of Caltech101 into training and test images; its protocol averages over several.
         workers: Processes that decode image files; by default the CPUs, at most 16. They do not change the result.
         max_corrupt: So many images that cannot be read are skipped, and named in skipped.txt; one more is an error.
+        flip: Mirror half of the training images left to right, which suits neither letters nor signs; when not given,
+            as is usual for the data set (docs/training-reference.md).
+        crop_padding: Shift training images by up to so many pixels; when not given, as is usual for the data set.
+        smallest_crop: The smallest share of the area of a random-resized crop of image files: 0.08 when not given, 1 is
+            none.
         start_weights: A model.pt whose network, but for its classifier, training starts from (rd-train finetune).
         arch: Network to train, e.g. plain20, plain56, plain50, resnet20.
         shortcuts: Override the shortcuts of arch: all, projection (the released variant of the paper) or none.
@@ -69,6 +74,7 @@ class Recipe:
         recalibrate: Recompute BN statistics on so many training images before each evaluation; 0 does not.
         audit: Log and draw, per stage, gradients of the plain and of the teacher path once an epoch.
         epochs: Passes over the training split.
+        save_minutes: Save the state of a training whenever so many minutes have passed, and after each epoch.
         batch_size: Images per step, of all processes together.
         optimizer: sgd (Nesterov's momentum), or muon for the student's kernels of convolutions and sgd for the rest, a
             teacher included; muon in rd, else sgd.
@@ -102,6 +108,9 @@ class Recipe:
     split_seed: int = 0
     workers: int | None = None
     max_corrupt: int = MAX_CORRUPT
+    flip: bool | None = None
+    crop_padding: int | None = None
+    smallest_crop: float | None = None
     start_weights: str | None = None
     arch: str = "plain20"
     shortcuts: Literal["all", "projection", "none"] | None = None
@@ -136,6 +145,7 @@ class Recipe:
     recalibrate: int = 0
     audit: bool = False
     epochs: int = 10
+    save_minutes: float = 10.0
     batch_size: int = 128
     optimizer: Literal["sgd", "muon"] | None = None
     lr: float = 0.1
@@ -323,6 +333,9 @@ BOUNDS = {
     "split_seed": (0, 2**62),
     "workers": (0, 256),
     "max_corrupt": (0, 10**9),
+    "crop_padding": (0, 256),
+    "smallest_crop": (1e-3, 1),
+    "save_minutes": (1e-6, 1e6),
     "width": (1 / 64, 16),
     "init_noise": (0, 100),
     "teacher_epochs": (1, 10**6),

@@ -119,6 +119,7 @@ def _markdown(rows: list[dict], recipe: Recipe, result: dict, audited: bool) -> 
         "| | |",
         "|---|---|",
         f"| test accuracy | {result['test_accuracy']:.2%} of {result['test_images']:,} images |",
+        f"| mean of the classes' test accuracies | {result['mean_class_accuracy']:.2%} |",
         f"| teacher's test accuracy | {'none' if teacher is None else f'{teacher:.2%}'} |",
         f"| validation accuracy | {result['val_accuracy']:.2%}, epoch {result['best_epoch']} of {result['epochs']} |",
         f"| initialisation, seed | {result['init']}, {result['seed']} |",

@@ -16,10 +16,10 @@ from torch import nn
 from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError, expanded, one_line, require, write_json, write_text
 from rd_train import bf16, distributed, report
+from rd_train.augment import Augment
 from rd_train.build import (
     build_student,
     build_task,
-    from_start,
     load_teacher,
     meta_task,
     needs_teacher,
@@ -30,7 +30,7 @@ from rd_train.build import (
 from rd_train.checkpoint import Checkpoint, load_checkpoint
 from rd_train.context import Context, stop_on_signals
 from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, update_macs
-from rd_train.data import Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
+from rd_train.data import AUGMENTS, Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
 from rd_train.evaluation import evaluate, predict, statistics_size
@@ -39,6 +39,7 @@ from rd_train.loop import fit
 from rd_train.metrics import TENSORBOARD, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
+from rd_train.start import from_start, is_name, load_start
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers
 
@@ -62,13 +63,19 @@ def settle(recipe: Recipe) -> Recipe:
     # Absolute, so that a run can be resumed from another folder.
     names = ("data_dir", "teacher_weights", "start_weights")
     given = {name: path for name in names if (path := getattr(recipe, name)) is not None}
+    named = recipe.start_weights is not None and is_name(recipe.start_weights)
+    if named:
+        del given["start_weights"]
     paths = {name: str(expanded(name, path).resolve()) for name, path in given.items()}
     threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
     if fetched_teacher(recipe):
         paths["teacher"] = settled_name(recipe.teacher)
+    if named:
+        paths["start_weights"] = settled_name(recipe.start_weights)
     settled = replace(recipe, device=device, precision=precision, threads=threads, **paths)
     if settled.start_weights is not None:
-        settled = from_start(settled)
+        with distributed.one_per_machine_first(named):
+            settled = from_start(settled)
     if distributed.world() == 1:
         return settled
     return Recipe(**yaml.safe_load(distributed.of_first(dump_yaml(settled))))
@@ -121,7 +128,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
     """The plan of a run, which is printed, and how it multiplies; its data set's workers end with it."""
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
-    start = None if recipe.start_weights is None else load_checkpoint(recipe.start_weights)
+    start = None if recipe.start_weights is None else load_start(recipe.start_weights)
     with distributed.one_per_machine_first(recipe.download):
         dataset = load_dataset(
             recipe.data,
@@ -129,6 +136,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
             size=recipe.size,
             limit=recipe.train_limit,
             download=recipe.download,
+            augment=augmentation(recipe),
             like=None if start is None else start.preprocessing,
             split_seed=recipe.split_seed,
             workers=default_workers() if recipe.workers is None else recipe.workers,
@@ -298,6 +306,7 @@ def _finish(context: Context, best: dict, plan: _Plan, teacher_seconds: float) -
     dataset.skipped.agree()
     result = {
         "test_accuracy": seen.accuracy,
+        "mean_class_accuracy": seen.mean_class_accuracy,
         "teacher_test_accuracy": taught,
         "val_accuracy": best["val_accuracy"],
         "best_epoch": best["epoch"],
@@ -333,7 +342,7 @@ def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | No
     if not needs_teacher(recipe) or (recipe.teacher_weights is None and not fetched_teacher(recipe)):
         return None
     if is_published(recipe.teacher):
-        return load_published(recipe.teacher, recipe.teacher_weights, dataset.preprocessing)
+        return load_published(recipe.teacher, recipe.teacher_weights, dataset.preprocessing, len(dataset.classes))
     named = recipe.teacher != "auto"
     return load_teacher(
         recipe.teacher_weights,
@@ -358,6 +367,13 @@ def applied_init(arch: Arch, recipe: Recipe) -> str:
     return "kaiming" if arch.shortcuts == "all" else recipe.init
 
 
+def augmentation(recipe: Recipe) -> Augment:
+    """How training images are varied: as is usual for the data set, but for what the recipe says."""
+    given = {name: getattr(recipe, name) for name in ("flip", "crop_padding", "smallest_crop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(AUGMENTS.get(recipe.data, Augment()), **given)
+
+
 def deployed_parameters(arch: Arch) -> int:
     """Parameters of the network without what it has in training only."""
     with torch.device("meta"):
@@ -378,6 +394,8 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         f"data     {dataset.name}: {len(dataset.train):,} train, {len(dataset.val):,} validation, "
         f"{len(dataset.test):,} test, {len(dataset.classes)} classes, {size}x{size}"
     )
+    for note in dataset.notes:
+        print(f"note     {note}")
     print(
         f"network  {arch.name}: {plan['parameters']:,} parameters, {plan['macs_per_image']:,} MACs per image, "
         f"init {applied_init(arch, recipe)}"

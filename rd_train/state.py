@@ -19,7 +19,7 @@ class State:
     def __init__(self, context: Context, phase: str, task: nn.Module, optimizer, averaged: AveragedModel | None):
         self.path = context.folder / f"{phase}-state.pt"
         self.task, self.optimizer, self.averaged = task, optimizer, averaged
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.images = 0, 0.0, len(context.dataset.train)
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.counts: dict[str, int] = defaultdict(int)  # of steps; not every kind of step has every term
         self.best: dict = {"epoch": 0, "val_accuracy": -1.0, "val_loss": math.inf}
@@ -64,6 +64,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "step": self.step,
+            "images": self.images,
             "seconds": self.seconds,
             "sums": dict(self.sums),
             "counts": dict(self.counts),
@@ -75,6 +76,9 @@ class State:
         if not self.path.exists():
             return
         values = load_plain(self.path, "training state")
+        images = values.get("images", self.images) if isinstance(values, dict) else self.images
+        if images != self.images:
+            raise UserError(f"the run trained on {images} images, now there are {self.images}; give the same data")
         try:
             self.task.load_state_dict(values["task"], strict=True)
             self._load_optimizer(values["optimizer"])

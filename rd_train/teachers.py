@@ -62,7 +62,7 @@ def parse_published(name: str) -> Published:
 
 @dataclass(frozen=True)
 class Record:
-    """What a library says of weights: their name there, mean and std of their images, and where they are.
+    """What a library says of weights: their name there, mean and std of their images, their classes, where they are.
 
     ``place``: an address for torchvision, a repository on the Hugging Face hub for timm.
     """
@@ -70,6 +70,7 @@ class Record:
     weights: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: int
     place: str
 
 
@@ -84,19 +85,29 @@ def look_up(published: Published) -> Record:
     return (_torchvision_record if published.library == "torchvision" else _timm_record)(published)
 
 
-def load_published(name: str, weights: str | None, preprocessing: Preprocessing) -> Network:
+def load_published(name: str, weights: str | None, preprocessing: Preprocessing, classes: int) -> Network:
     """A published network in evaluation mode, from the file ``weights`` or from its library's hub.
 
     Images normalised otherwise than its own, or weights that are not exactly those of the architecture, are a
-    `UserError`. A file whose weights the name does not name counts as trained on images normalised as ImageNet's.
+    `UserError`; so are weights of other than ``classes``, before they are fetched. A file whose weights the name does
+    not name counts as trained on images normalised as ImageNet's.
     """
     published = parse_published(name)
     # A file needs no library, unless the name says which weights it is said to hold.
     record = look_up(published) if weights is None or published.weights else None
     statistics = (record.mean, record.std) if record else (IMAGENET_MEAN, IMAGENET_STD)
     check_statistics(f"teacher {name}", statistics, preprocessing)
-    what = f"teacher {weights or name}"
-    state = read_state(weights) if weights is not None else _fetch(published, record.place)
+    if weights is not None:
+        return _network(published, f"teacher {weights}", read_state(weights))
+    if record.classes != classes:
+        raise UserError(
+            f"teacher {name} knows {record.classes} classes, this data set has {classes}: fine-tune it on these first "
+            f"(rd-train finetune {name}) and give that model.pt as --teacher-weights"
+        )
+    return _network(published, f"teacher {name}", fetch(published, record))
+
+
+def _network(published: Published, what: str, state: dict[str, Tensor]) -> Network:
     classifier = state.get("fc.weight")
     if not isinstance(classifier, Tensor) or classifier.ndim != 2:
         raise UserError(f"{what} has no classifier fc.weight: it is no {published.model}")
@@ -119,29 +130,29 @@ def with_counters(network: Network, state: dict[str, Tensor]) -> dict[str, Tenso
     return {**counters, **state}
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, what: str = "teacher") -> dict[str, Tensor]:
     """A ``state_dict`` from a torch file, or from one in the safetensors format if it is called ``.safetensors``."""
-    values = _read_safetensors(path) if Path(path).suffix == ".safetensors" else load_plain(path, "teacher")
-    return checked_state(path, values)
+    values = _read_safetensors(path, what) if Path(path).suffix == ".safetensors" else load_plain(path, what)
+    return checked_state(path, values, what)
 
 
-def checked_state(path: str | Path, values: object) -> dict[str, Tensor]:
+def checked_state(path: str | Path, values: object, what: str = "teacher") -> dict[str, Tensor]:
     """What was read from a file, if it is a ``state_dict``."""
     if isinstance(values, dict) and "format" in values:
-        raise UserError(f"teacher {path} is a model.pt, which knows its own architecture; leave --teacher away")
+        raise UserError(f"{what} {path} is a model.pt, which knows its own architecture; leave --teacher away")
     named = isinstance(values, dict) and all(isinstance(value, Tensor) for value in values.values())
-    if not named or not values:
-        raise UserError(f"teacher {path} is neither a model.pt nor a state_dict of tensors; train one with --method ce")
+    if not named or not values or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{what} {path} is neither a model.pt nor a state_dict of tensors; train one with --method ce")
     return values
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    path = check_file(path, "teacher")
+def _read_safetensors(path: str | Path, what: str) -> dict[str, Tensor]:
+    path = check_file(path, what)
     load_file = require("safetensors.torch", "timm").load_file
     try:
         return load_file(path, device="cpu")
     except Exception as error:  # a hostile file can raise anything
-        raise UserError(f"teacher {path} is damaged ({one_line(error)[:80]}); make or copy it again") from error
+        raise UserError(f"{what} {path} is damaged ({one_line(error)[:80]}); make or copy it again") from error
 
 
 def _torchvision_record(published: Published) -> Record:
@@ -153,7 +164,7 @@ def _torchvision_record(published: Published) -> Record:
         raise UserError(f"torchvision has no weights {published.weights} of {published.model} (known: {names})")
     entry = known.DEFAULT if published.weights is None else known[published.weights]
     images = entry.transforms()
-    return Record(entry.name, tuple(images.mean), tuple(images.std), entry.url)
+    return Record(entry.name, tuple(images.mean), tuple(images.std), len(entry.meta["categories"]), entry.url)
 
 
 def _timm_record(published: Published) -> Record:
@@ -162,22 +173,23 @@ def _timm_record(published: Published) -> Record:
     if published.weights is not None and published.weights not in tags:
         raise UserError(f"timm has no weights {published.weights} of {published.model} (known: {', '.join(tags)})")
     config = models.get_pretrained_cfg(".".join(filter(None, (published.model, published.weights))))
-    return Record(config.tag, config.mean, config.std, config.hf_hub_id)
+    return Record(config.tag, config.mean, config.std, config.num_classes, config.hf_hub_id)
 
 
-def _fetch(published: Published, place: str) -> dict[str, Tensor]:
+def fetch(published: Published, record: Record) -> dict[str, Tensor]:
     """Weights from a hub: downloaded once, into torch's cache or into that of huggingface_hub, which timm brings."""
     hub = None if published.library == "torchvision" else require("huggingface_hub", "timm")
     try:
         if hub is None:  # compared with the hash that is part of the file's name
+            place = record.place
             state = torch.hub.load_state_dict_from_url(place, map_location="cpu", check_hash=True, weights_only=True)
             return checked_state(published.name, state)
-        path = hub.hf_hub_download(place, "model.safetensors")  # never the pickle that some repositories hold too
+        path = hub.hf_hub_download(record.place, "model.safetensors")  # never the pickle that some repositories hold
     except UserError:
         raise
     except Exception as error:  # no network, no such file, a full disk, a damaged file in the cache
         reason = one_line(error)[:160] or type(error).__name__
         raise UserError(
-            f"cannot fetch teacher {published.name} ({reason}); give its file with --teacher-weights"
+            f"cannot fetch {published.name} ({reason}); give its file (--teacher-weights, or rd-train finetune FILE)"
         ) from error
     return read_state(path)

@@ -40,7 +40,10 @@ class Face:
 
 def find_faces(folder: Path) -> tuple[list[Face], list[int], dict[str, int]]:
     """The usable faces below a folder, in the order of their digests, the group of each (`groups`), and how many files
-    were not used, by reason."""
+    were not used, by reason.
+
+    A character is read by comparison with other groups: where there are fewer than two, none is judged.
+    """
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # of harmless flaws in tables that are not used
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".otf") and path.is_file())
     faces, unused = {}, {}
@@ -54,6 +57,8 @@ def find_faces(folder: Path) -> tuple[list[Face], list[int], dict[str, int]]:
     kept = sorted(faces.values(), key=lambda face: face.sha256)
     for _ in range(2):  # the second time without the references that were illegible themselves
         group = groups(kept)
+        if len(set(group)) < 2:
+            break
         legible = legibility(kept, group) >= LEGIBLE
         if len(lost := np.flatnonzero(~legible)):
             unused["characters that are not read"] = unused.get("characters that are not read", 0) + len(lost)
@@ -154,7 +159,7 @@ def groups(faces: list[Face]) -> list[int]:
     named: dict[str, int] = {}
     for number, face in enumerate(faces):
         join(named.setdefault(first_word(face.family), number), number)
-    flat = np.stack([face.drawings.ravel() for face in faces])
+    flat = np.array([face.drawings.ravel() for face in faces])  # faces, 62 * pixels
     for number, row in enumerate(flat):
         for other in np.flatnonzero(flat[:number] @ row / len(CHARACTERS) > COPY):
             join(number, int(other))

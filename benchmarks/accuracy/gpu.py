@@ -7,7 +7,9 @@
 recipe, tasks and checkpoints, so that rd-export takes its model.pt; it differs in that all images lie on the card as
 bytes and are shifted, mirrored and normalised there. (So a run begun here goes on here: rd-train would go on too, but
 with other draws of the augmentation.) Complete rows are skipped, interrupted ones go on, ``--minutes`` stops between
-two steps. Not run on a GPU yet: what follows is arithmetic.
+two steps, as Ctrl-C and SIGTERM do. A digest of the data names every run, so that ``--list`` reads them, too. ``--dry``
+has bf16 autocast, as the CPU does it, and no torch.compile, which would take minutes: the first GPU tries that out. Not
+run on a GPU yet: what follows is arithmetic.
 
 A training step of ResNet-18 on a 32x32 image takes 1.66 G multiply-accumulates (`rd_train.cost`), so an epoch of 55,000
 images 183 TFLOP: 0.74 s at a quarter of the 989 TFLOP/s that an H100 has in dense bf16. Its convolutions write 0.61 M
@@ -20,6 +22,7 @@ the first part, from the count, for each run.
 
 import argparse
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -31,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiments import EVERY, MUST, Experiment, digest_of
+from experiments import EVERY, MUST, Experiment
 from runner import INTERRUPTED, Job, asked, check, parser_of, told_to_stop
 from table import report, say, state
 from torch import Tensor
@@ -40,6 +43,7 @@ import rd_train.run
 from rd_deploy.bench.environment import packages
 from rd_deploy.common import Stopped, UserError, one_line, run_command, write_json
 from rd_train.build import meta_task, student_arch
+from rd_train.context import stop_on_signals
 from rd_train.cost import mean_step_macs, update_macs
 from rd_train.data import Dataset, MemorySplit, load_dataset
 
@@ -47,7 +51,7 @@ PEAK, UTILISATION = 989e12, 0.25  # dense bf16 of an H100 SXM; the share that is
 GPU = {"stem": "small", "batch_size": 256, "lr": 0.2, "warmup_epochs": 5.0, "threads": 8}
 GPU |= {"device": "cuda", "precision": "bf16", "compile": True}
 DRY = {"stem": "small", "width": 1 / 16, "batch_size": 64, "size": 8, "warmup_epochs": 0.2, "threads": 2}
-DRY |= {"device": "cpu", "precision": "fp32", "data": "digits"}
+DRY |= {"device": "cpu", "precision": "bf16", "data": "digits"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,17 @@ def _moments(split: MemorySplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @contextlib.contextmanager
-def data_on(device: torch.device) -> Iterator[None]:
+def _in_runs(name: str, value: object) -> Iterator[None]:
+    """Runs of rd_train in this process have ``value`` under a name of their module."""
+    before = getattr(rd_train.run, name)
+    setattr(rd_train.run, name, value)
+    try:
+        yield
+    finally:
+        setattr(rd_train.run, name, before)
+
+
+def data_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Runs of rd_train in this process find their data on a device."""
 
     def load(*arguments: object, **options: object) -> Dataset:
@@ -105,23 +119,53 @@ def data_on(device: torch.device) -> Iterator[None]:
         parts = {part: DeviceSplit.of(getattr(dataset, part), device) for part in ("train", "val", "test")}
         return replace(dataset, **parts)
 
-    before, rd_train.run.load_dataset = rd_train.run.load_dataset, load
-    try:
-        yield
-    finally:
-        rd_train.run.load_dataset = before
+    return _in_runs("load_dataset", load)
+
+
+def stops_kept(told: list[int]) -> contextlib.AbstractContextManager[None]:
+    """Runs of rd_train in this process stop if they were told to before they listen; ``told`` also has what came later.
+
+    A run listens from the end of its planning to its own end, but looks only between two steps: without this it would
+    train to its end after a stop in its planning, and the next one after a stop in its test.
+    """
+
+    @contextlib.contextmanager
+    def listen() -> Iterator[threading.Event]:
+        stop = threading.Event()
+        try:
+            with stop_on_signals() as stop:
+                if told:
+                    stop.set()
+                yield stop
+        finally:  # by now signals go to ``told`` again: none falls between
+            if stop.is_set():
+                told.append(signal.SIGTERM)
+
+    return _in_runs("stop_on_signals", listen)
+
+
+def digest_of_images(dataset: Dataset) -> str:
+    """The first digits of a SHA-256 over all images and labels of a data set that is held in memory."""
+    found = hashlib.sha256()
+    for split in (dataset.train, dataset.val, dataset.test):
+        found.update(f"{split.pixels.shape}".encode())
+        found.update(np.ascontiguousarray(split.pixels))
+        found.update(split.labels.numpy())
+    return found.hexdigest()[:8]
 
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
-    """What the options ask for."""
+    """What the options ask for; data that cannot be read are a `UserError`."""
     if options.dry:
         return Experiment("a dry run", MUST, (18,), 1, 256, DRY, "-dry", (0, 1))
     path = options.data_dir
     npz = path is not None and path.suffix == ".npz"
-    data = {"data": "npz" if npz else "fashion-mnist"} | ({"data_dir": str(path)} if path else {})
-    settings = GPU | data | {"compile": options.compile}
-    what = f"{path.name if npz else 'Fashion-MNIST'} at 32x32, full width, 3x3 stem, batches of 256"
-    tag = f"-small-b256{f'-{path.stem}-{digest_of(path)}' if npz else ''}{'' if options.compile else '-eager'}"
+    name, label = ("npz", path.name) if npz else ("fashion-mnist", "Fashion-MNIST")
+    settings = GPU | {"data": name, "compile": options.compile} | ({"data_dir": str(path)} if path else {})
+    # Any IDX files may lie under Fashion-MNIST's names: without a digest the runs on others would count as those on it.
+    digest = digest_of_images(load_dataset(name, path))
+    what = f"{label} ({digest}) at 32x32, {options.images:,} training images, full width, 3x3 stem, batches of 256"
+    tag = f"-small-b256{f'-{path.stem}' if npz else ''}-{digest}{'' if options.compile else '-eager'}"
     return Experiment(what, EVERY, options.depths, options.epochs, options.images, settings, tag)
 
 
@@ -137,14 +181,21 @@ def train(job: Job) -> None:
     """One run, from where it stands; raises `Stopped` where it was told to or where its loss is NaN."""
     job.check_folder()
     recipe = rd_train.run.settle(job.recipe())
-    rd_train.run.run(recipe, job.folder, resume=job.begun(), overwrite=True)
-    torch.compiler.reset()  # the next network is another one: nothing of this one must count as its recompilation
+    job.folder.mkdir(parents=True, exist_ok=True)
+    job.record_start()
+    try:
+        rd_train.run.run(recipe, job.folder, resume=job.begun(), overwrite=True)
+    finally:
+        torch.compiler.reset()  # the next network is another one: nothing of this one must count as its recompilation
 
 
 def train_all(jobs: list[Job], minutes: float | None, finished) -> dict[Path, str]:
-    """Train what is not complete, in this order; why a run without a result has none."""
+    """Train what is not complete, in this order; a run that fails costs itself and its students only.
+
+    ``finished`` is called after each run that ended. Returns, by folder, why a run without a result has none.
+    """
     missing = {job.folder: INTERRUPTED if job.begun() else "not begun" for job in jobs if job.result() is None}
-    with told_to_stop() as told, _stopped_after(minutes):
+    with told_to_stop() as told, stops_kept(told), _stopped_after(minutes):
         for job in [job for job in jobs if job.folder in missing]:
             if told:
                 break
@@ -158,6 +209,10 @@ def train_all(jobs: list[Job], minutes: float | None, finished) -> dict[Path, st
                 missing[job.folder] = INTERRUPTED if stop.code == 130 else one_line(stop)
                 if stop.code == 130:
                     break
+            except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+                missing[job.folder] = one_line(error)[:200] or "not enough memory"
+            if job.folder in missing:
+                print(f"{job.name}, seed {job.seed}: {missing[job.folder]}", flush=True)
             finished(missing)
     return missing
 
@@ -175,6 +230,12 @@ def _stopped_after(minutes: float | None) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()  # it may be about to send it
+
+
+def without_places(argument: str) -> str:
+    """An argument of the command line as it is committed: of a path outside the checkout its last part."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if value.startswith(("/", "~", "..")) else argument
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,11 +271,7 @@ def command() -> int:
     torch.backends.cudnn.benchmark = device.type == "cuda"  # shapes never change
     card = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU, a dry run"
     about = {"card": card, "cuda": torch.version.cuda, "packages": packages()}
-    # Without the places of files on this machine.
-    arguments = [
-        Path(argument).name if argument.startswith(("/", "~", "..")) else argument for argument in sys.argv[1:]
-    ]
-    about["command"] = " ".join(["python", "benchmarks/accuracy/gpu.py", *arguments])
+    about["command"] = " ".join(["python", "benchmarks/accuracy/gpu.py", *map(without_places, sys.argv[1:])])
 
     def write(missing: dict[Path, str]) -> dict:
         found = report("gpu", experiment, jobs, missing, options) | about

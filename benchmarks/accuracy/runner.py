@@ -91,6 +91,13 @@ class Job:
         """The file that says when, by which commit and on which CPU the run was begun and gone on with: JSON lines."""
         return self.folder / "starts.jsonl"
 
+    def record_start(self) -> None:
+        """Say there that it is begun, or gone on with, now."""
+        machine = cpu()
+        about = {"cpu": machine["model"], "flags": machine["flags"], "torch": str(torch.__version__)}
+        with self.starts.open("a" if self.begun() else "w", encoding="utf-8") as starts:
+            starts.write(json.dumps({"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), **about}) + "\n")
+
     def result(self) -> dict | None:
         """The earlier result, or else what the folder holds."""
         return self.earlier or self.trained()
@@ -148,12 +155,8 @@ def _start(job: Job) -> _Process | None:
     except BlockingIOError:
         lock.close()
         return None
-    resumed = job.begun()
-    options = ["--resume", job.folder] if resumed else [*job.flags(), "--out", job.folder, "--overwrite"]
-    with job.starts.open("a" if resumed else "w", encoding="utf-8") as starts:
-        machine = cpu()
-        about = {"cpu": machine["model"], "flags": machine["flags"], "torch": str(torch.__version__)}
-        starts.write(json.dumps({"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), **about}) + "\n")
+    options = ["--resume", job.folder] if job.begun() else [*job.flags(), "--out", job.folder, "--overwrite"]
+    job.record_start()
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [*RD_TRAIN, *map(str, options)]
         path = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])

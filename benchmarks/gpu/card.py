@@ -18,7 +18,8 @@ FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second before driver 535
 KEYS = ("sm_mhz", "memory_mhz", "celsius", "watts", "slowed_by")
 PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "triton", "nvidia-cudnn-cu12")
-PACKAGES += ("nvidia-cudnn-cu13",)
+PACKAGES += ("nvidia-cudnn-cu13", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+PACKAGES += ("onnxruntime-ep-nv-tensorrt-rtx-cu12", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
 
 
 def describe(dry: bool) -> dict:

@@ -61,6 +61,8 @@ def _kernels(suite: Suite, precision: str) -> Iterator[Row]:
 
 def _kernel(suite: Suite, ask, piece, precision: str) -> dict:
     configs = tuple(piece.kernel.configs(suite.card))[: 1 if suite.dry else None]
+    if not configs:  # none was run, so none was right
+        raise Unsupported("no configuration of it fits this card")
     pdl = not suite.dry and suite.card.capability >= FIRST_PDL
     if not suite.dry:  # in parallel what no network needs at the batches that were asked for
         ways = [(config, way) for config in configs for way in {False, pdl}]

@@ -196,10 +196,12 @@ class Suite:
         free()
 
     def run(self, part: str, rows: Iterable[Row]) -> None:
-        """Measure the rows of a part that are not there yet, within its minutes and those of all parts."""
+        """Measure the rows of a part that are not there yet, or were sampled for fewer seconds than now, within its
+        minutes and those of all parts.
+        """
         deadline = min(time.monotonic() + 60 * self.minutes, self._began + 60 * self.total)
         for row in rows:
-            if self.record.finished(row.key):
+            if self.record.finished(row.key, self.seconds):
                 continue
             start = time.perf_counter()
             result = self._attempt(row, deadline)

@@ -9,10 +9,16 @@ MIB = 1 << 20
 def text(record: Record) -> str:
     """All parts that have rows, as plain text."""
     head = record.head
-    title = f"{head['card']['name']}, commit {head['commit']}, sources {head['sources']}"
+    title = f"{head['card']['name']}, commit {_commits(record)}, sources {head['sources']}"
     dry = ["DRY RUN on a CPU: none of these figures is a measurement of a GPU"] if head["dry"] else []
     parts = [_correctness(record), _speed(record), _memory(record), _steps(record), _training(record), _open(record)]
     return "\n\n".join("\n".join(lines) for lines in ([title, *dry], *parts) if lines)
+
+
+def _commits(record: Record) -> str:
+    """Of all sittings whose rows are there: of the same sources, but what is around them may have changed."""
+    sittings = [row.get("sitting", record.head) for row in record.rows.values()] or [record.head]
+    return ", ".join(dict.fromkeys(str(sitting["commit"]) for sitting in sittings))
 
 
 def _measured(record: Record, part: str) -> dict[str, dict]:

@@ -173,6 +173,14 @@ def test_too_few_fonts_are_refused_with_what_to_do(fonts, found, tmp_path, monke
         glyphs.build(tmp_path / "none", {}, 0)
 
 
+@pytest.mark.parametrize(("files", "designs"), [([], 0), (["DejaVuSans.ttf", "DejaVuSans-Bold.ttf"], 1)])
+def test_a_folder_of_no_fonts_or_of_one_family_is_refused_likewise(tmp_path, files, designs):
+    for name in files:
+        (tmp_path / name).write_bytes((TTF / name).read_bytes())
+    with pytest.raises(UserError, match=f"fonts of {designs} designs that can be used, and 50 are needed: install"):
+        glyphs.build(tmp_path, {"train": 47, "val": 47, "test": 47}, 0)
+
+
 def test_the_packages_are_named_in_one_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["glyphs.py", "--packages"])
     glyphs.command()

@@ -6,7 +6,9 @@ import sys
 import sysconfig
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +25,8 @@ FEW = ["--engines", "torch-cuda"]  # without our engine, whose interpreter is sl
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_suite
-from gpu import card, dry, kernels, memory, speed, steps
-from gpu.record import FORMAT, Record, open_record
+from gpu import card, correctness, dry, kernels, memory, speed, steps, table
+from gpu.record import FORMAT, Record, default_path, open_record
 from gpu.suite import Row, Suite, Unsupported
 
 
@@ -230,21 +232,220 @@ def test_without_a_gpu_it_says_so(here, monkeypatch, capsys):
 
 
 def head(**changes) -> dict:
-    return {"format": FORMAT, "dry": True, "sources": "s", "card": {"name": "c"}, "commit": None, **changes}
+    same = {"dry": True, "sources": "s", "card": {"name": "c", "driver": "1"}, "assembler": "13.3"}
+    same |= {"versions": {"torch": "2.11"}, "settings": {"RD_TUNE": "1"}}
+    return {"format": FORMAT, **same, "commit": None, "date": "2026-11-29", **changes}
 
 
 def suite(path: Path, **changes) -> Suite:
-    record = open_record(path, head(), {"date": "today"})
+    record = open_record(path, head(), {"date": "today", "commit": "c0ffee"})
     return replace(Suite(record, (1,), ("fp16",), ("torch-cuda",), 8, 2, 1, True), **changes)
 
 
 @pytest.mark.parametrize(
-    "changed", [{"sources": "other"}, {"dry": False}, {"card": {"name": "other"}}], ids=("sources", "dry", "card")
+    ("changed", "words"),
+    [
+        ({"sources": "other"}, r"another state of the sources \(s, here other\): give another --out"),
+        ({"dry": False}, r"another dry run \(True, here False\)"),
+        ({"card": {"name": "other", "driver": "1"}}, r"another card \(c, here other\)"),
+        ({"card": {"name": "c", "driver": "2"}}, r"another driver \(1, here 2\)"),
+        ({"assembler": "13.4"}, r"another assembler \(13.3, here 13.4\)"),
+        (
+            {"versions": {"torch": "2.12"}, "settings": {"RD_TUNE": "0"}},
+            r"another torch \(2.11, here 2.12\) and RD_TUNE \(1, here 0\)",
+        ),
+    ],
+    ids=("sources", "dry", "card", "driver", "assembler", "versions and settings"),
 )
-def test_results_of_something_else_are_not_continued(tmp_path, changed):
+def test_results_of_something_else_are_not_continued(tmp_path, changed, words):
     open_record(tmp_path / "r.json", head(), {})
-    with pytest.raises(UserError, match="give another --out"):
+    before = (tmp_path / "r.json").read_text()
+    with pytest.raises(UserError, match=words):
         open_record(tmp_path / "r.json", head(**changed), {})
+    assert (tmp_path / "r.json").read_text() == before
+
+
+def test_a_package_may_be_added_and_no_version_is_lost(tmp_path):
+    """Without it an engine was skipped. The next sittings are compared with what any of them had."""
+    path, torch_and_more = tmp_path / "r.json", {"torch": "2.11", "tensorrt": "10"}
+    open_record(path, head(), {})
+    open_record(path, head(versions=torch_and_more), {})
+    assert open_record(path, head(), {}).head["versions"] == torch_and_more
+    with pytest.raises(UserError, match=r"another tensorrt \(10, here 11\)"):
+        open_record(path, head(versions=torch_and_more | {"tensorrt": "11"}), {})
+
+
+def test_settings_of_our_engine_belong_to_the_file(tmp_path, here, monkeypatch, capsys):
+    arguments = ("--dry", "--part", "c", "--rows", "ledger", "--out", str(tmp_path / "gpu.json"))
+    monkeypatch.delenv("RD_TUNE", raising=False)
+    assert here(*arguments) == 0
+    monkeypatch.setenv("RD_TUNE", "1")  # the default
+    assert here(*arguments) == 0
+    monkeypatch.setenv("RD_TUNE", "0")
+    assert here(*arguments) == 2
+    assert "another RD_TUNE (1, here 0): give another --out" in capsys.readouterr().err
+
+
+def test_each_row_says_its_sitting(tmp_path):
+    path = tmp_path / "r.json"
+    for day, commit in ((1, "a"), (2, "b")):
+        given = head(commit=commit, date=f"2026-12-0{day}")
+        record = open_record(path, given, {"date": given["date"], "commit": commit})
+        record.add(f"e/{day}", {"status": "passed"})
+    assert [row["sitting"] for row in rows_of(path).values()] == [
+        {"date": "2026-12-01", "commit": "a"},
+        {"date": "2026-12-02", "commit": "b"},
+    ]
+    assert table.text(record).startswith("c, commit a, b, sources s")
+
+
+def test_committed_results_can_still_be_read():
+    path = ROOT / "benchmarks" / "results" / "nvidia-h200" / "gpu-2026-11-29.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    record = Record(path, document, {row["key"]: row for row in document["rows"]}, document["sittings"])
+    lines = table.text(record).splitlines()
+    assert lines[0] == "NVIDIA H200, commit 862ac30ea48b, sources 93e50afc4af4bcdf"
+    assert any("1.218x (1.217 to 1.220)" in line for line in lines)
+    with pytest.raises(UserError, match=r"another dry run .* and state of the sources .* and card"):
+        open_record(path, head(), {})
+
+
+def test_a_sitting_goes_on_with_the_newest_file_that_it_can_go_on_with(tmp_path):
+    def begin(name: str, **changes) -> None:
+        open_record(tmp_path / name, head(**changes), {})
+
+    def path(**changes) -> tuple[str, str]:
+        found, reason = default_path(tmp_path, "gpu-2026-11-30", head(**changes))
+        return found.name, reason
+
+    assert path() == ("gpu-2026-11-30.json", "")
+    (tmp_path / "gpu-empty.json").touch()
+    (tmp_path / "probe.json").write_text("[]")
+    begin("gpu-2026-11-28.json", date="2026-11-28T01")
+    begin("gpu-2026-11-29.json", date="2026-11-29T01")
+    begin("gpu-2026-11-30.json", date="2026-11-30T01", settings={"RD_TUNE": "0"})
+    assert path() == ("gpu-2026-11-29.json", "")
+    assert path(settings={"RD_TUNE": "0"}) == ("gpu-2026-11-30.json", "")
+    other = path(versions={"torch": "2.12"}, settings={"RD_TUNE": "0"})
+    assert other == ("gpu-2026-11-30-2.json", "gpu-2026-11-30.json is of another torch (2.11, here 2.12)")
+    begin("gpu-2026-11-30-2.json", date="2026-11-30T02", sources="t")
+    assert path(sources="u")[0] == "gpu-2026-11-30-3.json"
+
+
+def test_after_midnight_the_same_command_goes_on(tmp_path, here, monkeypatch, capsys):
+    folder, arguments = tmp_path / "dry-run", ("--dry", "--part", "c", "--rows", "ledger")
+    days = iter((datetime(2026, 11, 29, 23, 59, tzinfo=UTC), *3 * [datetime(2026, 11, 30, 0, 1, tzinfo=UTC)]))
+    monkeypatch.delenv("RD_TUNE", raising=False)
+    monkeypatch.setattr(gpu_suite, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_suite, "datetime", SimpleNamespace(now=lambda zone: next(days)))
+    assert here(*arguments) == 0
+    assert capsys.readouterr().out.startswith(f"new results: {folder / 'gpu-2026-11-29-dry.json'}\n")
+    assert here(*arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"going on with {folder / 'gpu-2026-11-29-dry.json'} (rows: 1)\n")
+    assert "c/1/ledger: measured" not in out
+    monkeypatch.setenv("RD_TUNE", "0")
+    assert here(*arguments) == 0
+    out = capsys.readouterr().out
+    reason = "gpu-2026-11-29-dry.json is of another RD_TUNE (1, here 0)"
+    assert out.startswith(f"new results: {folder / 'gpu-2026-11-30-dry.json'} ({reason})\n")
+
+
+def test_a_row_of_fewer_seconds_is_measured_again(tmp_path, here):
+    path = tmp_path / "gpu.json"
+    arguments = ("--dry", "--part", "b", *FEW, "--out", str(path))
+
+    def again(path: Path) -> list[str]:
+        return [text for text in json.loads(path.read_text(encoding="utf-8"))["warnings"] if "again" in text]
+
+    def sampled(*more: str) -> dict[str, tuple[float, list[float]]]:
+        assert here(*arguments, *more) == 0
+        rows = rows_of(path)
+        measured = {key: row for key, row in rows.items() if row["status"] == "measured"}
+        assert set(measured) == {"b/fp16/1/torch-cuda", "b/fp16/1/torch-cuda/host"}
+        return {key: (row["sampling_seconds"], row["model"]["samples_ms"]) for key, row in measured.items()}
+
+    smoke = sampled("--seconds", "0")
+    real = sampled("--seconds", "2")
+    assert {seconds for seconds, _ in smoke.values()} == {0}
+    assert {seconds for seconds, _ in real.values()} == {2}
+    assert sampled("--seconds", "2") == sampled("--seconds", "1") == real
+    assert sampled("--seconds", "3", "--minutes", "0") == real  # better than nothing
+    assert again(path) == [f"{key}: not measured again, with more sampling: out of time" for key in real]
+    assert {seconds for seconds, _ in sampled("--seconds", "3").values()} == {3}
+    assert again(path) == []
+
+
+class Stand:
+    """In place of sessions: which engines and networks were asked for, and ResNet-50's time on each engine."""
+
+    def __init__(self, monkeypatch, **times: float):
+        self.asked: list[tuple[str, str]] = []
+        self.times = times
+        monkeypatch.setattr(speed, "ENGINES", dict.fromkeys(("torch-cuda", "cuda", "tensorrt", "third")))
+        monkeypatch.setattr(speed, "_pair", lambda suite, engine, *setting: self._measured(engine))
+        monkeypatch.setattr(speed, "_host", lambda *given: {})
+        monkeypatch.setattr(speed, "_compared", lambda *given: self._measured("cuda"))
+        monkeypatch.setattr(Suite, "prepare", lambda self, precision: None)
+        monkeypatch.setattr(Suite, "session", lambda suite, *key: self._session(key))
+
+    def _measured(self, engine: str) -> dict:
+        return {"compare": {"median_ms": self.times[engine.replace("-", "_")]}, "warnings": []}
+
+    def _session(self, key: tuple) -> tuple:
+        self.asked.append(key[:2])
+        return SimpleNamespace(enqueue=None), 0.0
+
+    def best(self, path: Path, *engines: str, text: str = "", **options) -> dict | None:
+        """Of a sitting with these engines: what it says of ours against the best."""
+        self.asked.clear()
+        sitting = suite(path, engines=engines, **options)
+        sitting.run("b", gpu_suite.picked(speed.rows(sitting), text, []))
+        return rows_of(path).get("b/fp16/1/ours-against-best")
+
+
+def test_ours_is_compared_with_the_best_of_all_sittings(tmp_path, monkeypatch):
+    path, stand = tmp_path / "r.json", Stand(monkeypatch, cuda=2.0, torch_cuda=4.0, tensorrt=1.0, third=9.0)
+    first = stand.best(path, "torch-cuda", "cuda")
+    assert first["considered"] == ["torch-cuda", "cuda"]
+    assert (first["compare_engine"], first["best_engine"]) == ("torch-cuda", "cuda")
+    assert stand.best(path, "torch-cuda", "cuda") == first
+    assert not stand.asked  # nothing is measured again
+    second = stand.best(path, "cuda", "tensorrt")
+    assert second["considered"] == ["torch-cuda", "cuda", "tensorrt"]
+    assert (second["compare_engine"], second["best_engine"]) == ("tensorrt", "tensorrt")
+    assert stand.asked == [("cuda", "plain50"), ("tensorrt", "resnet50")]
+    assert stand.best(path, "torch-cuda", "cuda") == second  # with fewer engines there is no other best
+    assert stand.best(path, "third", "cuda")["reason"] == "needs tensorrt among --engines"
+    assert stand.best(path, "cuda", "tensorrt")["considered"] == ["torch-cuda", "cuda", "tensorrt", "third"]
+
+
+def test_an_outdated_best_is_gone_even_where_no_new_one_is_measured(tmp_path, monkeypatch):
+    path, stand = tmp_path / "r.json", Stand(monkeypatch, cuda=2.0, torch_cuda=4.0, tensorrt=1.0)
+    assert stand.best(path, "torch-cuda", "cuda")["compare_engine"] == "torch-cuda"
+    assert stand.best(path, "tensorrt", text="tensorrt") is None
+    assert "b/fp16/1/tensorrt" in rows_of(path)
+    found = stand.best(path, "torch-cuda", "cuda", "tensorrt", minutes=0)
+    assert (found["status"], found["reason"]) == ("not measured", "out of time")
+
+
+def test_another_best_of_the_same_engines_is_compared_again(tmp_path, monkeypatch):
+    path, stand = tmp_path / "r.json", Stand(monkeypatch, cuda=2.0, torch_cuda=4.0, tensorrt=1.0)
+    engines = ("torch-cuda", "cuda", "tensorrt")
+    assert stand.best(path, *engines)["compare_engine"] == "tensorrt"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    row = next(row for row in document["rows"] if row["key"] == "b/fp16/1/tensorrt")
+    row["compare"]["median_ms"] = 8.0  # as if it had been measured again, with more sampling
+    path.write_text(json.dumps(document))
+    assert stand.best(path, *engines)["compare_engine"] == "torch-cuda"
+
+
+def test_a_kernel_without_configurations_is_not_passed(tmp_path):
+    tried = suite(tmp_path / "r.json")
+    piece = SimpleNamespace(kernel=SimpleNamespace(configs=lambda card: ()))
+    tried.run("a", [Row("a/kernel", lambda: correctness._kernel(tried, None, piece, "fp16"))])
+    row = rows_of(tmp_path / "r.json")["a/kernel"]
+    assert (row["status"], row["reason"]) == ("skipped", "no configuration of it fits this card")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": []}', '{"format": "x", "rows": [{}], "sittings": 1}'])
@@ -451,7 +652,7 @@ def test_the_worst_steps_lose_most_time():
 
 
 def test_warnings_and_failures_come_from_the_rows(tmp_path):
-    record = Record(tmp_path / "r.json", head())
+    record = Record(tmp_path / "r.json", head(), sittings=[{"date": "today"}])
     record.add("b/1", {"status": "measured", "warnings": ["slow"]})
     record.add("a/1", {"status": "failed", "reason": "wrong"})
     assert record.warnings == ["b/1: slow"]

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "accuracy")]  # as the scripts have it
 
+import committed
 import cpu_tables
 import plot
 import summary
@@ -115,6 +117,27 @@ def test_a_changed_figure_is_noticed(checkout):
     changed = tables(checkout, "--check")
     assert changed.returncode == 1
     assert changed.stdout.startswith("README.md differs")
+
+
+def test_an_unknown_argument_writes_nothing(checkout):
+    readme = (checkout / "README.md").read_text(encoding="utf-8").replace("x (", "y (", 1)
+    (checkout / "README.md").write_text(readme, encoding="utf-8")
+    refused = tables(checkout, "--chek")
+    assert refused.returncode == 2
+    assert "unrecognized arguments: --chek" in refused.stderr
+    assert (checkout / "README.md").read_text(encoding="utf-8") == readme
+
+
+def test_which_of_two_machines_results_of_one_day_counts_does_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
+    names = ["a/2030-01-02-x.json", "b/2030-01-01-x.json", "b/2030-01-02-x.json", "a/2030-01-01-x.json"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    for order in (names, names[::-1]):
+        paths = [tmp_path / name for name in order]
+        monkeypatch.setattr(committed, "RESULTS", SimpleNamespace(glob=lambda pattern, paths=paths: iter(paths)))
+        assert committed.find("*-x.json")["path"] == "b/2030-01-02-x.json"
 
 
 def test_the_page_of_accuracy_comes_with_its_results(checkout):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 import yaml
 
 from rd_deploy.common import UserError, run_command
-from rd_train.cli import _recipe, command
-from rd_train.recipe import AS_RELEASED, AS_RELEASED_BY_STEM, Recipe, preset_names, preset_values
+from rd_train.cli import _parse, _recipe, command
+from rd_train.recipe import AS_RELEASED, AS_RELEASED_BY_STEM, Recipe, dump_yaml, preset_names, preset_values
 from rd_train.run import run, settle
 from rd_train.sources import DEBIAN_FASHION
 
@@ -107,6 +108,10 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_by_accident(finished,
         (["--overwrite"], "give both"),
         (["nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--resume", ".", "--epochs", "3"], "leave the other options away"),
+        (["digits", "--resume", "."], "leave the other options away"),
+        (["--flip=maybe"], "flip=maybe is not true or false"),
+        (["--crop-padding", "300"], "crop_padding=300 must be from 0 to 256"),
+        (["--smallest-crop", "0"], "smallest_crop=0.0 must be from 0.001"),
         (["--device", "cuda"], "no GPU"),
         (["--precision", "fp16"], "precision=fp16 is not one of auto, fp32, bf16"),
     ],
@@ -258,6 +263,32 @@ def test_a_state_that_does_not_fit_is_one_line(finished, tmp_path, capsys, chang
     capsys.readouterr()
     assert call("--resume", str(tmp_path)) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_files_elsewhere(tmp_path, monkeypatch):
+    """Only what does not change its sums, and the recipe then says so."""
+    taken = []
+
+    def take(recipe, folder, **options):
+        assert options["resume"]
+        taken.append(recipe)
+        raise UserError("taken")
+
+    monkeypatch.setattr("rd_train.run.run", take)
+    recipe = settle(Recipe(data="folder", data_dir=str(tmp_path / "old"), method="ce", max_corrupt=1000, device="cpu"))
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+    monkeypatch.chdir(tmp_path)
+    assert call("--resume", str(tmp_path), "--data-dir", "new", "--workers=3", "--max-corrupt", "10") == 2
+    assert taken == [replace(recipe, data_dir=str(tmp_path / "new"), workers=3, max_corrupt=10)]
+    assert call("--resume", str(tmp_path), "--save-minutes", "1") == 2
+    assert taken[1] == replace(recipe, save_minutes=1.0)
+
+
+def test_a_bare_flag_is_true():
+    given = _recipe(_parse(["--flip", "--epochs", "2"], {}))
+    assert given.flip is True
+    assert _recipe(_parse(["--flip", "false"], {})).flip is False
+    assert _recipe(_parse([], {})).flip is None
 
 
 def test_options_without_effect_are_said(tmp_path, capsys):

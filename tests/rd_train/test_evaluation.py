@@ -7,7 +7,7 @@ import torch
 
 from rd_train.context import Context
 from rd_train.data import fixed_sample, load_dataset
-from rd_train.evaluation import evaluate, predict, recalibrated
+from rd_train.evaluation import Predictions, evaluate, predict, recalibrated
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 
@@ -61,3 +61,13 @@ def test_all_recalibrated_batches_weigh_the_same(tmp_path):
 
 def replace_recipe(context: Context, **changes) -> Context:
     return replace(context, recipe=replace(context.recipe, **changes))
+
+
+def test_the_mean_over_classes_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    labels = torch.tensor([0, 0, 0, 0, 2, 2, 3])  # of class 1 there is no image
+    predicted = torch.tensor([0, 0, 0, 2, 2, 3, 0])
+    some = torch.rand(7)
+    seen = Predictions(torch.arange(7), labels, predicted, some, some, 0.5)
+    assert seen.mean_class_accuracy == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
+    assert seen.mean_class_accuracy != pytest.approx(seen.accuracy)

@@ -10,13 +10,13 @@ from test_loop import assert_same, stop_at
 
 from rd_deploy.common import Stopped, UserError, run_command
 from rd_deploy.preprocessing import Preprocessing
-from rd_train.build import from_start, start_from
 from rd_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rd_train.cli import command
 from rd_train.data import load_dataset
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run, settle
+from rd_train.start import from_start, start_from
 
 RECORD = Preprocessing(32, 40, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 TINY = ["--batch-size", "8", "--epochs", "1", "--warmup-epochs", "0.5", "--threads", "1", "--workers", "0"]

@@ -120,6 +120,22 @@ def test_limit_keeps_the_proportions(flat):
     assert (torch.bincount(labels) - torch.tensor([8, 6, 6])).abs().max() <= 2
 
 
+def test_what_is_left_out_of_class_folders_is_said_once(tmp_path):
+    write_images(tmp_path / "train" / "a", 20, "jpg")
+    write_images(tmp_path / "train" / "b", 20, "JPEG")
+    write_images(tmp_path / "val" / "a", 1)
+    write_images(tmp_path / "val" / "b", 1)
+    assert load_dataset("folder", tmp_path, size=16).notes == []
+    for name in ("b/scan.tiff", "a/more/0.jpg", "a/.hidden/0.jpg", "a/.DS_Store"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (note,) = load_dataset("folder", tmp_path, size=16).notes
+    assert note.startswith(
+        f"{tmp_path / 'train'}: 2 entries of class folders are left out, as a/more: images are files"
+    )
+
+
 def test_wrong_layouts_are_refused(tmp_path):
     with pytest.raises(UserError, match="no images"):
         load_dataset("folder", tmp_path)

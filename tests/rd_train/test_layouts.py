@@ -54,7 +54,7 @@ def test_imagenets_recipe_runs_on_imagenets_folders(tmp_path, capsys):
     # The recipe's own learning rate is too high for a training of three steps.
     assert call("imagenet-plain50", *TINY, *flags, "--lr", "0.001") == 0
     result = finished(tmp_path / "run")
-    assert (result["arch"], result["method"], result["test_images"]) == ("plain50", "jointrd", 12)
+    assert (result["arch"], result["method"], result["test_images"]) == ("plain50", "rd", 12)
     assert load_checkpoint(tmp_path / "run" / "model.pt").classes == ["n01440764", "n01443537"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("student epoch")]
     assert len(lines) == 1

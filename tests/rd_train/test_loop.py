@@ -99,6 +99,47 @@ def test_resume_is_bit_equal(uninterrupted, tmp_path, when, how, status):
     assert_same(uninterrupted, tmp_path / "run")
 
 
+def test_what_is_saved_within_an_epoch_is_gone_on_with_bit_by_bit(uninterrupted, tmp_path, monkeypatch):
+    """Killed in the first epoch: by an error that nobody expects, in the step after one that was saved."""
+    recipe = replace(RECIPE, save_minutes=1e-6, teacher_weights=str(uninterrupted / "teacher.pt"))
+    run(recipe, tmp_path / "whole")
+
+    def rate(step: int, total: int, **options) -> float:
+        if step == 3:  # of 4
+            raise ZeroDivisionError
+        return learning_rate(step, total, **options)
+
+    monkeypatch.setattr("rd_train.loop.learning_rate", rate)
+    with pytest.raises(ZeroDivisionError):
+        run(recipe, tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "student-state.pt", weights_only=True)["step"] == 3
+    monkeypatch.undo()
+    run(recipe, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    run(replace(recipe, save_minutes=10.0), tmp_path / "rarely")  # saving changes nothing
+    assert_same(tmp_path / "whole", tmp_path / "rarely")
+
+
+def test_weights_that_are_no_numbers_are_not_saved_within_an_epoch(tmp_path, monkeypatch):
+    def rate(step: int, total: int, **options) -> float:
+        return learning_rate(step, total, **options) if step < 2 else math.inf
+
+    monkeypatch.setattr("rd_train.loop.learning_rate", rate)
+    with pytest.raises(Stopped, match="a weight became NaN or infinite before step 3; last good state"):
+        run(replace(RECIPE, method="ce", ema=0.0, clip_norm=0.0, save_minutes=1e-6), tmp_path)
+    state = torch.load(tmp_path / "student-state.pt", weights_only=True)
+    assert state["step"] == 2
+
+
+def test_a_run_goes_on_with_as_many_images_only(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("recipe.yaml", "teacher-state.pt", "student-state.pt"):
+        (folder / name).write_bytes((uninterrupted / name).read_bytes())
+    with pytest.raises(UserError, match="the run trained on 200 images, now there are 150"):
+        run(replace(RECIPE, train_limit=150), folder, resume=True)
+
+
 def test_an_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):
     def say(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")  # of the disk that the output goes to

@@ -2,16 +2,20 @@
 
 import hashlib
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
+from photographs import write_imagenet
 
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, run_command
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.build import load_teacher, meta_task, teacher_arch
+from rd_train.cli import command
+from rd_train.data import load_dataset
 from rd_train.distill import LogitDistillation, ResidualDistillation
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.networks import Network, parse_arch
@@ -44,7 +48,7 @@ def assert_same_function(ours: Network, theirs: torch.nn.Module) -> None:
 def test_torchvisions_networks_are_ours(name, tmp_path):
     theirs = randomised(torchvision.models.get_model(name, num_classes=7))
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    assert_same_function(load_published(f"torchvision/{name}", str(tmp_path / "weights.pth"), IMAGENET), theirs)
+    assert_same_function(load_published(f"torchvision/{name}", str(tmp_path / "weights.pth"), IMAGENET, 7), theirs)
 
 
 @needs_timm
@@ -55,7 +59,7 @@ def test_timms_networks_are_ours(name, tmp_path):
 
     theirs = randomised(timm.create_model(name, pretrained=False, num_classes=7))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    ours = load_published(f"timm/{name}", str(tmp_path / "model.safetensors"), IMAGENET)
+    ours = load_published(f"timm/{name}", str(tmp_path / "model.safetensors"), IMAGENET, 7)
     assert_same_function(ours, theirs)
 
 
@@ -70,7 +74,7 @@ def test_timms_variants_are_refused_by_name_and_their_weights_by_shape(name, tmp
     if name != "resnetaa50":  # has the same parameters: only its name tells
         save_file(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=r"as resnet50\)"):
-            load_published("timm/resnet50", str(tmp_path / "model.safetensors"), IMAGENET)
+            load_published("timm/resnet50", str(tmp_path / "model.safetensors"), IMAGENET, 3)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,7 @@ def test_timms_record_has_mean_std_and_repository():
         look_up(parse_published("timm/resnet50.nothing"))
     # A tag says how its images were normalised, here otherwise than ImageNet's.
     with pytest.raises(UserError, match="normalised otherwise"):
-        load_published("timm/resnet34.ra4_e3600_r224_in1k", "anything.safetensors", IMAGENET)
+        load_published("timm/resnet34.ra4_e3600_r224_in1k", "anything.safetensors", IMAGENET, 3)
 
 
 def test_a_library_that_is_not_there_is_one_line(monkeypatch):
@@ -127,26 +131,51 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "weights.pth").rename(tmp_path / f"resnet18-{digest}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     record = look_up(parse_published("torchvision/resnet18"))
-    record = replace(record, place=(tmp_path / f"resnet18-{digest}.pth").as_uri())
+    record = replace(record, classes=5, place=(tmp_path / f"resnet18-{digest}.pth").as_uri())
     monkeypatch.setattr("rd_train.teachers._torchvision_record", lambda published: record)
     return theirs, tmp_path / f"resnet18-{digest}.pth"
 
 
 def test_weights_are_fetched_once(hub):
     theirs, file = hub
-    assert_same_function(load_published("torchvision/resnet18", None, IMAGENET), theirs)
+    assert_same_function(load_published("torchvision/resnet18", None, IMAGENET, 5), theirs)
     file.unlink()
-    assert_same_function(load_published("torchvision/resnet18", None, IMAGENET), theirs)
+    assert_same_function(load_published("torchvision/resnet18", None, IMAGENET, 5), theirs)
+
+
+def test_weights_of_other_classes_are_not_even_fetched(hub):
+    _, file = hub
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"knows 5 classes, this data set has 3: .*rd-train finetune torchvision/resnet18"
+    ):
+        load_published("torchvision/resnet18", None, IMAGENET, 3)
+
+
+def test_a_published_teacher_teaches_in_a_run(tmp_path, capsys):
+    write_imagenet(tmp_path / "data")
+    theirs = randomised(torchvision.models.resnet18(num_classes=2))
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    flags = ["folder-plain18", "--data-dir", str(tmp_path / "data"), "--teacher", "torchvision/resnet18"]
+    flags += ["--teacher-weights", str(tmp_path / "weights.pth"), "--size", "32", "--epochs", "1", "--batch-size", "20"]
+    flags += ["--warmup-epochs", "0.5", "--workers", "0", "--out", str(tmp_path / "run")]
+    assert run_command("rd-train", lambda: command(flags)) == 0
+    assert "teacher  resnet18 (torchvision/resnet18 from " in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    images = load_dataset("folder", tmp_path / "data", size=32).test
+    with torch.no_grad():
+        predicted = theirs(images.images(torch.arange(len(images)))).argmax(1)
+    assert result["teacher_test_accuracy"] == pytest.approx(float((predicted == images.labels).float().mean()))
 
 
 def test_a_failed_or_broken_download_is_one_line_and_is_not_kept(hub, tmp_path):
     _, file = hub
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"cannot fetch .*invalid hash.*--teacher-weights"):
-        load_published("torchvision/resnet18", None, IMAGENET)
+        load_published("torchvision/resnet18", None, IMAGENET, 5)
     file.unlink()
-    with pytest.raises(UserError, match="cannot fetch teacher torchvision/resnet18"):
-        load_published("torchvision/resnet18", None, IMAGENET)
+    with pytest.raises(UserError, match="cannot fetch torchvision/resnet18"):
+        load_published("torchvision/resnet18", None, IMAGENET, 5)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
@@ -165,27 +194,27 @@ def test_timms_hub_gives_safetensors_only(tmp_path, monkeypatch):
         return str(tmp_path / "model.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert_same_function(load_published("timm/resnet18.a1_in1k", None, IMAGENET), theirs)
+    assert_same_function(load_published("timm/resnet18.a1_in1k", None, IMAGENET, 1000), theirs)
     assert asked == [("timm/resnet18.a1_in1k", "model.safetensors")]
 
     def fail(*arguments):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(UserError, match=r"cannot fetch teacher timm/resnet18\.a1_in1k \(no network\)"):
-        load_published("timm/resnet18.a1_in1k", None, IMAGENET)
+    with pytest.raises(UserError, match=r"cannot fetch timm/resnet18\.a1_in1k \(no network\)"):
+        load_published("timm/resnet18.a1_in1k", None, IMAGENET, 1000)
 
 
 def test_other_normalisation_and_other_files_are_refused(tmp_path):
     other = Preprocessing(32, 32, 3, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     with pytest.raises(UserError, match="normalised otherwise"):
-        load_published("torchvision/resnet18", "nowhere.pth", other)
+        load_published("torchvision/resnet18", "nowhere.pth", other, 3)
     torch.save({"format": "residual-distillation/1"}, tmp_path / "model.pt")
     with pytest.raises(UserError, match="leave --teacher away"):
-        load_published("torchvision/resnet18", str(tmp_path / "model.pt"), IMAGENET)
+        load_published("torchvision/resnet18", str(tmp_path / "model.pt"), IMAGENET, 3)
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "part.pth")
     with pytest.raises(UserError, match=r"no classifier fc\.weight"):
-        load_published("torchvision/resnet18", str(tmp_path / "part.pth"), IMAGENET)
+        load_published("torchvision/resnet18", str(tmp_path / "part.pth"), IMAGENET, 3)
 
 
 @needs_safetensors
