@@ -1,5 +1,6 @@
 """``rd-export`` end to end on real digits, and bad input: one line, the right code, nothing half-written."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from rd_deploy.export.source import _without_folders
 from rd_deploy.native import library
 from rd_deploy.parity import onnx_runner
 from rd_deploy.preprocessing import Preprocessing
+from rd_deploy.random_weights import random_network
 from rd_train.checkpoint import Checkpoint, save_checkpoint
 from rd_train.data import load_dataset
 
@@ -66,6 +68,24 @@ def test_the_model_classifies_test_images_as_the_network_does(rd_export, model, 
         expected = digits.network()(images).numpy()
     logits = onnx_runner(model.with_suffix(".onnx").read_bytes(), threads=1)(images.numpy())
     np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("reparam", ["dirac", "identity", "branches"])
+def test_what_a_network_has_in_training_only_is_folded_away(rd_export, model, digits, reparam):
+    assert rd_export(model)[0] == 0
+    nodes = [node.op_type for node in onnx.load(model.with_suffix(".onnx")).graph.node]
+    arch = dataclasses.replace(digits.arch, reparam=reparam)
+    network = random_network(arch, digits.preprocessing.size)
+    save_checkpoint(model, dataclasses.replace(digits, arch=arch, state_dict=network.state_dict()))
+    assert rd_export(model)[::2] == (0, "")
+    exported = onnx.load(model.with_suffix(".onnx"))
+    assert [node.op_type for node in exported.graph.node] == nodes
+    assert read_metadata(exported).arch == digits.arch.to_dict()
+    images = load_dataset("digits").test.images(torch.arange(100))
+    with torch.no_grad():
+        expected = network(images).numpy()
+    logits = onnx_runner(model.with_suffix(".onnx").read_bytes(), threads=1)(images.numpy())
+    np.testing.assert_allclose(logits, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_precisions_do_not_overwrite_each_other(rd_export, model):
