@@ -123,7 +123,8 @@ def _cell(row: dict | None) -> str:
 
 def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
     """What the pairs of seeds say, computed; against other methods nothing where there are fewer than two."""
-    lines, emulated = [], {row["name"]: row["emulated"] / len(row["seeds"]) for row in _rows(document)}
+    lines = []
+    emulated = {(run["name"], run["seed"]) for run in document["results"] if _is_emulated(run)}
     for pair in document["comparisons"]:
         lever = pair["against"] == "lever"
         if pair["against"] not in (*against, "lever") or not pair["seeds"] or not (lever or pair["interval"]):
@@ -136,7 +137,10 @@ def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
             line += f", 95% interval {low:+.2f} to {high:+.2f} (seeds {', '.join(map(str, pair['seeds']))}: {each})."
         else:
             line += f" (seed {pair['seeds'][0]})."
-        shares = [emulated[pair[side]] for side in ("ours", "other")]
+        shares = [
+            sum((pair[side], seed) in emulated for seed in pair["seeds"]) / len(pair["seeds"])
+            for side in ("ours", "other")
+        ]
         if precisions := pair.get("precisions"):
             first, other = (" and ".join(each) for each in precisions)
             line += f" Of unlike precisions: the first was trained in {first}, the other in {other}."
@@ -243,7 +247,7 @@ def _origins(document: dict) -> list[str]:
 
 
 def _other_teachers(document: dict) -> list[str]:
-    """Which students had another teacher than the ResNet of the table: one trained again, on another machine say."""
+    """Whose teacher scored otherwise than the ResNet in the table: trained again, or tested on another machine."""
     depths = {row["name"]: row["depth"] for row in document["rows"]}
     resnets = {row["depth"]: row["name"] for row in document["rows"] if row["key"] == "resnet"}
     scores = {(run["name"], run["seed"]): run["test_accuracy"] for run in document["results"]}
@@ -256,6 +260,6 @@ def _other_teachers(document: dict) -> list[str]:
     if not unlike:
         return []
     return [
-        "Teachers were trained again where a student was trained later or elsewhere; test accuracy of these against "
-        f"the ResNet in the table, points: {', '.join(unlike)}. "
+        "Teachers are trained again where a student is trained elsewhere; test accuracy of students' teachers, where "
+        f"it is another than that of the ResNet in the table, against it in points: {', '.join(unlike)}. "
     ]

@@ -83,6 +83,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def printable(text: object) -> str:
+    """Any text, such as a file's name, in one line that every terminal and file takes: other signs are escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in one_line(text))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: `` (did you mean 'x'?)`` or the list of known names."""
     known = sorted(known)

@@ -3,11 +3,10 @@
 import contextlib
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import TextIO
-
-GONE = (errno.EPIPE, errno.EIO)  # a pipe's reader, and a terminal that has hung up
 
 
 class _Lasting:
@@ -15,6 +14,10 @@ class _Lasting:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self._gone = {errno.EPIPE}  # a pipe's reader
+        with contextlib.suppress(OSError, AttributeError):  # one without a descriptor, as tests have
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # of a file it means a failing disk
+                self._gone.add(errno.EIO)  # a terminal that has hung up
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
@@ -40,7 +43,7 @@ class _Lasting:
         try:
             yield
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in self._gone:
                 raise
             self._drop()
 

@@ -187,7 +187,9 @@ def _holds_run(folder: Path, recipe: Recipe) -> bool:
 
 
 # What a run may go on with otherwise than it began: where its files are, and what does not change its sums.
-RESUMABLE = ("data_dir", "workers", "max_corrupt", "save_minutes")
+RESUMABLE = ("data_dir", "teacher_weights", "workers", "max_corrupt", "save_minutes")
+# Entries that earlier versions lacked, whose defaults do as these did.
+ADDED = {"flip", "crop_padding", "smallest_crop", "save_minutes"}
 
 
 def _resume(arguments: list[str]) -> dict:
@@ -215,12 +217,18 @@ def _go_on(folder: Path, tensorboard: bool, changes: dict | None = None) -> dict
             return {"folder": folder, **json.loads((folder / "result.json").read_text(encoding="utf-8"))}
         raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
     values = read_values(folder / "recipe.yaml")
-    if set(values) != {each.name for each in fields(Recipe)}:  # an entry that is missing may have another default today
+    missing = {each.name for each in fields(Recipe)} - set(values)
+    if missing - ADDED:  # an entry that is missing may have another default today
         raise UserError(f"{folder / 'recipe.yaml'} was written by another version of rd-train; start a new run")
-    recipe = Recipe(**values)
-    if settle(recipe) != recipe:
+    changes = changes or {}
+    for name in ("data_dir", "teacher_weights"):
+        if name in changes and values[name] is None:
+            raise UserError(f"the run in {folder} has no {name}; leave --{name.replace('_', '-')} away")
+    recipe = Recipe(**values | changes)
+    settled = settle(recipe)
+    if replace(settled, **{name: getattr(recipe, name) for name in changes}) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
-    recipe = settle(replace(recipe, **(changes or {})))
+    recipe = settled
     return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=tensorboard)}
 
 

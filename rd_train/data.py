@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rd_deploy.common import UserError, nearest
+from rd_deploy.common import UserError, nearest, printable
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.augment import Augment, shift_and_flip
 from rd_train.decode import SUFFIXES
@@ -68,6 +68,11 @@ class Dataset:
     skipped: Skipped = field(default_factory=Skipped)  # the corrupt images of all splits
     workers: Workers = field(default_factory=Workers)
     notes: list[str] = field(default_factory=list)  # what a user must know of what was read, a line each
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Images that train, validate and test."""
+        return len(self.train), len(self.val), len(self.test)
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ def load_dataset(
     if folder is None:
         raise UserError(f"data set '{name}' needs the folder of its images: give --data-dir")
     preprocessing = encoded_preprocessing(size, like)
-    processes, skipped = Workers(workers), Skipped(max_corrupt)
+    processes, skipped = Workers(workers), Skipped(max_corrupt, folder)
     try:
         classes, listings = ENCODED[name](folder, processes, split_seed)
         for listing, part in zip(listings, ("training", "validation", "test"), strict=True):
@@ -241,8 +246,8 @@ def _left_out(listings: list[Listing]) -> list[str]:
     """What of class folders was not read, told once of each place."""
     found = {listing.root: listing.ignored for listing in listings if listing.ignored[0]}
     return [
-        f"{root}: {count:,} entries of class folders are left out, as {example}: images are files directly in them "
-        f"whose names end in {', '.join(SUFFIXES)}"
+        f"{printable(root)}: {count:,} entries of class folders are left out, as {printable(example)}: images are "
+        f"files directly in them whose names end in {', '.join(SUFFIXES)}"
         for root, (count, example) in found.items()
     ]
 

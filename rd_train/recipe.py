@@ -37,7 +37,8 @@ class Recipe:
         crop_padding: Shift training images by up to so many pixels; when not given, as is usual for the data set.
         smallest_crop: The smallest share of the area of a random-resized crop of image files: 0.08 when not given, 1 is
             none.
-        start_weights: A model.pt whose network, but for its classifier, training starts from (rd-train finetune).
+        start_weights: A model.pt whose network, but for its classifier, training starts from (rd-train finetune); or a
+            published ResNet, by its name (torchvision/resnet50) or as a file of its weights.
         arch: Network to train, e.g. plain20, plain56, plain50, resnet20.
         shortcuts: Override the shortcuts of arch: all, projection (the released variant of the paper) or none.
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).

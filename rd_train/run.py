@@ -40,6 +40,7 @@ from rd_train.metrics import TENSORBOARD, tensorboard_writer
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.start import from_start, is_name, load_start
+from rd_train.state import check_images
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers
 
@@ -106,6 +107,8 @@ def run(
     if tensorboard:
         require("tensorboard", "tensorboard")  # before anything is deleted
     with _planned(recipe) as plan, _one_run_in(folder):
+        if resume:
+            check_images(folder, plan.dataset.counts)  # before anything there is changed
         distributed.barrier()  # every process has looked into the folder
         writer = None
         if distributed.first():

@@ -5,17 +5,20 @@ import sys
 import threading
 from pathlib import Path
 
-from rd_deploy.common import UserError, one_line, write_text
+from rd_deploy.common import UserError, printable, write_text
 
 SHOWN = 5  # on the terminal; all are in the file
 MAX_CORRUPT = 10
 
 
 class Skipped:
-    """The corrupt images found so far, over all splits; ``limit`` of them are tolerated. Used by several threads."""
+    """The corrupt images found so far, over all splits; ``limit`` of them are tolerated. Used by several threads.
 
-    def __init__(self, limit: int = MAX_CORRUPT):
-        self.limit = limit
+    Those below ``root`` are counted, and named in the file, by their path from there.
+    """
+
+    def __init__(self, limit: int = MAX_CORRUPT, root: Path | None = None):
+        self.limit, self.root = limit, root
         self.path: Path | None = None
         self._write = True
         self._reasons: dict[str, str] = {}
@@ -47,10 +50,14 @@ class Skipped:
                 for name, reason in json.loads(text).items():
                     self.add(name, reason)
 
+    def _relative(self, name: str) -> str:
+        """The name within the data's folder, so that it is the same where that has moved to."""
+        path = Path(name)
+        return str(path.relative_to(self.root)) if self.root and path.is_relative_to(self.root) else name
+
     def add(self, name: str, reason: str) -> None:
         """Count an image that was not counted yet; one more than ``limit`` is a `UserError`."""
-        # Names of files may be no text at all.
-        name, reason = (one_line(text).encode(errors="backslashreplace").decode() for text in (name, reason))
+        name, reason = printable(self._relative(name)), printable(reason)
         with self._lock:
             if name in self._reasons:
                 return

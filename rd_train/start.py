@@ -15,10 +15,13 @@ from rd_train.networks import IMAGENET_DEPTHS, Arch, Network, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.teachers import LIBRARIES, checked_state, fetch, look_up, parse_published, read_state
 
+SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")  # of files of weights
+
 
 def is_name(start: str) -> bool:
     """Whether this is the name of a library's network, not a path."""
-    return start.partition("/")[0] in LIBRARIES and not Path(start).exists()
+    path = Path(start)
+    return start.partition("/")[0] in LIBRARIES and path.suffix not in SUFFIXES and not path.exists()
 
 
 def load_start(start: str) -> Checkpoint:
@@ -29,7 +32,7 @@ def load_start(start: str) -> Checkpoint:
     """
     what, statistics = f"start_weights {start}", (IMAGENET_MEAN, IMAGENET_STD)
     if is_name(start):
-        published = parse_published(start)
+        published = parse_published(start, "start_weights")
         record = look_up(published)
         state, statistics = fetch(published, record), (tuple(record.mean), tuple(record.std))
     elif Path(start).suffix == ".safetensors":

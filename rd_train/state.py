@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class State:
     def __init__(self, context: Context, phase: str, task: nn.Module, optimizer, averaged: AveragedModel | None):
         self.path = context.folder / f"{phase}-state.pt"
         self.task, self.optimizer, self.averaged = task, optimizer, averaged
-        self.step, self.seconds, self.images = 0, 0.0, len(context.dataset.train)
+        self.step, self.seconds, self.images = 0, 0.0, context.dataset.counts
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.counts: dict[str, int] = defaultdict(int)  # of steps; not every kind of step has every term
         self.best: dict = {"epoch": 0, "val_accuracy": -1.0, "val_loss": math.inf}
@@ -64,7 +65,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "step": self.step,
-            "images": self.images,
+            "images": list(self.images),
             "seconds": self.seconds,
             "sums": dict(self.sums),
             "counts": dict(self.counts),
@@ -76,9 +77,6 @@ class State:
         if not self.path.exists():
             return
         values = load_plain(self.path, "training state")
-        images = values.get("images", self.images) if isinstance(values, dict) else self.images
-        if images != self.images:
-            raise UserError(f"the run trained on {images} images, now there are {self.images}; give the same data")
         try:
             self.task.load_state_dict(values["task"], strict=True)
             self._load_optimizer(values["optimizer"])
@@ -105,3 +103,18 @@ class State:
         for parameter, values in self.optimizer.state.items():
             if any(torch.is_tensor(value) and value.shape != parameter.shape for value in values.values()):
                 raise ValueError("momentum")
+
+
+def check_images(folder: Path, counts: tuple[int, ...]) -> None:
+    """Refuse to go on in ``folder`` with data of other numbers of images (training, validation, test) than it had."""
+    for path in sorted(folder.glob("*-state.pt")):
+        values = load_plain(path, "training state")
+        found = values.get("images", list(counts)) if isinstance(values, dict) else None  # earlier versions lack it
+        if not isinstance(found, list) or not all(type(count) is int for count in found):
+            raise UserError(f"training state {path} does not fit its recipe; start a new run")
+        if tuple(found) != counts:
+            theirs, ours = (" + ".join(f"{count:,}" for count in each) for each in (found, counts))
+            raise UserError(
+                f"the run has {theirs} images (training, validation, test), the data that is there {ours}; "
+                "give its own --data-dir"
+            )

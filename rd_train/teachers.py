@@ -44,17 +44,17 @@ def is_published(name: str) -> bool:
     return "/" in name
 
 
-def parse_published(name: str) -> Published:
+def parse_published(name: str, what: str = "teacher") -> Published:
     """The parts of a name; another library, or a variant that is not our ResNet, is a `UserError`."""
     library, _, rest = name.partition("/")
     model, _, weights = rest.partition(".")
     if library not in LIBRARIES and name.endswith((".pt", ".pth", ".safetensors", ".bin")):
         raise UserError(f"teacher '{name}' is no network's name; give a file of weights with --teacher-weights")
     if library not in LIBRARIES:
-        raise UserError(f"teacher '{name}': unknown library '{library}' (known: {', '.join(LIBRARIES)})")
+        raise UserError(f"{what} '{name}': unknown library '{library}' (known: {', '.join(LIBRARIES)})")
     if model not in MODELS:
         raise UserError(
-            f"teacher '{name}' is not one of {', '.join(MODELS)} of {library}: other networks and variants (deep stem, "
+            f"{what} '{name}' is not one of {', '.join(MODELS)} of {library}: other networks and variants (deep stem, "
             "average pooling, groups, attention) compute something else than our ResNets"
         )
     return Published(library, model, weights or None)

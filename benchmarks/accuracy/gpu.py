@@ -181,11 +181,13 @@ def train(job: Job) -> None:
     """One run, from where it stands; raises `Stopped` where it was told to or where its loss is NaN."""
     job.check_folder()
     recipe = rd_train.run.settle(job.recipe())
-    job.folder.mkdir(parents=True, exist_ok=True)
-    job.record_start()
+    if (lock := job.lock()) is None:
+        raise UserError("another process trains it")
     try:
+        job.record_start()
         rd_train.run.run(recipe, job.folder, resume=job.begun(), overwrite=True)
     finally:
+        lock.close()
         torch.compiler.reset()  # the next network is another one: nothing of this one must count as its recompilation
 
 

@@ -15,9 +15,13 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from committed import find
+
 from rd_deploy.common import UserError, atomic_path, check_file, run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {
     **{"resnet": "#555555", "resnet-muon": "#AAAAAA", "plain": "#D55E00", "ours": "#0072B2"},
     **{"published": "#CC79A7", "start": "#009E73"},
@@ -31,11 +35,7 @@ OTHER_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#9467BD", "#BCBD22
 def read(path: Path | None, name: str) -> dict | None:
     """A given file, or the newest committed one, if any."""
     if path is None:
-        committed = (ROOT / "benchmarks" / "results").glob(f"*/*-accuracy-{name}.json")
-        found = sorted(committed, key=lambda each: each.name)
-        if not found:
-            return None
-        path = found[-1]
+        return find(f"*-accuracy-{name}.json")
     document = json.loads(check_file(path, "results").read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
         raise UserError(f"{path} holds no results of benchmarks/accuracy/table.py")

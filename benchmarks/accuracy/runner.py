@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -31,6 +32,7 @@ from rd_train.recipe import Recipe, preset_values, read_values
 RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
 # Entries of a recipe that say where it runs and where its files are, not what is trained.
 OF_THE_MACHINE = {"summary", "data_dir", "download", "teacher_weights", "device", "threads"}
+OF_THE_MACHINE |= {"workers", "max_corrupt", "save_minutes"}
 INTERRUPTED = "interrupted; the next call goes on with it"
 
 
@@ -91,6 +93,17 @@ class Job:
         """The file that says when, by which commit and on which CPU the run was begun and gone on with: JSON lines."""
         return self.folder / "starts.jsonl"
 
+    def lock(self) -> IO | None:
+        """The folder, made and held until this is closed; None where another process holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / "lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        return lock
+
     def record_start(self) -> None:
         """Say there that it is begun, or gone on with, now."""
         machine = cpu()
@@ -148,12 +161,7 @@ class _Process:
 
 def _start(job: Job) -> _Process | None:
     """Begin or resume a run; None where another process trains it."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    lock = (job.folder / "lock").open("w", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
+    if (lock := job.lock()) is None:
         return None
     options = ["--resume", job.folder] if job.begun() else [*job.flags(), "--out", job.folder, "--overwrite"]
     job.record_start()

@@ -39,10 +39,12 @@ class Record:
     def add(self, key: str, row: dict) -> None:
         """Keep a row and write the file: whoever kills the suite now loses nothing of it.
 
-        A finished row that could not be measured again stays as it was, with a warning.
+        A finished row that could not be measured again stays as it was, with a warning; so do figures of one that
+        failed when it was, which another sitting tries again.
         """
         old = self.rows.pop(key, {})
-        if old.get("status") in FINISHED and row["status"] not in FINISHED:
+        failed_now = old.get("status") == "measured" and row["status"] == "failed"
+        if failed_now or (old.get("status") in FINISHED and row["status"] not in FINISHED):
             warning = f"not measured again, with more sampling: {row.get('reason')}"
             self.rows[key] = old | {"warnings": list(dict.fromkeys([*old.get("warnings", ()), warning]))}
         else:

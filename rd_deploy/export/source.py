@@ -13,6 +13,7 @@ from rd_deploy.fold import fold
 from rd_deploy.random_weights import random_network
 from rd_train.checkpoint import Checkpoint, load_checkpoint
 from rd_train.networks import Arch, Network, parameter_count, parse_arch
+from rd_train.start import is_name
 
 # 2 GiB of float32, the most one ONNX file holds.
 MAX_PARAMETERS = 1 << 29
@@ -73,7 +74,7 @@ def _without_folders(recipe: dict) -> dict:
     paths = {
         name: Path(recipe[name]).name
         for name in ("data_dir", "teacher_weights", "start_weights")
-        if isinstance(recipe.get(name), str)
+        if isinstance(recipe.get(name), str) and not is_name(recipe[name])
     }
     return {**recipe, **paths}
 

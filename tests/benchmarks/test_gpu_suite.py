@@ -376,6 +376,13 @@ def test_a_row_of_fewer_seconds_is_measured_again(tmp_path, here):
     assert again(path) == []
 
 
+def test_a_failure_costs_no_figure_that_was_measured(tmp_path):
+    record = Record(tmp_path / "gpu.json", {}, {"b/x": {"status": "measured", "sampling_seconds": 2.0}}, [{}])
+    record.add("b/x", {"status": "failed", "reason": "no memory"})
+    assert (record.rows["b/x"]["status"], record.finished("b/x", 3.0)) == ("measured", False)
+    assert record.rows["b/x"]["warnings"] == ["not measured again, with more sampling: no memory"]
+
+
 class Stand:
     """In place of sessions: which engines and networks were asked for, and ResNet-50's time on each engine."""
 

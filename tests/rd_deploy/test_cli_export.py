@@ -480,3 +480,6 @@ def test_bad_arguments(rd_export, tmp_path, arguments, pattern):
 def test_folders_of_the_trainer_do_not_travel_with_the_network():
     recipe = {"data": "folder", "data_dir": "/home/someone/photos", "teacher_weights": None}
     assert _without_folders(recipe) == {"data": "folder", "data_dir": "photos", "teacher_weights": None}
+    recipe = {"start_weights": "torchvision/resnet50.IMAGENET1K_V2"}
+    assert _without_folders(recipe) == recipe
+    assert _without_folders({"start_weights": "/home/someone/x.pth"}) == {"start_weights": "x.pth"}

@@ -282,6 +282,30 @@ def test_a_run_goes_on_with_its_files_elsewhere(tmp_path, monkeypatch):
     assert taken == [replace(recipe, data_dir=str(tmp_path / "new"), workers=3, max_corrupt=10)]
     assert call("--resume", str(tmp_path), "--save-minutes", "1") == 2
     assert taken[1] == replace(recipe, save_minutes=1.0)
+    # Where the old place is another one here: a link, on this machine.
+    (tmp_path / "old").symlink_to(tmp_path / "elsewhere")
+    assert call("--resume", str(tmp_path)) == 2
+    assert len(taken) == 2
+    assert call("--resume", str(tmp_path), "--data-dir", "new") == 2
+    assert taken[2] == replace(recipe, data_dir=str(tmp_path / "new"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_nothing_is_otherwise(tmp_path, monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr("rd_train.run.run", lambda recipe, folder, **options: taken.append(recipe))
+    recipe = settle(Recipe(method="ce", device="cpu"))
+    lines = dump_yaml(recipe).splitlines(keepends=True)
+    added = ("flip", "crop_padding", "smallest_crop", "save_minutes")
+    (tmp_path / "recipe.yaml").write_text("".join(line for line in lines if not line.startswith(added)))
+    with pytest.raises(TypeError):  # run gave no result
+        command(["--resume", str(tmp_path)])
+    assert taken == [recipe]
+    (tmp_path / "recipe.yaml").write_text("".join(line for line in lines if not line.startswith("ema")))
+    assert call("--resume", str(tmp_path)) == 2
+    assert "written by another version" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("".join(lines))
+    assert call("--resume", str(tmp_path), "--teacher-weights", "x.pt") == 2
+    assert "has no teacher_weights; leave --teacher-weights away" in capsys.readouterr().err
 
 
 def test_a_bare_flag_is_true():

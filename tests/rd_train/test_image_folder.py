@@ -1,5 +1,7 @@
 """Image folders: their layouts, their decoding, and files that are not what they seem."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -130,10 +132,15 @@ def test_what_is_left_out_of_class_folders_is_said_once(tmp_path):
         path = tmp_path / "train" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
+    (tmp_path / "train" / "b" / "scan.tiff").rename(tmp_path / "train" / "b" / os.fsdecode(b"caf\xe9\x1b[2J.txt"))
     (note,) = load_dataset("folder", tmp_path, size=16).notes
     assert note.startswith(
         f"{tmp_path / 'train'}: 2 entries of class folders are left out, as a/more: images are files"
     )
+    (tmp_path / "train" / "a" / "more" / "0.jpg").unlink()
+    (tmp_path / "train" / "a" / "more").rmdir()
+    (note,) = load_dataset("folder", tmp_path, size=16).notes
+    assert r"as b/caf\udce9\x1b[2J.txt: images" in note  # nothing for a terminal to obey, or to fail on
 
 
 def test_wrong_layouts_are_refused(tmp_path):

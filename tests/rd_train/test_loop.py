@@ -136,8 +136,15 @@ def test_a_run_goes_on_with_as_many_images_only(uninterrupted, tmp_path):
     folder.mkdir()
     for name in ("recipe.yaml", "teacher-state.pt", "student-state.pt"):
         (folder / name).write_bytes((uninterrupted / name).read_bytes())
-    with pytest.raises(UserError, match="the run trained on 200 images, now there are 150"):
+    before = (folder / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"has 200 \+ 180 \+ 360 images \(training, validation, test\), .* 150 \+ 180"):
         run(replace(RECIPE, train_limit=150), folder, resume=True)
+    assert (folder / "recipe.yaml").read_bytes() == before
+    for images in (torch.zeros(2), [1.0], 3):
+        state = torch.load(uninterrupted / "student-state.pt", weights_only=True)
+        torch.save({**state, "images": images}, folder / "student-state.pt")
+        with pytest.raises(UserError, match="does not fit its recipe"):
+            run(RECIPE, folder, resume=True)
 
 
 def test_an_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):

@@ -115,7 +115,8 @@ def test_what_is_no_start_is_one_line(tmp_path, make, message):
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ("torchvision/resnext50_32x4d", "is not one of resnet18"),
+        ("torchvision/resnext50_32x4d", "^start_weights 'torchvision/resnext50_32x4d' is not one of resnet18"),
+        ("torchvision/best.pth", "^start_weights torchvision/best.pth does not exist"),
         ("nowhere/resnet18", "does not exist"),
         ("torchvision/resnet18.NOTHING", "no weights NOTHING"),
     ],
