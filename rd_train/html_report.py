@@ -18,6 +18,8 @@ from rd_train.evaluation import Predictions
 from rd_train.recipe import Recipe
 
 LARGEST_MATRIX = 20  # classes that a confusion matrix can have and still be read; beyond, pairs are listed
+LARGEST_PICTURE = 200  # and that it can have as a picture, whose pattern is seen
+RIGHT, WRONG = (31, 119, 180), (179, 38, 30)  # in pictures
 PAIRS = 30
 WORST = 24
 THUMBNAIL = 160  # pixels that an image of the report has at most on a side
@@ -45,6 +47,7 @@ table.matrix td.right { --hue: var(--bar) } .scroll { overflow-x: auto }
 .plot svg { width: 100%; height: auto; color: var(--ink) } .plot svg text { fill: currentColor } figure { margin: 0 }
 .cards { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.5rem 0; padding: 0; list-style: none }
 .cards strong { display: block; font-size: 1.7rem; line-height: 1.2 }
+.matrix img { width: min(100%, 40rem); image-rendering: pixelated; border: 1px solid var(--line) }
 .worst { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; padding: 0;
   list-style: none }
 .worst img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; display: block }
@@ -128,6 +131,10 @@ def data_url(pixels: np.ndarray) -> str:
     """A PNG of an image uint8 (H, W, 1 or 3), large ones made smaller."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return _png(image)
+
+
+def _png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -187,9 +194,10 @@ def _confusion(classes: list[str], seen: Predictions) -> str:
         pairs = most_confused(seen, count)
         caption = f"The most frequent mistakes, of {int((seen.labels != seen.predicted).sum()):,}."
         body = [[escaped(classes[true]), escaped(classes[guess]), f"{number:,}"] for true, guess, number in pairs]
-        return table(caption, ["true class", "predicted", "images"], body)
+        listed = table(caption, ["true class", "predicted", "images"], body)
+        return listed if count > LARGEST_PICTURE else f"{_picture(seen, count)}\n{listed}"
     matrix = confusion_matrix(seen, count)
-    shares = 100 * matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    shares = _shares(matrix)
     body = []
     for true, name in enumerate(classes):
         cells = [
@@ -200,6 +208,32 @@ def _confusion(classes: list[str], seen: Predictions) -> str:
         body.append([escaped(name), *cells])
     caption = "Confusion matrix: test images by true class (row) and predicted class (column)."
     return table(caption, ["true / predicted", *map(escaped, classes)], body, "matrix")
+
+
+def _shares(matrix: np.ndarray) -> np.ndarray:
+    """Per cent of each row."""
+    return 100 * matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+
+
+def matrix_pixels(matrix: np.ndarray) -> np.ndarray:
+    """A confusion matrix (classes, classes) as an image uint8 (classes, classes, 4), stronger where a share is larger.
+
+    Rare mistakes are still seen. Empty cells are transparent.
+    """
+    shares = _shares(matrix)
+    diagonal = np.eye(len(matrix), dtype=bool)[..., None]
+    colours = np.where(diagonal, np.array(RIGHT), np.array(WRONG))
+    alpha = np.where(matrix > 0, 255 * np.sqrt(shares / 100).clip(min=0.15), 0)
+    return np.concatenate([colours, alpha[..., None]], axis=2).astype(np.uint8)
+
+
+def _picture(seen: Predictions, count: int) -> str:
+    image = Image.fromarray(matrix_pixels(confusion_matrix(seen, count)))
+    said = (
+        "Confusion matrix: a row for each true class and a column for each predicted one, in the order of the classes' "
+        "names; blue is right, red is wrong, the stronger, the larger its share of the row."
+    )
+    return f'<figure class="matrix"><img alt="{said}" src="{_png(image)}"><figcaption>{said}</figcaption></figure>'
 
 
 def _tint(percent: float) -> int:

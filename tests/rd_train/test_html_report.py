@@ -169,6 +169,20 @@ def test_hostile_class_names_stay_text():
     assert escaped("b\udcff") == "b\N{REPLACEMENT CHARACTER}"
 
 
+def test_many_classes_have_a_picture_of_the_matrix():
+    dataset, seen = made([f"class {number}" for number in range(40)])
+    text = written(dataset, seen)
+    (address,) = re.findall(r'<figure class="matrix"><img alt="[^"]*" src="data:image/png;base64,([^"]*)"', text)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(address))))
+    matrix = confusion_matrix(seen, 40)
+    assert np.array_equal(pixels[..., 3] > 0, matrix > 0)
+    red = pixels[..., 0] > pixels[..., 2]
+    assert np.array_equal(red[matrix > 0], ~np.eye(40, dtype=bool)[matrix > 0])  # wrong where it is not the diagonal
+    true, guess = np.unravel_index((matrix / matrix.sum(1, keepdims=True).clip(min=1)).argmax(), matrix.shape)
+    assert pixels[true, guess, 3] == pixels[..., 3].max()
+    assert "The most frequent mistakes" in text
+
+
 def test_a_thousand_classes_have_pairs_and_no_matrix():
     names = [f"class {number}" for number in range(1000)]
     dataset, seen = made(names, images=3000)
