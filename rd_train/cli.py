@@ -221,9 +221,10 @@ def _go_on(folder: Path, tensorboard: bool, changes: dict | None = None) -> dict
     if missing - ADDED:  # an entry that is missing may have another default today
         raise UserError(f"{folder / 'recipe.yaml'} was written by another version of rd-train; start a new run")
     changes = changes or {}
-    for name in ("data_dir", "teacher_weights"):
-        if name in changes and values[name] is None:
-            raise UserError(f"the run in {folder} has no {name}; leave --{name.replace('_', '-')} away")
+    without = {"data_dir": values["data"] == "digits", "teacher_weights": values["teacher_weights"] is None}
+    for name in without:
+        if name in changes and (without[name] or changes[name] is None):
+            raise UserError(f"the run in {folder} has no {name} to change; leave --{name.replace('_', '-')} away")
     recipe = Recipe(**values | changes)
     settled = settle(recipe)
     if replace(settled, **{name: getattr(recipe, name) for name in changes}) != recipe:

@@ -231,7 +231,7 @@ def _picture(seen: Predictions, count: int) -> str:
     image = Image.fromarray(matrix_pixels(confusion_matrix(seen, count)))
     said = (
         "Confusion matrix: a row for each true class and a column for each predicted one, in the order of the classes' "
-        "names; blue is right, red is wrong, the stronger, the larger its share of the row."
+        "numbers; blue is right, red is wrong, the stronger, the larger its share of the row."
     )
     return f'<figure class="matrix"><img alt="{said}" src="{_png(image)}"><figcaption>{said}</figcaption></figure>'
 
@@ -266,13 +266,13 @@ def _per_class(classes: list[str], seen: Predictions) -> str:
     images = np.bincount(labels, minlength=len(classes))
     accuracy = np.bincount(labels[right], minlength=len(classes)) / images.clip(min=1)
     body = [
-        [escaped(classes[index]), f"{images[index]:,}",
+        [escaped(classes[index]), str(index), f"{images[index]:,}",
          f'<td class="bar" style="--share:{100 * accuracy[index]:.1f}%">{accuracy[index]:.2%}</td>'
          if images[index] else "none to measure"]
         for index in np.argsort(accuracy, kind="stable")
     ]  # fmt: skip
     caption = f"Test accuracy of each class, the lowest first. Their mean is {seen.mean_class_accuracy:.2%}."
-    content = table(caption, ["class", "test images", "accuracy"], body)
+    content = table(caption, ["class", "number", "test images", "accuracy"], body)
     return content if len(classes) <= LARGEST_MATRIX else _folded(f"All {len(classes):,} classes", content)
 
 

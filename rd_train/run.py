@@ -37,9 +37,10 @@ from rd_train.evaluation import evaluate, predict, statistics_size
 from rd_train.live import View, shown
 from rd_train.loop import fit
 from rd_train.metrics import TENSORBOARD, tensorboard_writer
+from rd_train.names import is_name
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
-from rd_train.start import from_start, is_name, load_start
+from rd_train.start import from_start, load_start
 from rd_train.state import check_images
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers

@@ -37,7 +37,8 @@ class Skipped:
             if resume and path.is_file():
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 whole = [line[:-1] for line in lines if line.endswith("\n")]  # killed while it wrote the last one
-                self._reasons = dict(line.partition("\t")[::2] for line in whole) | self._reasons
+                named = (line.partition("\t") for line in whole)  # absolute names by earlier versions
+                self._reasons = {self._relative(name): reason for name, _, reason in named} | self._reasons
             if write and (self._reasons or path.is_file()):
                 write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in self._reasons.items()))
 

@@ -11,17 +11,10 @@ from torch import Tensor
 from rd_deploy.common import UserError
 from rd_train.checkpoint import Checkpoint, check_state, load_checkpoint, load_plain, load_strictly
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_preprocessing
+from rd_train.names import is_name
 from rd_train.networks import IMAGENET_DEPTHS, Arch, Network, parse_arch
 from rd_train.recipe import Recipe
-from rd_train.teachers import LIBRARIES, checked_state, fetch, look_up, parse_published, read_state
-
-SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")  # of files of weights
-
-
-def is_name(start: str) -> bool:
-    """Whether this is the name of a library's network, not a path."""
-    path = Path(start)
-    return start.partition("/")[0] in LIBRARIES and path.suffix not in SUFFIXES and not path.exists()
+from rd_train.teachers import checked_state, fetch, look_up, parse_published, read_state
 
 
 def load_start(start: str) -> Checkpoint:

@@ -110,7 +110,8 @@ def check_images(folder: Path, counts: tuple[int, ...]) -> None:
     for path in sorted(folder.glob("*-state.pt")):
         values = load_plain(path, "training state")
         found = values.get("images", list(counts)) if isinstance(values, dict) else None  # earlier versions lack it
-        if not isinstance(found, list) or not all(type(count) is int for count in found):
+        found = [found, *counts[1:]] if type(found) is int else found  # or have that of training only
+        if not isinstance(found, list) or [type(count) for count in found] != [int] * len(counts):
             raise UserError(f"training state {path} does not fit its recipe; start a new run")
         if tuple(found) != counts:
             theirs, ours = (" + ".join(f"{count:,}" for count in each) for each in (found, counts))

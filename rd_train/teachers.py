@@ -16,9 +16,9 @@ from rd_deploy.common import UserError, check_file, one_line, require
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.checkpoint import load_plain, load_strictly
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
+from rd_train.names import LIBRARIES, SUFFIXES
 from rd_train.networks import IMAGENET_DEPTHS, Arch, Network, parse_arch
 
-LIBRARIES = ("torchvision", "timm")
 MODELS = tuple(f"resnet{depth}" for depth in IMAGENET_DEPTHS)
 
 
@@ -48,7 +48,7 @@ def parse_published(name: str, what: str = "teacher") -> Published:
     """The parts of a name; another library, or a variant that is not our ResNet, is a `UserError`."""
     library, _, rest = name.partition("/")
     model, _, weights = rest.partition(".")
-    if library not in LIBRARIES and name.endswith((".pt", ".pth", ".safetensors", ".bin")):
+    if library not in LIBRARIES and name.endswith(SUFFIXES):
         raise UserError(f"teacher '{name}' is no network's name; give a file of weights with --teacher-weights")
     if library not in LIBRARIES:
         raise UserError(f"{what} '{name}': unknown library '{library}' (known: {', '.join(LIBRARIES)})")

@@ -184,6 +184,8 @@ def train(job: Job) -> None:
     if (lock := job.lock()) is None:
         raise UserError("another process trains it")
     try:
+        if job.complete():  # by another process meanwhile
+            return
         job.record_start()
         rd_train.run.run(recipe, job.folder, resume=job.begun(), overwrite=True)
     finally:

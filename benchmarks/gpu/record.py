@@ -39,12 +39,13 @@ class Record:
     def add(self, key: str, row: dict) -> None:
         """Keep a row and write the file: whoever kills the suite now loses nothing of it.
 
-        A finished row that could not be measured again stays as it was, with a warning; so do figures of one that
-        failed when it was, which another sitting tries again.
+        A finished row that could not be measured again stays as it was, with a warning. One that failed when it was
+        keeps its figures as ``earlier``, which count no more.
         """
         old = self.rows.pop(key, {})
-        failed_now = old.get("status") == "measured" and row["status"] == "failed"
-        if failed_now or (old.get("status") in FINISHED and row["status"] not in FINISHED):
+        if old.get("status") == "measured" and row["status"] == "failed":
+            row = row | {"earlier": old}
+        if old.get("status") in FINISHED and row["status"] not in FINISHED:
             warning = f"not measured again, with more sampling: {row.get('reason')}"
             self.rows[key] = old | {"warnings": list(dict.fromkeys([*old.get("warnings", ()), warning]))}
         else:

@@ -12,8 +12,8 @@ from rd_deploy.common import UserError
 from rd_deploy.fold import fold
 from rd_deploy.random_weights import random_network
 from rd_train.checkpoint import Checkpoint, load_checkpoint
+from rd_train.names import is_name
 from rd_train.networks import Arch, Network, parameter_count, parse_arch
-from rd_train.start import is_name
 
 # 2 GiB of float32, the most one ONNX file holds.
 MAX_PARAMETERS = 1 << 29

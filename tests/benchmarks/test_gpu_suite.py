@@ -376,11 +376,11 @@ def test_a_row_of_fewer_seconds_is_measured_again(tmp_path, here):
     assert again(path) == []
 
 
-def test_a_failure_costs_no_figure_that_was_measured(tmp_path):
+def test_figures_of_a_row_that_fails_later_are_kept_and_count_no_more(tmp_path):
     record = Record(tmp_path / "gpu.json", {}, {"b/x": {"status": "measured", "sampling_seconds": 2.0}}, [{}])
     record.add("b/x", {"status": "failed", "reason": "no memory"})
-    assert (record.rows["b/x"]["status"], record.finished("b/x", 3.0)) == ("measured", False)
-    assert record.rows["b/x"]["warnings"] == ["not measured again, with more sampling: no memory"]
+    assert (record.failures, record.finished("b/x", 3.0)) == (["b/x"], True)
+    assert record.rows["b/x"]["earlier"] == {"status": "measured", "sampling_seconds": 2.0}
 
 
 class Stand:

@@ -1,10 +1,13 @@
 """What a command prints goes to a reader that may leave; the command goes on."""
 
+import errno
+import io
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,22 @@ def test_a_closed_stdout_is_no_reader():
     script = shlex.join([sys.executable, "-c", COMMAND.format(flush=", flush=True", then="pass")])
     done = subprocess.run(f"{script} >&-", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE])
+def test_a_failing_disk_is_no_reader_that_left(tmp_path, monkeypatch, code):
+    class Failing(io.StringIO):
+        def __init__(self, file):
+            super().__init__()
+            self.fileno = file.fileno
+
+        def write(self, text):
+            raise OSError(code, os.strerror(code))
+
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", Failing(file))
+        with pytest.raises(OSError, match="Input/output") if code == errno.EIO else nullcontext(), lasting_output():
+            print("to a file")
 
 
 def test_what_is_printed_is_printed(capsys):

@@ -304,8 +304,16 @@ def test_a_run_of_an_earlier_version_goes_on_where_nothing_is_otherwise(tmp_path
     assert call("--resume", str(tmp_path)) == 2
     assert "written by another version" in capsys.readouterr().err
     (tmp_path / "recipe.yaml").write_text("".join(lines))
+    assert call("--resume", str(tmp_path), "--data-dir", "x") == 2  # of digits
+    assert "has no data_dir to change" in capsys.readouterr().err
+    # Debian's package has a place of its own, which another machine may lack.
+    (tmp_path / "recipe.yaml").write_text("".join(lines).replace("data: digits", "data: fashion-mnist"))
+    with pytest.raises(TypeError):
+        command(["--resume", str(tmp_path), "--data-dir", str(tmp_path)])
+    assert taken[-1].data_dir == str(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("".join(lines))
     assert call("--resume", str(tmp_path), "--teacher-weights", "x.pt") == 2
-    assert "has no teacher_weights; leave --teacher-weights away" in capsys.readouterr().err
+    assert "has no teacher_weights to change; leave --teacher-weights away" in capsys.readouterr().err
 
 
 def test_a_bare_flag_is_true():

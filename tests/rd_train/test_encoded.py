@@ -130,6 +130,11 @@ def test_corrupt_images_are_named_counted_and_limited(tmp_path, capsys):
     other = load_dataset("folder", tmp_path / "data", size=16, max_corrupt=2)
     other.skipped.record(tmp_path / "skipped.txt", resume=True)
     assert len(other.skipped) == 2
+    absolute = "".join(f"{name}\t{reason}\n" for name, (_, reason) in zip(names, listed, strict=True))
+    (tmp_path / "skipped.txt").write_text(absolute)  # as earlier versions named them
+    other.skipped.record(tmp_path / "skipped.txt", resume=True)
+    other.train.images(torch.arange(10))
+    assert len(other.skipped) == 2
     (tmp_path / "cut.txt").write_text("train/cut sh")
     fresh = Skipped()
     fresh.record(tmp_path / "cut.txt", resume=True)

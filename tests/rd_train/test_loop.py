@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_as_many_images_only(uninterrupted, tmp_path):
     with pytest.raises(UserError, match=r"has 200 \+ 180 \+ 360 images \(training, validation, test\), .* 150 \+ 180"):
         run(replace(RECIPE, train_limit=150), folder, resume=True)
     assert (folder / "recipe.yaml").read_bytes() == before
-    for images in (torch.zeros(2), [1.0], 3):
+    for images in (torch.zeros(2), [1.0], [200] * 4):
         state = torch.load(uninterrupted / "student-state.pt", weights_only=True)
         torch.save({**state, "images": images}, folder / "student-state.pt")
         with pytest.raises(UserError, match="does not fit its recipe"):
