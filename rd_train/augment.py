@@ -51,7 +51,11 @@ def shift_and_flip(
         images = windows[np.arange(len(images)), top, left].transpose(0, 2, 3, 1)
     if augment.flip:
         mirrored = generator.random(count)[part] < 0.5
-        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        if mirrored.all():
+            return images[:, :, ::-1]
+        if mirrored.any():
+            images = images.copy()
+            images[mirrored] = images[mirrored, :, ::-1]
     return images
 
 

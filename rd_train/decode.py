@@ -65,7 +65,7 @@ def make(job: Job) -> tuple[np.ndarray, dict[int, str]]:
                 # An image that evaluation refuses is corrupt in training, too: it is or is not, whoever asks first.
                 resized_shape(image.height, image.width, job.preprocessing.resize)
                 if job.seeds is None:
-                    pixels[position] = centred(image.convert("RGB"), job.preprocessing)
+                    pixels[position] = centred(in_rgb(image), job.preprocessing)
                 else:
                     generator = np.random.default_rng(job.seeds[position])
                     pixels[position] = varied(image, job.preprocessing, job.augment, generator)
@@ -121,6 +121,11 @@ def read_image(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
+def in_rgb(image: Image.Image) -> Image.Image:
+    """The image itself where it is RGB, which ``convert`` would copy."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def centred(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """`Preprocessing.frame` of one RGB image by Pillow, which is faster: uint8 (size, size, 3)."""
     height, width = resized_shape(image.height, image.width, preprocessing.resize)
@@ -137,9 +142,9 @@ def varied(
     if augment.smallest_crop < 1:
         box = random_resized_box(*image.size, augment.smallest_crop, generator)
         box = decode_reduced(image, box, size)
-        pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box))
+        pixels = np.asarray(in_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box))
     else:
-        pixels = centred(image.convert("RGB"), preprocessing)
+        pixels = centred(in_rgb(image), preprocessing)
     return shift_and_flip(pixels[None], augment, generator)[0]
 
 

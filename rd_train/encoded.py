@@ -51,14 +51,16 @@ class EncodedSplit:
         return self._batch(indices[part].tolist(), seed)
 
     def _batch(self, indices: list[int], seed: int | None) -> Tensor:
-        size = self.preprocessing.size
-        pixels = np.empty((len(indices), size, size, 3), np.uint8)
         taken = [self._readable(index, seed) for index in indices]
-        missing = list(range(len(indices)))
+        missing, size = list(range(len(indices))), self.preprocessing.size
+        pixels = np.empty((len(indices), size, size, 3), np.uint8)
         while missing:
             seeds = None if seed is None else [(seed, indices[position]) for position in missing]
             made, corrupt = self._make([taken[position] for position in missing], seeds)
-            pixels[missing] = made
+            if len(missing) == len(indices):
+                pixels = made  # all of it: nothing to copy
+            else:
+                pixels[missing] = made
             for number, reason in corrupt.items():
                 index = taken[missing[number]]
                 self.corrupt[index] = reason
