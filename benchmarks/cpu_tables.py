@@ -336,3 +336,28 @@ def _trained(row: dict) -> str:
     if recipe["train_limit"]:
         parts.append(f"{recipe['train_limit']:,} images")
     return ", ".join([*parts, f"{recipe['epochs']} epochs"])
+
+
+def loader() -> str:
+    """Training images a second by our loader and by torchvision's transforms."""
+    document = newest("*-loader.json")
+    rows = [
+        [
+            f"torchvision v2, decoded by {row['decoder']}",
+            f"{row['their_images_per_second']:.0f}",
+            f"{row['images_per_second']:.0f}",
+            _ratio(row),
+        ]
+        for row in document["results"]
+    ]
+    environment = document["environment"]
+    header = ["against", "images/s", "ours, images/s", "faster by (95% interval)"]
+    source = (
+        f"JPEGs of {document['width']}x{document['height']} pixels and {document['mean_bytes'] / 1e3:.0f} kB to batches "
+        f"of {document['batch']} at 224x224, random-resized crops, mirrored and normalised; epochs of "
+        f"{document['images']} images, interleaved, {document['results'][0]['quads']} quads. {document['workers']} workers "
+        f"on {len(environment['cpu']['affinity'])} CPUs of {environment['cpu']['model']}, torchvision "
+        f"{environment['packages']['torchvision']}, Pillow {document['pillow']}, {environment['date'][:10]}; load "
+        f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by `benchmarks/loader.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"

@@ -37,6 +37,7 @@ PAGES = {
         "resources": gpu_tables.resources,
     },
     "docs/accuracy.md": {f"accuracy-{name}": experiment(name) for name in EXPERIMENTS},
+    "docs/training-reference.md": {"loader": cpu_tables.loader},
     "docs/tensorrt.md": {"trt-memory": gpu_tables.trt_memory},
     "docs/quantization.md": {
         "quantised": quantization_tables.quantised,
