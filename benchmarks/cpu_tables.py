@@ -352,12 +352,14 @@ def loader() -> str:
     ]
     environment = document["environment"]
     header = ["against", "images/s", "ours, images/s", "faster by (95% interval)"]
+    packages, size = environment["packages"], f"{document['width']}x{document['height']}"
     source = (
-        f"JPEGs of {document['width']}x{document['height']} pixels and {document['mean_bytes'] / 1e3:.0f} kB to batches "
-        f"of {document['batch']} at 224x224, random-resized crops, mirrored and normalised; epochs of "
-        f"{document['images']} images, interleaved, {document['results'][0]['quads']} quads. {document['workers']} workers "
-        f"on {len(environment['cpu']['affinity'])} CPUs of {environment['cpu']['model']}, torchvision "
-        f"{environment['packages']['torchvision']}, Pillow {document['pillow']}, {environment['date'][:10]}; load "
-        f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by `benchmarks/loader.py`."
+        f"JPEGs of {size} pixels and {document['mean_bytes'] / 1e3:.0f} kB to batches of {document['batch']} at 224x224, "
+        f"random-resized crops, mirrored and normalised; epochs of {document['images']} images, interleaved, "
+        f"{document['results'][0]['quads']} quads. {document['workers']} workers on "
+        f"{len(environment['cpu']['affinity'])} CPUs of {environment['cpu']['model']}, torchvision "
+        f"{packages['torchvision']}, Pillow {document['pillow']}, {environment['date'][:10]}; load "
+        f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by "
+        "`benchmarks/loader.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
