@@ -354,7 +354,7 @@ def loader() -> str:
     header = ["against", "images/s", "ours, images/s", "faster by (95% interval)"]
     packages, size = environment["packages"], f"{document['width']}x{document['height']}"
     source = (
-        f"JPEGs of {size} pixels and {document['mean_bytes'] / 1e3:.0f} kB to batches of {document['batch']} at 224x224, "
+        f"JPEGs of {size} pixels, {document['mean_bytes'] / 1e3:.0f} kB, to batches of {document['batch']} at 224x224, "
         f"random-resized crops, mirrored and normalised; epochs of {document['images']} images, interleaved, "
         f"{document['results'][0]['quads']} quads. {document['workers']} workers on "
         f"{len(environment['cpu']['affinity'])} CPUs of {environment['cpu']['model']}, torchvision "
