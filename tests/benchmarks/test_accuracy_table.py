@@ -306,7 +306,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     said = accuracy_tables._source({**found, "path": "x.json"}, accuracy_tables.COLUMNS)
     assert "2 of the results are of earlier files, their seconds too (depth.json: " in said
     assert f", which holds 1 results first, trained by {runner.git_commit()}. " in said
-    assert "the ResNet in the table, points: plain20-rd-muon seed 0 +10.00." in said
+    assert "the ResNet in the table, against it in points: plain20-rd-muon seed 0 +10.00." in said
     # A third machine keeps where each comes from; a run of other settings, given or by default, is not taken.
     (tmp_path / "third.json").write_text(json.dumps(found))
     third = table.with_earlier(jobs, table.read_earlier([tmp_path / "third.json"]))
