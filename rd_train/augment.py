@@ -37,7 +37,9 @@ def shift_and_flip(
     batch: int | None = None,
     part: slice = slice(None),
 ) -> np.ndarray:
-    """Randomly shifted (up to ``crop_padding`` pixels each way) and mirrored copies of uint8 images (N, H, W, C).
+    """Uint8 images (N, H, W, C), randomly shifted (up to ``crop_padding`` pixels each way) and mirrored.
+
+    They may be the images themselves, or a view of them: not to be written to.
 
     Where the images are ``part`` of a ``batch`` of so many, they are varied as they are among all of it.
     """
