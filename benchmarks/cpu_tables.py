@@ -346,7 +346,7 @@ def loader() -> str:
             f"torchvision v2, decoded by {row['decoder']}",
             f"{row['their_images_per_second']:.0f}",
             f"{row['images_per_second']:.0f}",
-            _ratio(row),
+            _ratio(row) + (" *" if row["warnings"] else ""),
         ]
         for row in document["results"]
     ]
@@ -356,7 +356,7 @@ def loader() -> str:
     source = (
         f"JPEGs of {size} pixels, {document['mean_bytes'] / 1e3:.0f} kB, to batches of {document['batch']} at 224x224, "
         f"random-resized crops, mirrored and normalised; epochs of {document['images']} images, interleaved, "
-        f"{document['results'][0]['quads']} quads. {document['workers']} workers on "
+        f"{min(row['quads'] for row in document['results'])} quads or more. {STAR} {document['workers']} workers on "
         f"{len(environment['cpu']['affinity'])} CPUs of {environment['cpu']['model']}, torchvision "
         f"{packages['torchvision']}, Pillow {document['pillow']}, {environment['date'][:10]}; load "
         f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by "

@@ -8,6 +8,7 @@ batches of 64 as float32. A call is an epoch: nothing is prepared before it, and
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -24,14 +25,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from rd_deploy.bench.environment import capture
-from rd_deploy.bench.statistics import paired_ratio
+from rd_deploy.bench.statistics import instability, paired_ratio, summarise
 from rd_deploy.bench.timer import time_pair
 from rd_deploy.common import UserError, run_command, write_json
 from rd_train.data import Dataset, batches, load_dataset
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.workers import default_workers
 
-WIDTH, HEIGHT, QUALITY, BATCH, QUADS = 500, 375, 90, 64, 10
+WIDTH, HEIGHT, QUALITY, BATCH = 500, 375, 90, 64
+WARM_UP = 15  # seconds at most, in which two windows of five epochs fit
 # By whom a file is decoded, for torchvision's side: Pillow is what ImageFolder uses unless told otherwise.
 DECODERS = ("Pillow", "torchvision.io")
 
@@ -62,7 +64,8 @@ def write_folders(root: Path, images: int) -> int:
 
 def ours(dataset: Dataset) -> Callable[[], int]:
     """An epoch of rd-train's batches; returns how many images it had."""
-    return lambda: sum(len(images) for images, _ in batches(dataset.train, BATCH, seed=0, epoch=0))
+    epochs = itertools.count()  # other crops in each, as on the other side
+    return lambda: sum(len(images) for images, _ in batches(dataset.train, BATCH, seed=0, epoch=next(epochs)))
 
 
 def theirs(root: Path, workers: int, decoder: str) -> Callable[[], int]:
@@ -91,19 +94,28 @@ def _decoded(path: str) -> torch.Tensor:
         return torchvision.io.decode_image(path, torchvision.io.ImageReadMode.RGB)
 
 
-def measure(root: Path, dataset: Dataset, workers: int, decoder: str, seconds: float, quads: int = QUADS) -> dict:
+def measure(root: Path, dataset: Dataset, workers: int, decoder: str, seconds: float) -> dict:
     """Images a second of both, and how many times as fast ours is, with the 95% interval."""
     first, second = ours(dataset), theirs(root, workers, decoder)
     images = first()
     if images != second():
         raise UserError("the two give different numbers of images")
-    samples = time_pair(first, second, seconds=seconds, min_quads=quads, max_warm_up=5)
+    samples = time_pair(first, second, seconds=seconds, max_warm_up=WARM_UP)
     ratio = paired_ratio(samples.a, samples.b)
+    summaries = {"ours": summarise(samples.a, samples.calls[0]), "theirs": summarise(samples.b, samples.calls[1])}
+    shaky = instability(summaries, ratio)
+    warnings = [shaky] if shaky else []
+    warnings += [
+        f"{name} was not steady after {warm.seconds:.0f} s of warm-up"
+        for name, warm in zip(summaries, samples.warm_up, strict=True)
+        if not warm.steady
+    ]
     return {
         "decoder": decoder,
-        "images_per_second": 1e3 * images / statistics.median(samples.a),
-        "their_images_per_second": 1e3 * images / statistics.median(samples.b),
+        "images_per_second": 1e3 * images / summaries["ours"].median,
+        "their_images_per_second": 1e3 * images / summaries["theirs"].median,
         **{"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "quads": len(samples.a) // 2},
+        **{"samples_ms": samples.a, "their_samples_ms": samples.b, "warnings": warnings},
     }
 
 

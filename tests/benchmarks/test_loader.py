@@ -19,7 +19,7 @@ from rd_train.data import load_dataset
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"WIDTH": 60, "HEIGHT": 45, "BATCH": 4, "QUADS": 1}.items():
+    for name, value in {"WIDTH": 60, "HEIGHT": 45, "BATCH": 4}.items():
         monkeypatch.setattr(loader, name, value)
 
 
