@@ -96,7 +96,9 @@ def load_teacher(
             raise UserError(f"teacher {path} is a {teacher.arch.name}, not the {arch.name} asked for")
         return teacher.network()
     network = Network(arch)
-    load_strictly(network, with_counters(network, checked_state(path, values)), f"teacher {path} (as {arch.name})")
+    load_strictly(
+        network, with_counters(network.state_dict(), checked_state(path, values)), f"teacher {path} (as {arch.name})"
+    )
     return network.eval()
 
 

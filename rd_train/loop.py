@@ -161,9 +161,9 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
                 if wanted == STOP:
                     state.agree()
                 state.save()
+                if wanted == STOP:
+                    _stop(context)
                 saved = time.monotonic()
-            if wanted == STOP and state.step % per_epoch:
-                _stop(context)
         if state.step < (epoch + 1) * per_epoch:
             if distributed.world() == 1:  # others may be anywhere in their steps: all go on from the last epoch
                 state.seconds = clock.total()

@@ -14,7 +14,7 @@ from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_preprocessing
 from rd_train.names import is_name
 from rd_train.networks import IMAGENET_DEPTHS, Arch, Network, parse_arch
 from rd_train.recipe import Recipe
-from rd_train.teachers import checked_state, fetch, look_up, parse_published, read_state
+from rd_train.teachers import checked_state, fetch, look_up, parse_published, read_state, with_counters
 
 
 def load_start(start: str) -> Checkpoint:
@@ -38,8 +38,7 @@ def load_start(start: str) -> Checkpoint:
     arch = _arch_of(state, what)
     with torch.device("meta"):  # shapes without memory
         own = Network(arch).state_dict()
-    counters = {name: torch.zeros((), dtype=torch.int64) for name in own if name.endswith("num_batches_tracked")}
-    state = {**counters, **state}  # torchvision's first files lack them
+    state = with_counters(own, state)
     check_state(own, state, f"{what} (as {arch.name})")
     preprocessing = replace(encoded_preprocessing(None, None), mean=statistics[0], std=statistics[1])
     return Checkpoint(arch, state, preprocessing, [str(number) for number in range(arch.classes)])

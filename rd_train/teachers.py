@@ -112,7 +112,7 @@ def _network(published: Published, what: str, state: dict[str, Tensor]) -> Netwo
     if not isinstance(classifier, Tensor) or classifier.ndim != 2:
         raise UserError(f"{what} has no classifier fc.weight: it is no {published.model}")
     network = Network(published.arch(len(classifier)))
-    load_strictly(network, with_counters(network, state), f"{what} (as {published.model})")
+    load_strictly(network, with_counters(network.state_dict(), state), f"{what} (as {published.model})")
     return network.eval()
 
 
@@ -124,9 +124,12 @@ def check_statistics(what: str, statistics: tuple, preprocessing: Preprocessing)
         raise UserError(f"{what} expects images normalised otherwise (mean and std {theirs}, here {ours})")
 
 
-def with_counters(network: Network, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with BN's batch counters, which torchvision's first ones lack and evaluation does not use."""
-    counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
+def with_counters(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with BN's batch counters, which torchvision's first ones lack and evaluation does not use.
+
+    ``own``: the ``state_dict`` of the network that they are for, whose names count only.
+    """
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in own if name.endswith("num_batches_tracked")}
     return {**counters, **state}
 
 
