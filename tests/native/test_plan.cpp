@@ -143,7 +143,13 @@ void check_steps(const Network &network, const Plan &plan) {
 void check_work(const Plan &plan) {
     for (const Operation &o : plan.operations) {
         CHECK(o.items() >= 1);
-        if (o.kind == OperationKind::convolution || o.kind == OperationKind::max_pool)
+        if (o.kind == OperationKind::convolution && o.tiled) {
+            const int bands = o.chunks / ((plan.options.batch + o.images - 1) / o.images);
+            CHECK(o.images == 1 || o.rows == o.units);
+            CHECK(o.rows * (bands - 1) < o.units && o.rows * bands >= o.units);
+            CHECK(o.images * (o.chunks / bands - 1) < plan.options.batch &&
+                  o.images * (o.chunks / bands) >= plan.options.batch);
+        } else if (o.kind == OperationKind::convolution || o.kind == OperationKind::max_pool)
             CHECK(o.chunk * (o.chunks - 1) < plan.options.batch * o.units &&
                   o.chunk * o.chunks >= plan.options.batch * o.units);
         CHECK(o.layers.size() <= 1 || o.slices == 1);

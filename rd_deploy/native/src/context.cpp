@@ -34,11 +34,11 @@ Context::Context(std::shared_ptr<const Plan> plan, void *arena, std::size_t aren
     : plan_(std::move(plan)),
       own_(arena ? nullptr : allocate(plan_->info.arena_bytes).release()),
       arena_(arena ? checked_arena(*plan_, arena, arena_bytes) : own_.get()),
-      threads_(plan_->options.threads, plan_->kernels.main->begin, plan_->kernels.main->end) {}
+      threads_(plan_->options.threads, plan_->kernels->begin, plan_->kernels->end) {}
 
 void Context::run(const float *images, float *logits, double *seconds) {
     using Clock = std::chrono::steady_clock;
-    const Kernels &kernels = *plan_->kernels.main;
+    const Kernels &kernels = *plan_->kernels;
     const Run run{plan_.get(), arena_, images, logits};
     if (kernels.begin) kernels.begin();
     for (const Operation &operation : plan_->operations) {

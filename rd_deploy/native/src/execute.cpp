@@ -28,11 +28,12 @@ class Work {
         : run_(run),
           plan_(*run.plan),
           o_(operation),
-          kernels_(*plan_.kernels.main),
+          kernels_(*plan_.kernels),
           element_(plan_.element),
           scratch_(scratch),
           taps_(pointers(operation.scratch.taps)),
           add_(pointers(operation.scratch.add)),
+          groups_(pointers(operation.scratch.groups)),
           out_{outputs(operation.scratch.out[0]), outputs(operation.scratch.out[1])},
           pixels_(reinterpret_cast<int *>(scratch + operation.scratch.pixels)) {}
 
@@ -43,6 +44,7 @@ class Work {
             case OperationKind::stem:
                 return stem(chunk);
             case OperationKind::convolution:
+                if (o_.tiled) return tiled_convolution(piece(chunk));
                 return convolution(chunk * o_.chunk,
                                    std::min(o_.chunk, plan_.options.batch * o_.units - chunk * o_.chunk));
             case OperationKind::convolution_average:
@@ -77,6 +79,8 @@ class Work {
     void make_rows() {
         if (o_.kind == OperationKind::stem) {
             stem_row(row_);
+        } else if (o_.tiled) {
+            tiled_convolution({image_, 1, row_, std::min(o_.step_rows, o_.layers[0].out.height - row_)});
         } else {
             const int across = (o_.layers[0].out.width + o_.step_rows - 1) / o_.step_rows;
             const int first = image_ * o_.units + row_ / o_.step_rows * across;
@@ -102,9 +106,24 @@ class Work {
     View source() const { return view(o_.source, o_.in, o_.in_ring); }
     View destination(int map, const Shape &shape) const { return view(map, shape, o_.out_ring); }
 
-    void multiply(const Product &product) const {
-        const bool main = !kernels_.supports || kernels_.supports(product);
-        (main ? kernels_ : *plan_.kernels.other).product(product);
+    void multiply(const Product &product) const { kernels_.product(product); }
+
+    // The product of one tap on a list of neighbouring pixels. `spare`: what follows them, up to a whole group, may be
+    // read; else the last pixels are copied.
+    void multiply_neighbours(Product p, bool spare) const {
+        if (!o_.tiled) return multiply(p);
+        const int group = kernels_.group, groups = (p.pixels + group - 1) / group, rest = p.pixels % group;
+        for (int i = 0; i < groups; i++) groups_[i] = p.a[i * group];
+        const std::size_t bytes = static_cast<std::size_t>(p.k_pitch) * element_;
+        if (rest > 0 && !spare) {
+            std::byte *const copy = scratch_ + o_.scratch.group;
+            std::memcpy(copy, groups_[groups - 1], static_cast<std::size_t>(rest) * bytes);
+            groups_[groups - 1] = copy;
+        }
+        p.a = groups_;
+        p.a_pitch = groups;
+        p.step = static_cast<std::ptrdiff_t>(bytes);
+        multiply(p);
     }
 
     // A layer's product on a list of pixels, for all its outputs.
@@ -222,6 +241,22 @@ class Work {
         return layer < o_.layers.size() ? o_.layers[layer].weight : nullptr;
     }
 
+    // The weights that this thread probably multiplies after an item's last ones. Threads take the slices from the last
+    // one on, as long as they are equally fast.
+    const std::byte *following_weight() const {
+        const int threads = plan_.options.threads, before = slice_ - threads;
+        if (o_.slices > 1 && before >= 0) return slice_weight(o_, before);
+        if (o_.following < 0) return nullptr;
+        const Operation &next = plan_.operations[static_cast<std::size_t>(o_.following)];
+        return slice_weight(next.parts.empty() ? next : next.parts[0],
+                            std::max(0, next.slices - threads + slice_ % threads));
+    }
+    const std::byte *slice_weight(const Operation &o, int slice) const {
+        const Step &step = *o.layers[0].step;
+        const std::size_t first = static_cast<std::size_t>(step.blocks() * slice / o.slices);
+        return o.layers[0].weight + first * step.block_bytes(plan_.network->precision);
+    }
+
     // This item's share of a single layer's outputs.
     void take_slice(Product &p, const Layer &layer) const {
         const int first = p.blocks * slice_ / o_.slices, last = p.blocks * (slice_ + 1) / o_.slices;
@@ -242,16 +277,107 @@ class Work {
                 list_outputs(layer.map, layer.out, o_.scratch.tile[1], first, piece, out);
                 Product p = product(layer, in, piece, piece, out);
                 p.add = list_added(layer, first, piece);
-                p.next = weight_of(i + 1);
-                if (!p.next && first + piece < count) p.next = weight_of(1);
-                multiply(p);
+                p.next = next_of(i, first + piece < count, first > 0);
+                multiply_neighbours(p, is_spare(i - 1));
                 in = out;
             }
         }
     }
 
+    // The weights after those of a layer: the next layer's, or the second one's for the next piece. In tiles, null
+    // where they are in the cache already, since an earlier piece met them.
+    const std::byte *next_of(std::size_t layer, bool more, bool again) const {
+        const std::byte *const next = weight_of(layer + 1);
+        if (!o_.tiled) return next || !more ? next : weight_of(1);
+        if (!next) return more ? nullptr : following_weight();
+        return again ? nullptr : next;
+    }
+
+    // Whether more may be read behind a layer's outputs: in scratch there is room for whole groups.
+    bool is_spare(std::size_t layer) const {
+        return layer == 0 && o_.pool ? o_.pool_map == kScratch : o_.layers[layer].map == kScratch;
+    }
+
     // The window's pointers are not needed any more when a third layer runs.
     void **last_outputs() const { return const_cast<void **>(taps_); }
+
+    // --- in tiles
+
+    // Rows of one image, or whole images.
+    struct Piece {
+        int image, images, y, rows;
+    };
+    Piece piece(int chunk) const {
+        const int height = o_.layers[0].out.height;
+        if (o_.images > 1) {
+            const int image = chunk * o_.images;
+            return {image, std::min(o_.images, plan_.options.batch - image), 0, height};
+        }
+        const int bands = (height + o_.rows - 1) / o_.rows, y = chunk % bands * o_.rows;
+        return {chunk / bands, 1, y, std::min(o_.rows, height - y)};
+    }
+
+    void tiled_convolution(const Piece &piece) {
+        const Layer &head = o_.layers[0];
+        const Shape &out = head.out;
+        const int first = (piece.image * out.height + piece.y) * out.width,
+                  count = piece.images * piece.rows * out.width;
+        number_pixels(first, count);
+        list_outputs(head.map, out, o_.scratch.tile[0], 0, count, out_[0]);
+        const bool added = list_added(head, 0, count) != nullptr;
+        Product p = product(head, nullptr, 0, count, out_[0]);
+        if (added) p.add = add_;
+        take_slice(p, head);
+        p.next = o_.layers.size() > 1 ? weight_of(1) : following_weight();
+        if (o_.windowed) {
+            list_windows(p, piece);
+            multiply(p);
+        } else {
+            list_pixels(source(), o_.in, 0, count, taps_);
+            p.a = taps_;
+            multiply_neighbours(p, false);
+        }
+        further_layers(count);
+    }
+
+    // Copies the windows and lists their groups, tap by tap, and at each position what is written and added: of those
+    // between two rows, a spare pixel and zeros.
+    void list_windows(Product &p, const Piece &piece) const {
+        const Window &window = o_.window;
+        const int group = kernels_.group, positions = whole_groups(window.positions(piece.rows), group);
+        p.pixels = piece.images * positions;
+        p.a_pitch = p.pixels / group;
+        p.step = static_cast<std::ptrdiff_t>(window.pixel);
+        const View in = source();
+        std::byte *planes = scratch_ + o_.scratch.window;
+        for (int i = 0; i < piece.images; i++, planes += window.bytes(piece.rows)) {
+            window.copy(piece.y, piece.rows, [&](int y) { return in.row_at(piece.image + i, y); }, planes);
+            Pointers to = groups_ + i * (positions / group);
+            for (int ky = 0; ky < window.kernel_h; ky++)
+                for (int kx = 0; kx < window.kernel_w; kx++, to += p.a_pitch) {
+                    const std::byte *at = planes + window.tap(piece.rows, ky, kx);
+                    for (int j = 0; j < positions / group; j++, at += static_cast<std::size_t>(group) * window.pixel)
+                        to[j] = at;
+                }
+        }
+        p.a = groups_;
+        spread(p, piece, positions);
+    }
+
+    // From lists of pixels to lists of positions, in out_[1] and, from behind, in place.
+    void spread(Product &p, const Piece &piece, int positions) const {
+        const int across = o_.window.out_width, width = o_.window.width;
+        int pixel = 0;
+        for (int i = 0; i < piece.images; i++)
+            for (int at = 0, x = 0; at < positions; at++, x = x + 1 < width ? x + 1 : 0) {
+                const bool inside = x < across && at < piece.rows * width;
+                out_[1][i * positions + at] = inside ? out_[0][pixel] : scratch_ + o_.scratch.spare;
+                if (p.add) taps_[i * positions + at] = inside ? add_[pixel] : zeros();
+                pixel += inside;
+            }
+        p.out = out_[1];
+        if (p.add) p.add = taps_;
+    }
 
     // --- Winograd's convolution
 
@@ -385,6 +511,7 @@ class Work {
         list_image(image);
         Product p = product(layer, taps_, count, count, out_[0]);
         take_slice(p, layer);
+        if (o_.tiled) p.next = following_weight();
         const std::size_t before = static_cast<std::size_t>(p.offset) * element_;
         const std::size_t bytes = static_cast<std::size_t>(p.blocks * kLane) * element_;
         if (list_added(layer, 0, count)) {
@@ -394,7 +521,7 @@ class Work {
         p.offset = 0;
         for (int i = 0; i < count; i++)
             out_[0][i] = scratch_ + o_.scratch.tile[0] + static_cast<std::size_t>(i) * bytes;
-        multiply(p);
+        multiply_neighbours(p, false);
         kernels_.average(
             {out_[0], count, p.blocks * kLane, destination(o_.pool_map, o_.pooled).row_at(image, 0) + before});
     }
@@ -407,12 +534,13 @@ class Work {
         list_pixels(source(), o_.in, 0, count, taps_);
         Product p = product(layer, taps_, count, count, out_[0]);
         take_slice(p, layer);
+        if (o_.tiled) p.next = following_weight();
         const int offset = p.offset, width = p.blocks * kLane;
         p.offset = 0;
         p.raw = true;
         float *const tile = reinterpret_cast<float *>(scratch_ + o_.scratch.tile[0]);
         for (int i = 0; i < count; i++) out_[0][i] = tile + i * width;
-        multiply(p);
+        multiply_neighbours(p, false);
         const int classes = layer.step->out_channels, kept = std::min(width, classes - offset);
         for (int i = 0; i < count; i++)
             std::memcpy(run_.logits + static_cast<std::size_t>(first + i) * static_cast<std::size_t>(classes) + offset,
@@ -428,8 +556,10 @@ class Work {
     }
 
     void begin_stem(int image) {
-        const std::size_t rows = static_cast<std::size_t>(o_.layers[0].step->kernel_h) + 1;
-        std::memset(scratch_ + o_.scratch.images, 0, image_row_bytes() * rows);
+        const int rows = o_.layers[0].step->kernel_h;
+        std::memset(scratch_ + o_.scratch.images, 0,
+                    image_row_bytes() * (o_.tiled ? 1 : static_cast<std::size_t>(rows) + 1));
+        if (o_.tiled) std::memset(columns_row(-1), 0, columns_row_bytes());
         image_ = image;
         next_image_row_ = next_conv_row_ = 0;
     }
@@ -448,8 +578,9 @@ class Work {
 
     std::size_t image_row_bytes() const { return stem_row_elements(o_) * element_; }
 
-    // A row of the padded image; those above and below it are the row of zeros behind the ring.
+    // A row of the padded image; those above and below it are the row of zeros behind the ring. In tiles there is one.
     std::byte *image_row(int y) const {
+        if (o_.tiled) return scratch_ + o_.scratch.images;
         const int rows = o_.layers[0].step->kernel_h;
         const int slot = y < 0 || y >= o_.in.height ? rows : y % rows;
         return scratch_ + o_.scratch.images + static_cast<std::size_t>(slot) * image_row_bytes();
@@ -463,12 +594,11 @@ class Work {
         for (next_image_row_ = std::max(next_image_row_, std::max(top, 0));
              next_image_row_ < std::min(top + conv.kernel_h, o_.in.height); next_image_row_++)
             interleave(next_image_row_);
-        const std::size_t step = static_cast<std::size_t>(conv.stride * o_.in.channels) * element_;
-        for (int ky = 0; ky < conv.kernel_h; ky++) {
-            const std::byte *at = image_row(top + ky);
-            for (int x = 0; x < width; x++, at += step) taps_[ky * width + x] = at;
-        }
         Product p = product(layer, taps_, width, width, out);
+        if (o_.tiled)
+            list_columns(p, top);
+        else
+            list_image_rows(top);
         if (layer.add >= 0) {
             const View added = destination(layer.add, layer.out);
             for (int x = 0; x < width; x++)
@@ -478,6 +608,51 @@ class Work {
         multiply(p);
     }
 
+    // The pixels that each tap meets: a tap is a row of the kernel.
+    void list_image_rows(int top) const {
+        const Step &conv = *o_.layers[0].step;
+        const int width = o_.layers[0].out.width;
+        const std::size_t step = static_cast<std::size_t>(conv.stride * o_.in.channels) * element_;
+        for (int ky = 0; ky < conv.kernel_h; ky++) {
+            const std::byte *at = image_row(top + ky);
+            for (int x = 0; x < width; x++, at += step) taps_[ky * width + x] = at;
+        }
+    }
+
+    // Tiles take pixels that overlap, and so lie across lines of the cache, only slowly: each tap's elements are copied
+    // to lines of their own, once for all outputs and all rows of the convolution that meet this row of the image.
+    std::size_t columns_bytes() const { return static_cast<std::size_t>(o_.layers[0].step->k_pitch) * element_; }
+    std::size_t columns_row_bytes() const {
+        return static_cast<std::size_t>(whole_groups(o_.layers[0].out.width, kernels_.group)) * columns_bytes();
+    }
+    std::byte *columns_row(int y) const {
+        const int rows = o_.layers[0].step->kernel_h;
+        const int slot = y < 0 || y >= o_.in.height ? rows : y % rows;
+        return scratch_ + o_.scratch.columns + static_cast<std::size_t>(slot) * columns_row_bytes();
+    }
+    void copy_columns(int y) const {
+        const std::size_t step = static_cast<std::size_t>(o_.layers[0].step->stride * o_.in.channels) * element_;
+        const std::byte *from = image_row(y);
+        std::byte *to = columns_row(y);
+        const std::size_t bytes = columns_bytes();
+        for (int x = 0; x < o_.layers[0].out.width; x++, from += step, to += bytes)
+            if (bytes == 64)
+                std::memcpy(to, from, 64);  // as nearly always: one instruction
+            else
+                std::memcpy(to, from, bytes);
+    }
+    void list_columns(Product &p, int top) const {
+        const int group = kernels_.group;
+        p.a = groups_;
+        p.a_pitch = (p.pixels + group - 1) / group;
+        p.step = static_cast<std::ptrdiff_t>(columns_bytes());
+        for (int ky = 0; ky < p.taps; ky++) {
+            const std::byte *at = columns_row(top + ky);
+            for (int i = 0; i < p.a_pitch; i++, at += static_cast<std::size_t>(group) * columns_bytes())
+                groups_[ky * p.a_pitch + i] = at;
+        }
+    }
+
     void interleave(int y) const {
         const std::size_t plane = static_cast<std::size_t>(o_.in.pixels()),
                           channels = static_cast<std::size_t>(o_.in.channels);
@@ -485,6 +660,7 @@ class Work {
                                  static_cast<std::size_t>(y) * static_cast<std::size_t>(o_.in.width);
         const std::size_t left = static_cast<std::size_t>(o_.layers[0].step->padding) * channels * element_;
         kernels_.interleave({row, plane, o_.in.channels, o_.in.width, image_row(y) + left});
+        if (o_.tiled) copy_columns(y);
     }
 
     // One row of the pooling; rows of the convolution that it needs join their ring.
@@ -520,7 +696,7 @@ class Work {
     const Kernels &kernels_;
     const std::size_t element_;
     std::byte *const scratch_;
-    const Pointers taps_, add_;
+    const Pointers taps_, add_, groups_;
     void **const out_[2];
     int *const pixels_;
     int slice_ = 0;

@@ -80,22 +80,6 @@ std::string listed() {
     return names;
 }
 
-// What runs the products that tiles cannot: the next best instruction set with tables for the precision.
-const Kernels *next_best(const Isa &chosen, bool bf16) {
-    bool after = false;
-    for (const Isa &isa : kIsas) {
-        if (after && isa.runs_here())
-            if (const Kernels *tables = isa.tables(bf16)) return tables;
-        after = after || &isa == &chosen;
-    }
-    return nullptr;
-}
-
-KernelChoice choice(const Isa &isa, bool bf16) {
-    const Kernels *tables = isa.tables(bf16);
-    return {tables, tables->supports ? next_best(isa, bf16) : nullptr};
-}
-
 }  // namespace
 
 const char *available_isas() {
@@ -103,7 +87,7 @@ const char *available_isas() {
     return names.c_str();
 }
 
-KernelChoice choose_kernels(const char *name, bool bf16) {
+const Kernels &choose_kernels(const char *name, bool bf16) {
     if (!name || !*name) name = std::getenv("RD_ISA");
     const bool any = !name || !*name;
     for (const Isa &isa : kIsas) {
@@ -113,7 +97,7 @@ KernelChoice choose_kernels(const char *name, bool bf16) {
             throw Error(RD_ERROR_UNSUPPORTED, "this CPU cannot run instruction set " + std::string(name) +
                                                   ": choose one of " + available_isas());
         }
-        if (isa.tables(bf16)) return choice(isa, bf16);
+        if (const Kernels *tables = isa.tables(bf16)) return *tables;
         if (!any)
             throw Error(RD_ERROR_UNSUPPORTED, "instruction set " + std::string(name) + " has no " +
                                                   (bf16 ? "bf16" : "fp32") + " kernels: choose another one");

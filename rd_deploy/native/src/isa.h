@@ -10,13 +10,8 @@ namespace rd {
 // Names, best first, separated by commas.
 const char *available_isas();
 
-// The tables of an instruction set: `main` for most products, `other` for those that `main` does not support (null when
-// it supports all). `name` null: the environment's RD_ISA, else the best that has tables for the precision.
-// Raises rd::Error when the name is unknown, not in this build, or not for this CPU.
-struct KernelChoice {
-    const Kernels *main;
-    const Kernels *other;
-};
-KernelChoice choose_kernels(const char *name, bool bf16);
+// The tables of an instruction set. `name` null: the environment's RD_ISA, else the best that has tables for the
+// precision. Raises rd::Error when the name is unknown, not in this build, or not for this CPU.
+const Kernels &choose_kernels(const char *name, bool bf16);
 
 }  // namespace rd

@@ -80,41 +80,40 @@ constexpr int kOutputBlocks = 2;
 
 class ProductProbe : public Probe {
   public:
-    ProductProbe(KernelChoice choice, int pixels, int k) {
-        const std::size_t bytes = choice.main->bf16 ? 2 : 4;
+    ProductProbe(const Kernels &kernels, int pixels, int k) : kernels_(kernels) {
+        const std::size_t bytes = kernels.bf16 ? 2 : 4;
         const std::size_t row = static_cast<std::size_t>(k) * bytes, outputs = kOutputBlocks * kLane;
         values_.resize((static_cast<std::size_t>(pixels) + outputs) * row / 2 + kSlack);
         out_.resize(static_cast<std::size_t>(pixels) * outputs * bytes / 2 + kSlack);
         std::byte *const weights = aligned(values_), *const out = aligned(out_);
         for (std::size_t pixel = 0; pixel < static_cast<std::size_t>(pixels); pixel++) {
-            a_.push_back(weights + (outputs + pixel) * row);
+            if (pixel % static_cast<std::size_t>(kernels.group) == 0) a_.push_back(weights + (outputs + pixel) * row);
             to_.push_back(out + pixel * outputs * bytes);
         }
         product_.a = a_.data();
         product_.out = to_.data();
         product_.a_pitch = product_.pixels = pixels;
+        product_.step = static_cast<std::ptrdiff_t>(row);
         product_.taps = 1;
         product_.k = product_.k_pitch = k;
         product_.w = weights;
         product_.w_block = kLane * row;
         product_.blocks = kOutputBlocks;
-        const bool other = choice.main->supports && !choice.main->supports(product_);
-        kernels_ = other ? choice.other : choice.main;
     }
 
     void prepare() override {
         // 0.0078 in either precision: neither zeros nor denormals, which some CPUs treat in their own way.
         std::fill(values_.begin(), values_.end(), std::uint16_t{0x3C00});
-        if (kernels_->begin) kernels_->begin();
+        if (kernels_.begin) kernels_.begin();
     }
 
     void finish() override {
-        if (kernels_->end) kernels_->end();
+        if (kernels_.end) kernels_.end();
     }
 
     double pass() override {
         constexpr int repeats = 16;
-        for (int i = 0; i < repeats; i++) kernels_->product(product_);
+        for (int i = 0; i < repeats; i++) kernels_.product(product_);
         return 2.0 * repeats * product_.pixels * product_.k * kOutputBlocks * kLane;
     }
 
@@ -125,7 +124,7 @@ class ProductProbe : public Probe {
         return reinterpret_cast<std::byte *>((address + 63) / 64 * 64);
     }
 
-    const Kernels *kernels_ = nullptr;
+    const Kernels &kernels_;
     std::vector<std::uint16_t> values_, out_;
     std::vector<const void *> a_;
     std::vector<void *> to_;
@@ -180,13 +179,13 @@ class ReadProbe : public Probe {
 }  // namespace
 
 double measure_product(const char *isa, bool bf16, int threads) {
-    const KernelChoice choice = choose_kernels(isa, bf16);
+    const Kernels &kernels = choose_kernels(isa, bf16);
     double best = 0;
     for (const int tiles : {1, 2, 4}) {
         for (const int k : {64, 128, 256}) {  // what fits the L1 cache best depends on both
             Probes probes;
             for (int i = 0; i < threads; i++)
-                probes.push_back(std::make_unique<ProductProbe>(choice, tiles * choice.main->pixels, k));
+                probes.push_back(std::make_unique<ProductProbe>(kernels, tiles * kernels.pixels, k));
             best = std::max(best, best_rate(probes));
         }
     }

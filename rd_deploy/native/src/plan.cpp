@@ -40,6 +40,11 @@ constexpr std::size_t kTileBytes = 128 << 10;  // of a map that exists in scratc
 // A thread with fewer pixels than this would read all weights for too little work: share out the outputs instead.
 constexpr int kLeastPixels = 14;
 constexpr int kSlicesPerThread = 2;
+// The same for tiles: positions of a chunk; pixels of a piece, and of a thread that is worth all weights.
+constexpr int kTiledPositions = 240;
+constexpr int kTiledPiece = 64;
+constexpr int kTiledRows = 2;  // of a streamed map
+constexpr int kLeastTiledPixels = 64;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -50,8 +55,8 @@ class Builder {
     Builder(std::shared_ptr<const Network> network, const Options &options) : plan_(std::make_shared<Plan>()) {
         plan_->network = std::move(network);
         plan_->options = options;
-        plan_->kernels = choose_kernels(options.isa, net().precision == Precision::bf16);
-        plan_->options.isa = plan_->kernels.main->isa;
+        plan_->kernels = &choose_kernels(options.isa, net().precision == Precision::bf16);
+        plan_->options.isa = plan_->kernels->isa;
         plan_->element = element_bytes(net().precision);
     }
 
@@ -62,6 +67,7 @@ class Builder {
         lay_out();
         if (!flag(RD_FLAG_UNFUSED)) stream();
         transform_weights();
+        find_following();
         make_zeros();
         describe();
         return plan_;
@@ -220,7 +226,13 @@ class Builder {
     }
 
     // Too few pixels to be shared out among the threads.
-    bool is_small(const Shape &out) const { return options().batch * out.pixels() < kLeastPixels * options().threads; }
+    bool is_small(const Shape &out) const {
+        return options().batch * out.pixels() < (tiled() ? kLeastTiledPixels : kLeastPixels) * options().threads;
+    }
+
+    // Whether products read groups of neighbouring pixels.
+    bool tiled() const { return plan_->kernels->group > 1; }
+    int whole(int pixels) const { return whole_groups(pixels, plan_->kernels->group); }
 
     bool joins_as_pool(std::size_t at, StepKind kind) const {
         return !flag(RD_FLAG_UNFUSED) && readers_[at] == 1 && at + 1 < net().steps.size() &&
@@ -243,7 +255,7 @@ class Builder {
         const bool possible = conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride == 1 && conv.padding == 1;
         if (!possible || flag(RD_FLAG_NO_WINOGRAD) || flag(RD_FLAG_SMALL)) return;
         double least = cost(layer, 9.0 * layer.out.pixels(), 9, 0);
-        for (const Winograd &form : plan_->kernels.main->winograd) {
+        for (const Winograd &form : plan_->kernels->winograd) {
             if (form.m == 0) continue;
             const double spots = (form.m + 2) * (form.m + 2), tiles = tiles_of(layer, form.m);
             const double candidate = cost(layer, tiles * spots, spots, tiles * spots);
@@ -401,6 +413,7 @@ class Builder {
     }
 
     void share_out(Operation &o) const {
+        o.tiled = tiled();
         switch (o.kind) {
             case OperationKind::stem:
                 share_out_rows(o, o.pool ? o.pooled : o.layers[0].out, kSlicesPerThread, 1);
@@ -464,12 +477,19 @@ class Builder {
             part.slices = 1;
             part.chunks = 1;
             part.step_rows = 1;
+            part.tiled = tiled();
             part.piece = piece(part);
             if (part.kind == OperationKind::stem) {
                 part.units = part.out().height;
                 continue;
             }
             const Layer &head = part.layers[0];
+            if (part.tiled) {
+                // Fewer rows would leave many positions of the last group empty.
+                part.step_rows = part.rows = flag(RD_FLAG_SMALL) ? 1 : std::min(kTiledRows, head.out.height);
+                set_window(part);
+                continue;
+            }
             part.step_rows = head.winograd ? head.winograd->m : 1;
             const int across = ceil_div(head.out.width, part.step_rows);
             part.units = across * ceil_div(head.out.height, part.step_rows);
@@ -493,12 +513,14 @@ class Builder {
         for (const Layer &layer : o.layers)
             if (layer.map == kScratch) widest = std::max(widest, index(layer.out.pitch()) * plan_->element);
         const std::size_t most = flag(RD_FLAG_SMALL) ? kTileBytes / 8 : kTileBytes;
+        if (tiled()) return std::clamp(static_cast<int>(most / 2 / widest) / 32 * 32, 32, kTiledPiece);
         return std::clamp(static_cast<int>(most / widest), kLeastPixels, kDirectPixels);
     }
 
     void share_out_convolution(Operation &o) const {
         const Layer &head = o.layers[0];
         o.piece = piece(o);
+        if (o.tiled) return share_out_tiled(o);
         if (head.winograd)
             divide(o, tiles_of(head, head.winograd->m), tiles_at_once(head));
         else
@@ -510,6 +532,44 @@ class Builder {
         o.chunk = ceil_div(total, o.chunks);
         o.chunks = ceil_div(total, o.chunk);
         slice(o);
+    }
+
+    // --- in tiles
+
+    void set_window(Operation &o) const {
+        const Layer &head = o.layers[0];
+        const Step &step = *head.step;
+        o.windowed = !is_pointwise(step) || o.source == kRing;
+        o.window = Window(step, o.in.height, o.in.width, head.out.width, index(o.in.pitch()) * plan_->element);
+    }
+
+    // Positions of the operation's line for so many rows of so many images, in whole groups.
+    int positions(const Operation &o, int rows, int images) const {
+        return o.windowed ? images * whole(o.window.positions(rows)) : whole(images * rows * o.layers[0].out.width);
+    }
+
+    // Of rows of an image, or whole images: those that keep the busiest thread busy for the shortest time, in groups of
+    // positions, and one for what a chunk takes besides. Of equal ones the smallest.
+    void share_out_tiled(Operation &o) const {
+        set_window(o);
+        const Shape &out = o.layers[0].out;
+        const bool sliced = is_small(out) && o.layers.size() == 1;
+        const int most = flag(RD_FLAG_SMALL) ? kTiledPositions / 8 : kTiledPositions;
+        std::int64_t least = 0;
+        for (int rows = 1, images = 1; images <= options().batch; rows < out.height ? rows++ : images++) {
+            if ((rows > 1 || images > 1) && positions(o, rows, images) > most) break;
+            const int chunks = ceil_div(options().batch, images) * ceil_div(out.height, rows);
+            const int turns = sliced ? chunks : ceil_div(chunks, options().threads);
+            const std::int64_t time = std::int64_t{turns} * (positions(o, rows, images) / plan_->kernels->group + 1);
+            if (least > 0 && time >= least) continue;
+            least = time;
+            o.rows = rows;
+            o.images = images;
+            o.chunks = chunks;
+        }
+        o.units = out.height;
+        o.slices = 1;
+        if (sliced) slice(o);
     }
 
     // --- memory
@@ -554,7 +614,10 @@ class Builder {
     void lay_out_stem_rows(Operation &o, Take take) const {
         const Step &conv = *o.layers[0].step;
         const Shape &out = o.layers[0].out;
-        o.scratch.images = take(index(conv.kernel_h + 1) * stem_row_elements(o) * plan_->element);
+        o.scratch.images = take(index(o.tiled ? 1 : conv.kernel_h + 1) * stem_row_elements(o) * plan_->element);
+        if (o.tiled)
+            o.scratch.columns =
+                take(index(conv.kernel_h + 1) * index(whole(out.width) * conv.k_pitch) * plan_->element);
         if (o.pool) o.scratch.rows = take(index(o.pool->kernel_h) * out.row_elements() * plan_->element);
     }
 
@@ -570,12 +633,28 @@ class Builder {
             s.product_rows = take(spots * pointer);
             s.spare = take(index(o.layers[0].out.pitch()) * element);
         } else {
-            s.taps = take(most_taps(o) * pixels * pointer);
+            const bool grouped = o.tiled && o.kind == OperationKind::convolution;
+            s.taps = take((grouped ? 1 : most_taps(o)) * pixels * pointer);
         }
+        if (o.tiled && !o.layers.empty()) lay_out_groups(o, take);
         s.pixels = take(pixels * sizeof(int));
         for (std::size_t &out : s.out) out = take(pixels * pointer);
         s.add = take(pixels * pointer);
         lay_out_tiles(o, take);
+    }
+
+    template <class Take>
+    void lay_out_groups(Operation &o, Take take) const {
+        ScratchLayout &s = o.scratch;
+        const std::size_t group = index(plan_->kernels->group);
+        s.groups = take(std::max<std::size_t>(1, most_taps(o) * chunk_pixels(o) / group) * sizeof(void *));
+        int widest = 0;  // of what may be read from maps
+        for (const Layer &layer : o.layers) widest = std::max(widest, layer.in.pitch());
+        s.group = take(group * index(widest) * plan_->element);
+        if (o.kind != OperationKind::convolution || !o.windowed) return;
+        // The last group may begin at the last position.
+        s.window = take(index(o.images) * o.window.bytes(o.rows) + group * o.window.pixel);
+        s.spare = take(index(o.layers[0].out.pitch()) * plan_->element);
     }
 
     template <class Take>
@@ -597,10 +676,15 @@ class Builder {
     std::size_t chunk_pixels(const Operation &o) const {
         switch (o.kind) {
             case OperationKind::stem:
-                return index(std::max(o.layers[0].out.width, o.pooled.width));
+                return index(whole(std::max(o.layers[0].out.width, o.pooled.width)));
             case OperationKind::convolution_average:
             case OperationKind::average:
-                return index(o.in.pixels());
+                return index(whole(o.in.pixels()));
+            case OperationKind::convolution:
+                if (o.tiled) return index(positions(o, o.rows, o.images));
+                break;
+            case OperationKind::linear:
+                return index(whole(o.chunk));
             default:
                 break;
         }
@@ -721,6 +805,17 @@ class Builder {
         layer.weight = memory.get();
         plan_->info.packed_bytes += bytes;
         plan_->transformed.push_back(std::move(memory));
+    }
+
+    void find_following() const {
+        int following = -1;
+        for (int at = static_cast<int>(plan_->operations.size()) - 1; at >= 0; at--) {
+            Operation &o = plan_->operations[index(at)];
+            o.following = following;
+            for (Operation &part : o.parts) part.following = following;
+            const Operation &first = o.parts.empty() ? o : o.parts[0];
+            if (!first.layers.empty()) following = at;
+        }
     }
 
     void make_zeros() {

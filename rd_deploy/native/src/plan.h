@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "network.h"
+#include "window.h"
 
 namespace rd {
 
@@ -63,6 +64,8 @@ struct ScratchLayout {
     std::size_t tile[2] = {0, 0};          // outputs that exist in scratch only, of layers in turn
     std::size_t transformed = 0, products = 0, product_rows = 0, spare = 0;  // Winograd's
     std::size_t images = 0, rows = 0;  // the stem's rows: of the image, and of the convolution
+    // In tiles: pointers to groups of pixels, the input's window, the stem's taps, and the group that ends a map.
+    std::size_t groups = 0, window = 0, columns = 0, group = 0;
     std::size_t bytes = 0;
 };
 
@@ -81,11 +84,18 @@ struct Operation {
     int chunk = 1, chunks = 1;  // units of a chunk, number of chunks
     int slices = 1;
     int piece = 1;  // pixels that go through the second and further layers at a time
+    // In tiles (of kernels whose products read whole groups), a convolution's chunks are so many rows of an image, or
+    // so many whole images.
+    bool tiled = false;
+    int rows = 1, images = 1;
+    bool windowed = false;  // else its pixels are neighbours already
+    Window window;
     // A streamed operation's parts: each makes rows for the next one, which keeps only as many as its window covers. A
     // chunk is a band of rows of the last part's output; what two bands need of the parts before is computed twice.
     std::vector<Operation> parts;
     int step_rows = 1;       // of a part: rows that it makes at a time
     Ring in_ring, out_ring;  // of a part
+    int following = -1;      // the next operation that has weights
     ScratchLayout scratch;
     int scratch_buffer = -1;
     rd_step_info info{};
@@ -107,7 +117,7 @@ Memory allocate(std::size_t bytes);
 struct Plan {
     std::shared_ptr<const Network> network;
     Options options;
-    KernelChoice kernels{};
+    const Kernels *kernels = nullptr;
     std::size_t element = 4;  // bytes
     std::vector<Map> maps;
     std::vector<Operation> operations;

@@ -2,7 +2,7 @@
 //
 // Before including it, a file defines RD_ISA_NAME (a string), RD_VECTOR_BYTES (of a register: 16, 32 or 64) and
 // RD_TILE_PIXELS and RD_TILE_BLOCKS (the register tile), so that accumulators, weights and one broadcast fit into the
-// registers. It may define RD_MULTIPLY_ADD, RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used,
+// registers. It may define RD_MULTIPLY_ADD, RD_POSITIVE, RD_DOT_BF16 and RD_TO_BF16 to have its own instructions used,
 // RD_STEPS_UNROLLED (steps of the inner loop, where its own instructions are many beside those of a step), and
 // RD_FETCH_NEXT (with RD_TILE_BLOCKS of 1) to have weights fetched as `Fetch` says.
 //
@@ -37,6 +37,7 @@ constexpr int kParts = 16 / kLanes;          // registers in a block of 16 outpu
 typedef float Floats __attribute__((vector_size(RD_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(RD_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(RD_VECTOR_BYTES / 2)));
+typedef int16_t Shorts __attribute__((vector_size(RD_VECTOR_BYTES)));
 
 template <class T>
 RD_INLINE T load(const void *from) {
@@ -70,8 +71,14 @@ RD_INLINE Floats multiply_add(Floats sum, Floats a, Floats w) {
     return sum + a * w;
 #endif
 }
-// NaN stays NaN, as in the maximum instruction when its second operand is one.
-RD_INLINE Floats positive(Floats x) { return Floats{} > x ? Floats{} : x; }
+// NaN stays NaN, as in x86's maximum when its second operand is one: compilers make a comparison and a choice of this.
+RD_INLINE Floats positive(Floats x) {
+#ifdef RD_POSITIVE
+    return RD_POSITIVE(x);
+#else
+    return Floats{} > x ? Floats{} : x;
+#endif
+}
 
 // Elements of a map in float32 and bfloat16: how a vector of them is read, written and multiplied.
 struct Fp32 {
@@ -481,11 +488,33 @@ void weight_transform(const WeightTransform &p) {
 
 // --- pooling and images
 
+// As integers, a register of bfloat16 at a time: where the sign is set, the other bits are inverted, which makes their
+// order that of the numbers. NaN wins. Returns how many bytes of the pixel are done.
+RD_INLINE int max_pool_pixel(Fp32, const MaxPool &, int, char *) { return 0; }
+RD_INLINE int max_pool_pixel(Bf16, const MaxPool &p, int pixel, char *out) {
+    const auto turned = [](Shorts x) { return x ^ ((x >> 15) & 0x7fff); };
+    const auto larger = [](Shorts x, Shorts y) { return x > y ? x : y; };
+    int byte = 0;
+    for (; byte + RD_VECTOR_BYTES <= p.channels * Bf16::bytes; byte += RD_VECTOR_BYTES) {
+        const Shorts first = load<Shorts>(static_cast<const char *>(p.a[pixel]) + byte);
+        Shorts largest = turned(first), magnitude = first & 0x7fff;
+        for (int t = 1; t < p.taps; t++) {
+            const Shorts x = load<Shorts>(static_cast<const char *>(p.a[t * p.pixels + pixel]) + byte);
+            largest = larger(largest, turned(x));
+            magnitude = larger(magnitude, x & 0x7fff);
+        }
+        const Shorts infinity = Shorts{} + 0x7f80, nan = Shorts{} + 0x7fc0;
+        store(out + byte, magnitude > infinity ? nan : turned(largest));
+    }
+    return byte;
+}
+
 template <class Element>
 void max_pool(const MaxPool &p) {
     for (int pixel = 0; pixel < p.pixels; pixel++) {
         char *const out = static_cast<char *>(p.out[pixel]);
-        for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
+        for (int c = max_pool_pixel(Element(), p, pixel, out); c < p.channels * Element::bytes;
+             c += kLanes * Element::bytes) {
             Floats largest = Element::read(static_cast<const char *>(p.a[pixel]) + c);
             for (int t = 1; t < p.taps; t++) {
                 const Floats x = Element::read(static_cast<const char *>(p.a[t * p.pixels + pixel]) + c);
@@ -506,12 +535,36 @@ void average(const Average &p) {
     }
 }
 
+// Three channels of bfloat16, a vector of pixels at a time, each stored as 8 bytes of which the last two are the next
+// pixel's; returns how many pixels are done. The last pixel is not among them: nothing behind it may be written.
+RD_INLINE int interleave_three(const Interleave &p) {
+    int x = 0;
+    for (; x + kLanes < p.width; x += kLanes) {
+        uint32_t halves[3][kLanes];
+        RD_UNROLL
+        for (int c = 0; c < 3; c++) {
+            const Floats values = load<Floats>(p.in + c * p.plane + x);
+            const Words bits = as_words(values), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+            store(halves[c], values != values ? Words{} + 0x7fc0u : rounded);  // any NaN stays one
+        }
+        char *out = static_cast<char *>(p.out) + x * 6;
+        for (int i = 0; i < kLanes; i++, out += 6)
+            store(out,
+                  halves[0][i] | static_cast<uint64_t>(halves[1][i]) << 16 | static_cast<uint64_t>(halves[2][i]) << 32);
+    }
+    return x;
+}
+
 template <class Element>
 void interleave(const Interleave &p) {
+    int first = 0;
+    if constexpr (Element::bytes == 2) {
+        if (p.channels == 3) first = interleave_three(p);
+    }
     for (int c = 0; c < p.channels; c++) {
         const float *const in = p.in + c * p.plane;
-        char *out = static_cast<char *>(p.out) + c * Element::bytes;
-        for (int x = 0; x < p.width; x++, out += p.channels * Element::bytes) Element::write_one(out, in[x]);
+        char *out = static_cast<char *>(p.out) + (first * p.channels + c) * Element::bytes;
+        for (int x = first; x < p.width; x++, out += p.channels * Element::bytes) Element::write_one(out, in[x]);
     }
 }
 
@@ -525,8 +578,8 @@ constexpr Kernels table(bool bf16, Winograd large) {
     return {RD_ISA_NAME,
             bf16,
             RD_TILE_PIXELS,
+            1,
             {winograd<Element, Two>(), large},
-            nullptr,
             product<Element>,
             max_pool<Element>,
             average<Element>,

@@ -15,9 +15,14 @@ namespace rd {
 // in float32, summed over t, then i, in ascending order whatever the number of pixels, so that a pixel's result does
 // not depend on its neighbours in the list. Elements of a, add and out are of the table's precision. Tables may read up
 // to k_pitch elements of a, where those beyond k meet zero weights: they must be finite.
+//
+// Vector units take any pixels: `a` lists each one, and `group` of the table is 1. Tiles are read row by row at a
+// constant distance: `a` lists the first of each `group` pixels, and the others follow `step` bytes apart each. The
+// last group is read as a whole, even if `pixels` ends within it, and what it computes for the others is dropped.
 struct Product {
     const void *const *a;    // [taps][a_pitch], pointers to k elements each; padding is a pointer to zeros
-    int a_pitch;             // at least pixels
+    int a_pitch;             // at least as many as are listed
+    ptrdiff_t step;          // bytes from one pixel of a group to the next; 0 where a group is one pixel
     int taps, k;             // k: elements per tap that count
     int k_pitch;             // elements per tap in the weights, even
     int pixels;              // at least 1
@@ -89,9 +94,9 @@ struct Winograd {
 struct Kernels {
     const char *isa;
     bool bf16;
-    int pixels;                         // of one register tile: lists of a multiple of this run best
-    Winograd winograd[2];               // m = 0: none
-    bool (*supports)(const Product &);  // null: everything
+    int pixels;            // of one register tile: lists of a multiple of this run best
+    int group;             // pixels for each pointer of a product's list
+    Winograd winograd[2];  // m = 0: none
     void (*product)(const Product &);
     void (*max_pool)(const MaxPool &);
     void (*average)(const Average &);

@@ -1,5 +1,6 @@
 // The tile instructions in plain C++, for tests on machines without AMX: as Intel's manual describes them, for tiles of
-// 16 rows of 64 bytes. TDPBF16PS sums the products of a pair's two elements one after the other, in ascending k.
+// up to 16 rows of up to 64 bytes. TDPBF16PS sums the products of a pair's two elements one after the other, in
+// ascending k.
 #pragma once
 
 #include <stddef.h>
@@ -11,16 +12,36 @@ namespace {
 
 struct EmulatedTile {
     alignas(64) char rows[16][64];
+    int height, width;  // rows, and bytes of one; 0: not configured, and instructions fault
 };
 thread_local EmulatedTile emulated_tiles[8];
-thread_local bool tiles_configured = false;
 
+// The manual's layout: palette, first row, 14 reserved bytes, bytes per row of 16 tiles in two bytes each, rows.
+inline void emulated_configure(const void *configuration) {
+    const unsigned char *const bytes = static_cast<const unsigned char *>(configuration);
+    memset(emulated_tiles, 0, sizeof emulated_tiles);
+    for (int tile = 0; tile < 8; tile++) {
+        emulated_tiles[tile].width = bytes[16 + 2 * tile] + 256 * bytes[17 + 2 * tile];
+        emulated_tiles[tile].height = bytes[48 + tile];
+        if (emulated_tiles[tile].width > 64 || emulated_tiles[tile].height > 16) __builtin_trap();
+    }
+}
+inline EmulatedTile &emulated_tile(int tile) {
+    if (emulated_tiles[tile].height == 0) __builtin_trap();
+    return emulated_tiles[tile];
+}
+// Rows and bytes beyond the tile's become zero.
+inline void emulated_zero(int tile) { memset(emulated_tile(tile).rows, 0, sizeof emulated_tiles[tile].rows); }
 inline void emulated_load(int tile, const void *from, ptrdiff_t step) {
-    for (int row = 0; row < 16; row++)
-        memcpy(emulated_tiles[tile].rows[row], static_cast<const char *>(from) + row * step, 64);
+    emulated_zero(tile);
+    EmulatedTile &to = emulated_tile(tile);
+    for (int row = 0; row < to.height; row++)
+        memcpy(to.rows[row], static_cast<const char *>(from) + row * step, static_cast<size_t>(to.width));
 }
 inline void emulated_store(int tile, void *to, ptrdiff_t step) {
-    for (int row = 0; row < 16; row++) memcpy(static_cast<char *>(to) + row * step, emulated_tiles[tile].rows[row], 64);
+    const EmulatedTile &from = emulated_tile(tile);
+    for (int row = 0; row < from.height; row++)
+        memcpy(static_cast<char *>(to) + row * step, from.rows[row], static_cast<size_t>(from.width));
 }
 inline float emulated_bf16(const char *at) {
     uint16_t half;
@@ -31,22 +52,25 @@ inline float emulated_bf16(const char *at) {
     return value;
 }
 inline void emulated_multiply(int sum, int a, int b) {
-    if (!tiles_configured) __builtin_trap();  // the instruction faults then
-    for (int m = 0; m < 16; m++)
-        for (int n = 0; n < 16; n++) {
+    EmulatedTile &sums = emulated_tile(sum);
+    const EmulatedTile &left = emulated_tile(a), &right = emulated_tile(b);
+    const bool fit = sums.height == left.height && sums.width == right.width && left.width == 4 * right.height;
+    if (!fit) __builtin_trap();
+    for (int m = 0; m < sums.height; m++)
+        for (int n = 0; n < sums.width / 4; n++) {
             float total;
-            memcpy(&total, &emulated_tiles[sum].rows[m][n * 4], 4);
-            for (int k = 0; k < 16; k++)
+            memcpy(&total, &sums.rows[m][n * 4], 4);
+            for (int k = 0; k < right.height; k++)
                 for (int half = 0; half < 2; half++)
-                    total += emulated_bf16(&emulated_tiles[a].rows[m][k * 4 + half * 2]) *
-                             emulated_bf16(&emulated_tiles[b].rows[k][n * 4 + half * 2]);
-            memcpy(&emulated_tiles[sum].rows[m][n * 4], &total, 4);
+                    total += emulated_bf16(&left.rows[m][k * 4 + half * 2]) *
+                             emulated_bf16(&right.rows[k][n * 4 + half * 2]);
+            memcpy(&sums.rows[m][n * 4], &total, 4);
         }
 }
 
-#define _tile_loadconfig(configuration) ((void)(configuration), tiles_configured = true)
-#define _tile_release() (tiles_configured = false)
-#define _tile_zero(tile) memset(&emulated_tiles[tile], 0, sizeof(EmulatedTile))
+#define _tile_loadconfig(configuration) emulated_configure(configuration)
+#define _tile_release() memset(emulated_tiles, 0, sizeof emulated_tiles)
+#define _tile_zero(tile) emulated_zero(tile)
 #define _tile_loadd(tile, from, step) emulated_load(tile, from, step)
 #define _tile_stored(tile, to, step) emulated_store(tile, to, step)
 #define _tile_dpbf16ps(sum, a, b) emulated_multiply(sum, a, b)
