@@ -6,6 +6,7 @@ from pathlib import Path
 from committed import RESULTS, markdown, newest
 
 MACHINE = "epyc-genoa-2c"  # whose speed and memory the tables of the CPU show; `machines` has the others, too
+AMX_MACHINE = "xeon-emerald-2c"
 
 
 STAR = "*: unsteady times, see `warnings` in the file."
@@ -88,33 +89,6 @@ def memory() -> str:
     return f"{markdown(header, rows)}\n\n{note} {provenance(bench)}"
 
 
-def native() -> str:
-    """plain-50 on our engine against ResNet-50 on the best of the others, and both networks on our engine."""
-    bench = newest("*-bench-plain50.json", MACHINE)
-    model, compare = (network["name"] for network in bench["networks"])
-    same = {(row["precision"], row["batch"]): row for row in bench["ratios"] if row["engine"] == "native"}
-    rows = [
-        [f"{row['precision']}, batch {row['batch']}", *_against_others(bench, row), _packed(bench, row)]
-        for row in bench["native_against_others"]
-    ]
-    header = [
-        "",
-        f"{compare} on the best other engine, ms",
-        f"{model} on ours, ms",
-        "faster by (95% interval)",
-        "faster when both are on ours",
-        "weights transformed besides, MB",
-    ]
-    kinds = sorted({f"{row['precision']}: {row['variant']}" for row in same.values()})
-    note = (
-        f"Ratios are medians over interleaved quads, not quotients of the columns. {STAR} Each pair is measured by "
-        "itself: one network's times differ between pairs, and the intervals are those within a pair. "
-        f"Transformed weights: of {model}, for Winograd's convolution, beside those of the file."
-    )
-    source = f"{note} Instruction sets: {', '.join(kinds)}. {provenance(bench)}"
-    return "\n\n".join([markdown(header, rows), _judged(bench), source])
-
-
 def _judged(bench: dict) -> str:
     """What became of the claim of speed: network and engine together, and best engine against best engine."""
     model, compare = (network["name"] for network in bench["networks"])
@@ -135,7 +109,7 @@ def _judged(bench: dict) -> str:
         ]
         said.append(f"{what}, it {', '.join(parts)}")
     (target,) = {claim["target"] for claim in bench["claims"] if claim["name"].startswith("speed/")}
-    return f"**The claim of {target:g}x**: {'; '.join(said)}."
+    return f"**The claim of {target:g}x** on {Path(bench['path']).parent.name}: {'; '.join(said)}."
 
 
 def _where(claim: dict) -> str:
@@ -145,28 +119,35 @@ def _where(claim: dict) -> str:
 
 
 def machines() -> str:
-    """Our engine in fp32 on each machine that has been measured."""
-    rows, sources = [], []
+    """plain-50 on our engine against ResNet-50 on the best of the others, and both on ours, on every machine."""
+    rows, judged, sources = [], [], []
     for machine in sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain50.json")}):
         bench = newest("*-bench-plain50.json", machine)
-        kinds = {row["variant"] for row in bench["ratios"] if (row["engine"], row["precision"]) == ("native", "fp32")}
+        kinds = {_setting(row): row["variant"] for row in bench["ratios"] if row["engine"] == "native"}
         rows += [
             [
-                f"{machine} ({', '.join(sorted(kinds))}), batch {row['batch']}",
+                f"{machine}, {row['precision']} ({kinds[_setting(row)]}), batch {row['batch']}",
                 *_against_others(bench, row),
                 _best(bench, row),
+                _packed(bench, row),
             ]
             for row in bench["native_against_others"]
-            if row["precision"] == "fp32"
         ]
+        judged.append(_judged(bench))
         sources.append(provenance(bench))
-    header = ["fp32", "resnet50 on the best other engine, ms", "plain50 on ours, ms"]
+    header = [
+        "machine, precision (our instruction set)",
+        "resnet50 on the best other engine, ms",
+        "plain50 on ours, ms",
+    ]
     header += ["faster by (95% interval)", "faster when both are on ours", "best engine against best"]
+    header += ["weights transformed besides, MB"]
     note = (
         f"Ratios are medians over interleaved quads, not quotients. {STAR} Each pair is measured by itself, also where "
-        "two columns are of the same engines: they may differ by more than the intervals, which are of one pair."
+        "two columns are of the same engines: they may differ by more than the intervals, which are of one pair. "
+        "Transformed weights: of plain50, for Winograd's convolution, beside those of the file."
     )
-    return f"{markdown(header, rows)}\n\n{note} {' '.join(sources)}"
+    return "\n\n".join([markdown(header, rows), *judged, f"{note} {' '.join(sources)}"])
 
 
 def _against_others(bench: dict, row: dict) -> list[str]:
@@ -210,10 +191,11 @@ def _ratio(row: dict) -> str:
 
 def native_basic() -> str:
     """The networks of basic blocks, whose maps are all narrow: plain-18 and plain-34 against their ResNets."""
-    benches = [newest(f"*-bench-plain{depth}.json", MACHINE) for depth in (18, 34)]
+    found = sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain18.json")})
+    benches = [newest(f"*-bench-plain{depth}.json", machine) for machine in found for depth in (18, 34)]
     rows = [
         [
-            " and ".join(network["name"] for network in bench["networks"]),
+            f"{Path(bench['path']).parent.name}, {' and '.join(network['name'] for network in bench['networks'])}",
             *_against_others(bench, bench["native_against_others"][0]),
         ]
         for bench in benches
@@ -277,9 +259,9 @@ def _is_bf16_single(row: dict) -> bool:
     return (row["precision"], row["batch"]) == ("bf16", 1)
 
 
-def profile() -> str:
-    """Every step of plain-50 on our engine in bf16 at batch 1, against this machine's limits."""
-    bench = newest("*-bench-plain50.json", MACHINE)
+def profile(machine: str = MACHINE) -> str:
+    """Every step of plain-50 on our engine in bf16 at batch 1, against a machine's limits."""
+    bench = newest("*-bench-plain50.json", machine)
     model = bench["networks"][0]["name"]
     entry = next(row for row in bench["profiles"] if row["model"] == model and _is_bf16_single(row))
     rows = [
@@ -301,6 +283,31 @@ def profile() -> str:
         "The limit of a step is the longer of its arithmetic and of reading its weights and maps."
     )
     return f"{markdown(header, rows)}\n\n{source} {provenance(bench)}"
+
+
+def amx_profile() -> str:
+    """The same on a CPU with tiles."""
+    return profile(AMX_MACHINE)
+
+
+def amx_tiles() -> str:
+    """Cycles of a tile product by the number of tiles in use."""
+    document = newest("*-amx-tiles.json")
+    rows = [
+        [row["pattern"], *(f"{row[f'{core}_cycles']:.0f}" for core in ("own", "shared"))] for row in document["results"]
+    ]
+    counts = {core: min(row[f"{core}_samples"] for row in document["results"]) for core in ("own", "shared")}
+    header = ["sums x blocks of outputs", "a core of one's own, cycles per product", "a shared one"]
+    environment = document["environment"]
+    source = (
+        "Medians; operands in the first-level cache, no other instructions. "
+        f"{counts['own']:,} samples or more on a core of one's own, {counts['shared']:,} on a shared one, "
+        f"told apart by the first pattern before and after each. {environment['cpu']['model']}, "
+        f"{document['hertz'] / 1e9:.1f} GHz, {environment['date'][:10]}; load "
+        f"{environment['load_average'][0]:.2f} when it ended. From `{document['path']}`, made by "
+        "`benchmarks/amx_tiles.py`."
+    )
+    return f"{markdown(header, rows)}\n\n{source}"
 
 
 def agreement() -> str:

@@ -17,19 +17,20 @@ from committed import ROOT, find
 PAGES = {
     "README.md": {
         "speed": cpu_tables.speed,
-        "native": cpu_tables.native,
+        "machines": cpu_tables.machines,
         "memory": cpu_tables.memory,
         "predictions": gpu_tables.predictions,
         "accuracy": short,
     },
     "docs/engine.md": {
-        "native": cpu_tables.native,
         "machines": cpu_tables.machines,
         "basic": cpu_tables.native_basic,
         "arena": cpu_tables.native_memory,
         "ablation": cpu_tables.ablation,
         "agreement": cpu_tables.agreement,
         "profile": cpu_tables.profile,
+        "amx-profile": cpu_tables.amx_profile,
+        "amx-tiles": cpu_tables.amx_tiles,
     },
     "docs/gpu.md": {
         "predictions": gpu_tables.predictions,

@@ -266,10 +266,29 @@ class Work {
         p.blocks = last - first;
     }
 
+    // A chunk's pixels in pieces: as the plan says; in tiles in nearly equal ones of whole groups, since a piece of a
+    // few pixels would meet all weights for next to nothing.
+    class Pieces {
+      public:
+        Pieces(const Operation &o, int count, int group)
+            : count_(count),
+              unit_(o.tiled ? group : o.piece),
+              units_((count + unit_ - 1) / unit_),
+              pieces_(o.tiled ? std::max(1, (count + o.piece / 2) / o.piece) : units_) {}
+
+        // Of the first, second, ...
+        int end(int number) const { return std::min(units_ * number / pieces_ * unit_, count_); }
+
+      private:
+        const int count_, unit_, units_, pieces_;
+    };
+
     // The second and further layers, piece by piece, so that a wide map exists for one piece only.
     void further_layers(int count) {
-        for (int first = 0; first < count && o_.layers.size() > 1; first += o_.piece) {
-            const int piece = std::min(o_.piece, count - first);
+        if (o_.layers.size() == 1) return;
+        const Pieces pieces(o_, count, kernels_.group);
+        for (int first = 0, number = 1; first < count; number++) {
+            const int end = pieces.end(number), piece = end - first;
             const void *const *in = out_[0] + first;
             for (std::size_t i = 1; i < o_.layers.size(); i++) {
                 const Layer &layer = o_.layers[i];
@@ -277,10 +296,11 @@ class Work {
                 list_outputs(layer.map, layer.out, o_.scratch.tile[1], first, piece, out);
                 Product p = product(layer, in, piece, piece, out);
                 p.add = list_added(layer, first, piece);
-                p.next = next_of(i, first + piece < count, first > 0);
+                p.next = next_of(i, end < count, first > 0);
                 multiply_neighbours(p, is_spare(i - 1));
                 in = out;
             }
+            first = end;
         }
     }
 

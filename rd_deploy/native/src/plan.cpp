@@ -43,7 +43,7 @@ constexpr int kSlicesPerThread = 2;
 // The same for tiles: positions of a chunk; pixels of a piece, and of a thread that is worth all weights.
 constexpr int kTiledPositions = 240;
 constexpr int kTiledPiece = 64;
-constexpr int kTiledRows = 2;  // of a streamed map
+constexpr int kTiledStep = 112;  // pixels of a streamed map's rows that are made at a time
 constexpr int kLeastTiledPixels = 64;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -472,6 +472,16 @@ class Builder {
         o.chunks = options().batch * ceil_div(out.height, o.chunk);
     }
 
+    // Rows of a streamed map that are made at a time: as many as fill some groups, since each step meets all weights,
+    // and so many that they share a band evenly.
+    int tiled_rows(const Shape &out) const {
+        if (flag(RD_FLAG_SMALL)) return 1;
+        const int band = ceil_div(out.height, bands(out));
+        int rows = std::min(ceil_div(kTiledStep, out.width), band);
+        while (band % rows != 0) rows--;
+        return rows;
+    }
+
     void share_out_streamed(Operation &o) const {
         for (Operation &part : o.parts) {
             part.slices = 1;
@@ -485,8 +495,7 @@ class Builder {
             }
             const Layer &head = part.layers[0];
             if (part.tiled) {
-                // Fewer rows would leave many positions of the last group empty.
-                part.step_rows = part.rows = flag(RD_FLAG_SMALL) ? 1 : std::min(kTiledRows, head.out.height);
+                part.step_rows = part.rows = tiled_rows(part.out());
                 set_window(part);
                 continue;
             }
@@ -669,7 +678,8 @@ class Builder {
         // The first layer makes a whole chunk, the second only a piece of it at a time.
         const int first = o.pool ? o.pool_map : o.layers[0].map;
         if (first == kScratch) o.scratch.tile[0] = take(pixels * index(o.layers[1].in.pitch()) * element);
-        if (o.layers[1].map == kScratch) o.scratch.tile[1] = take(index(o.piece * o.layers[1].out.pitch()) * element);
+        const int piece = o.tiled ? o.piece / 2 * 3 : o.piece;  // in tiles what would be a small piece joins others
+        if (o.layers[1].map == kScratch) o.scratch.tile[1] = take(index(piece * o.layers[1].out.pitch()) * element);
     }
 
     // Pixels of a chunk's output (of a stem: of a row; of an average: of what is averaged; of a linear layer: images).

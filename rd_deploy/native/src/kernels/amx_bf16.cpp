@@ -157,9 +157,9 @@ struct Fetching {
 
     // What comes after the blocks from `first` to `last`, which take so many steps.
     Fetching(const Product &p, int first, int last, int64_t steps) {
-        if (!p.next) return;
         const char *const own = static_cast<const char *>(p.w);
         const bool ends = last == p.blocks;
+        if (ends && !p.next) return;
         const int following = last - first < p.blocks - last ? last - first : p.blocks - last;
         const size_t bytes = static_cast<size_t>(ends ? last - first : following) * p.w_block;
         at = ends ? static_cast<const char *>(p.next) : own + last * p.w_block;

@@ -1,0 +1,70 @@
+"""Cycles of a tile product of AMX by the number of tiles in use, on a core of one's own and on a shared one.
+
+python benchmarks/amx_tiles.py --results FILE.json [--seconds 10]
+
+amx_tiles.cpp says what is measured, and how it knows whether another hardware thread is at work on the same core.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rd_deploy.bench.environment import available_threads, capture
+from rd_deploy.common import UserError, run_command, write_json
+from rd_deploy.native import available_isas
+from rd_deploy.native.build import AMX_BF16, RELEASE, WARNINGS, BuildError, Compiler
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COLUMNS = ("pattern", "own_samples", "own_cycles", "shared_samples", "shared_cycles")
+
+
+def build(folder: Path) -> Path:
+    """The program, compiled with warnings as errors. Raises `UserError`."""
+    program = folder / "amx_tiles"
+    try:
+        compiler = Compiler.find()
+    except BuildError as reason:
+        raise UserError(str(reason)) from reason
+    command = [*compiler.command, "-std=c++17", *RELEASE, *WARNINGS, "-Werror", *AMX_BF16, SOURCE, "-o", program]
+    if subprocess.run(command).returncode != 0:
+        raise UserError(f"{compiler} cannot compile {SOURCE.name}: its reasons stand above")
+    return program
+
+
+def measure(program: Path, seconds: float) -> dict:
+    """``hertz`` and a row of `COLUMNS` for each pattern; cycles are None where there is no sample."""
+    ran = subprocess.run([program, str(seconds)], capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise UserError(f"{SOURCE.name} ended with {ran.returncode}: the system gives no tiles to this process")
+    hertz, *lines = ran.stdout.splitlines()
+    rows = []
+    for line in lines:
+        name, own, own_cycles, shared, shared_cycles = line.split("\t")
+        counts = int(own), int(shared)
+        own_median, shared_median = (
+            float(cycles) if count else None for cycles, count in zip((own_cycles, shared_cycles), counts, strict=True)
+        )
+        rows.append(dict(zip(COLUMNS, (name, counts[0], own_median, counts[1], shared_median), strict=True)))
+    return {"hertz": float(hertz), "results": rows}
+
+
+def main() -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", required=True, metavar="FILE.json")
+    parser.add_argument("--seconds", type=float, default=10, help="(default: %(default)s)")
+    options = parser.parse_args()
+    if "amx_bf16" not in available_isas():
+        raise UserError("this CPU has no AMX for bfloat16: nothing to measure")
+    with tempfile.TemporaryDirectory() as folder:
+        document = measure(build(Path(folder)), options.seconds)
+    for row in document["results"]:
+        print(row)
+    write_json(Path(options.results), {**document, "environment": capture(available_threads())})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("amx_tiles.py", main))
