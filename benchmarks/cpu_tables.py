@@ -294,7 +294,8 @@ def amx_tiles() -> str:
     """Cycles of a tile product by the number of tiles in use."""
     document = newest("*-amx-tiles.json")
     rows = [
-        [row["pattern"], *(f"{row[f'{core}_cycles']:.0f}" for core in ("own", "shared"))] for row in document["results"]
+        [row["pattern"], *(f"{cycles:.0f}" if cycles else "no sample" for cycles in _tile_cycles(row))]
+        for row in document["results"]
     ]
     counts = {core: min(row[f"{core}_samples"] for row in document["results"]) for core in ("own", "shared")}
     header = ["sums x blocks of outputs", "a core of one's own, cycles per product", "a shared one"]
@@ -308,6 +309,10 @@ def amx_tiles() -> str:
         "`benchmarks/amx_tiles.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
+
+
+def _tile_cycles(row: dict) -> tuple[float | None, float | None]:
+    return row["own_cycles"], row["shared_cycles"]
 
 
 def agreement() -> str:

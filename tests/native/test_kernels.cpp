@@ -14,6 +14,7 @@
 
 // Beside the library's copy, which is compiled for real tiles. Its vectors pass between functions of this file only.
 #define RD_EMULATE_TILES
+#define RD_GROUP_BYTES 6000  // so that the products below have several groups of weights
 #define amx_bf16_kernels emulated_amx_bf16_kernels
 #pragma GCC diagnostic ignored "-Wpsabi"
 #include "kernels/amx_bf16.cpp"
@@ -101,6 +102,7 @@ class ProductCase {
         p.offset = shape_.offset + block * kLane;
         p.relu = shape_.relu;
         p.raw = shape_.raw;
+        p.next = shape_.next ? w_.at(0) : nullptr;
         table_.product(p);
     }
 
@@ -178,14 +180,15 @@ class ProductCase {
               raw(random.below(4) == 0),
               relu(!raw && random.flip()),
               add(!raw && random.flip()),
-              in_place(random.flip()) {
+              in_place(random.flip()),
+              next(random.flip()) {
             // Pixels of a row of the images overlap; those of a map do not.
             step = taps == 3 ? index(random.between(1, 6)) : index(k_pitch + 16 * random.below(3));
         }
         std::size_t block() const { return index(taps * k_pitch * kLane + gap); }
         std::size_t row() const { return index(offset + blocks * kLane + 16); }
         int taps, k_pitch, k, pixels, a_pitch, blocks, offset, gap;
-        bool bias, raw, relu, add, in_place;
+        bool bias, raw, relu, add, in_place, next;
         std::size_t step;
     };
 

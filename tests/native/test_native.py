@@ -1,8 +1,10 @@
 """The C++ tests: each test_*.cpp beside this file is a program, built with the engine's sources under sanitizers.
 
 A program gets an empty folder as its argument and passes when it ends with 0. Those named test_threads*.cpp run under
-ThreadSanitizer, the others under AddressSanitizer and UndefinedBehaviorSanitizer. fuzz_rdp.cpp is run by libFuzzer:
-for 30 seconds, or as many as RD_FUZZ_SECONDS of the environment says. Kernels that this CPU cannot run are left out.
+ThreadSanitizer, the others under AddressSanitizer and UndefinedBehaviorSanitizer. Programs that plan or run networks do
+so once more with emulated tiles, whose loads and stores the sanitizers see, unlike those of AMX. fuzz_rdp.cpp is run by
+libFuzzer: for 30 seconds, or as many as RD_FUZZ_SECONDS of the environment says. Kernels that this CPU cannot run are
+left out.
 """
 
 import os
@@ -18,6 +20,7 @@ from rd_deploy.native.build import EMPTY, EMPTY_FUZZER, OBJECTS, Build, BuildErr
 
 FOLDER = Path(__file__).parent
 PROGRAMS = sorted(path.name for path in FOLDER.glob("test_*.cpp"))
+EMULATED = ("test_plan.cpp", "test_run.cpp")
 FUZZ_SECONDS = int(os.environ.get("RD_FUZZ_SECONDS", "30"))
 pytestmark = pytest.mark.timeout(900 + FUZZ_SECONDS)  # compilers take minutes on a busy machine
 OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
@@ -42,6 +45,14 @@ class Native(Compiler):
         return {isa: flags for isa, flags in super().isas.items() if isa in runs_here()}
 
 
+class Emulating(Compiler):
+    """Compiles the AMX kernels as plain code, and of the others the portable ones only."""
+
+    @cached_property
+    def isas(self) -> dict[str, tuple[str, ...]]:
+        return {"portable": (), "amx_bf16": ()}
+
+
 @cache
 def usable(sanitize: str, name: str | None = None, source: str = EMPTY) -> Compiler | str:
     """The compiler, or why programs under these sanitizers cannot be built or run here."""
@@ -60,11 +71,23 @@ def test_program(program, tmp_path):
     compiler = usable(sanitize)
     if isinstance(compiler, str):
         pytest.skip(compiler)
-    built = Build(compiler, sanitize).executable(OBJECTS / "tests" / Path(program).stem, [FOLDER / program])
+    run(Build(compiler, sanitize).executable(OBJECTS / "tests" / Path(program).stem, [FOLDER / program]), tmp_path)
+
+
+@pytest.mark.parametrize("program", EMULATED)
+def test_program_with_emulated_tiles(program, tmp_path):
+    sanitize = sanitizers(program)
+    if isinstance(reason := usable(sanitize), str):
+        pytest.skip(reason)
+    build = Build(Emulating.find(), sanitize, flags=("-DRD_EMULATE_TILES",))
+    run(build.executable(OBJECTS / "tests" / f"emulated_{Path(program).stem}", [FOLDER / program]), tmp_path)
+
+
+def run(built: Path, folder: Path) -> None:
     ran = subprocess.run(
-        [built, tmp_path], cwd=tmp_path, env=os.environ | OPTIONS, capture_output=True, text=True, errors="replace"
+        [built, folder], cwd=folder, env=os.environ | OPTIONS, capture_output=True, text=True, errors="replace"
     )
-    assert ran.returncode == 0, f"{program} ended with {ran.returncode}\n{ran.stdout[-4000:]}\n{ran.stderr[-8000:]}"
+    assert ran.returncode == 0, f"{built.name} ended with {ran.returncode}\n{ran.stdout[-4000:]}\n{ran.stderr[-8000:]}"
 
 
 def test_no_file_crashes_the_engine(tmp_path):

@@ -1,6 +1,7 @@
 // Windows as tiles read them: at every position of the line, each tap meets the pixel that the convolution wants.
 #include "window.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"
@@ -17,11 +18,12 @@ constexpr int kCases = 400;
 // Pixels of four bytes: their number, 0 outside the map.
 void test_window(Random &random) {
     rd::Step step;
-    step.kernel_h = random.between(1, 5);
-    step.kernel_w = random.between(1, 5);
-    step.stride = random.between(1, 3);
-    step.padding = random.between(0, 2);
-    const int height = random.between(step.kernel_h, 12), width = random.between(step.kernel_w, 12);
+    const int most = random.any({3, 3, 5, 16});
+    step.kernel_h = random.between(1, most);
+    step.kernel_w = random.between(1, most);
+    step.stride = random.between(1, random.any({2, 3, 16}));
+    step.padding = random.between(0, random.any({1, 2, 15}));
+    const int height = random.between(step.kernel_h, 20), width = random.between(step.kernel_w, 20);
     const int out_height = (height + 2 * step.padding - step.kernel_h) / step.stride + 1;
     const int out_width = (width + 2 * step.padding - step.kernel_w) / step.stride + 1;
     const int first = random.below(out_height), rows = random.between(1, out_height - first);
@@ -31,11 +33,17 @@ void test_window(Random &random) {
     for (std::size_t i = 0; i < map.size(); i++) map[i] = static_cast<int>(i) + 1;
     const Window window(step, height, width, out_width, sizeof(int));
     const test::Array<int> planes(window.bytes(rows) / sizeof(int), -1);
+    int lowest = height, highest = -1;
     const auto row = [&](int y) {
         CHECK(y >= 0 && y < height);
+        lowest = std::min(lowest, y);
+        highest = std::max(highest, y);
         return reinterpret_cast<const std::byte *>(map.data() + y * width);
     };
     window.copy(first, rows, row, reinterpret_cast<std::byte *>(planes.data()));
+    // Of a ring of rows no more may be read than a window covers.
+    CHECK(lowest >= std::max(0, first * step.stride - step.padding) || highest < 0);
+    CHECK(highest < std::max(0, (first + rows - 1) * step.stride - step.padding + step.kernel_h));
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < out_width; x++)
             for (int ky = 0; ky < step.kernel_h; ky++)

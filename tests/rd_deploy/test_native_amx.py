@@ -1,7 +1,7 @@
 """Whole networks on the AMX kernels, with the tile instructions emulated, so that any machine can test them.
 
-What is emulated are the eight tile instructions alone (src/kernels/tiles_emulated.h): lists of pixels, copies, order of
-the products, biases, additions and what the tiles cannot do are those of the real kernel.
+What is emulated are the tile instructions alone (src/kernels/tiles_emulated.h): windows, groups of pixels, order of the
+products, biases and additions are those of the real kernel.
 """
 
 from functools import cached_property
@@ -35,7 +35,7 @@ NETWORKS = {
 
 
 class EmulatingCompiler(Compiler):
-    """Compiles the AMX kernels as plain code, and no others but those that take what tiles cannot do."""
+    """Compiles the AMX kernels as plain code, and of the others the portable ones only."""
 
     @cached_property
     def isas(self) -> dict[str, tuple[str, ...]]:
@@ -80,9 +80,10 @@ def test_networks(name):
 
 
 @pytest.mark.parametrize("flags", [Flag.UNFUSED, Flag.SMALL])
-def test_plans(flags):
+@pytest.mark.parametrize("batch", [1, 5])
+def test_plans(flags, batch):
     arch, size = NETWORKS["plain50"]
-    check(chain_of("plain50"), random_images(1, arch.in_channels, size), flags)
+    check(chain_of("plain50"), random_images(batch, arch.in_channels, size), flags)
 
 
 def test_odd_shapes():

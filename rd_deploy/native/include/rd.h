@@ -103,7 +103,7 @@ typedef struct rd_plan_info {
     uint32_t steps;       /* fused steps */
     uint64_t arena_bytes; /* all memory that a run writes, but for the logits: the sum of the next three at the peak */
     uint64_t feature_map_bytes; /* of which feature maps */
-    uint64_t scratch_bytes;     /* of which the threads' scratch: tiles of maps that never exist, transforms */
+    uint64_t scratch_bytes;     /* of which the threads' scratch: tiles of maps that never exist, windows, transforms */
     uint64_t alignment_bytes;   /* of which alignment and gaps */
     uint64_t weight_bytes;      /* weights in the file, as packed there */
     uint64_t packed_bytes;      /* weights transformed when the plan was made, besides those in the file */

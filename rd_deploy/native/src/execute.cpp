@@ -38,6 +38,7 @@ class Work {
           pixels_(reinterpret_cast<int *>(scratch + operation.scratch.pixels)) {}
 
     void execute(int item) {
+        item_ = item;
         const int chunk = item % o_.chunks;
         slice_ = item / o_.chunks;
         switch (o_.kind) {
@@ -241,15 +242,18 @@ class Work {
         return layer < o_.layers.size() ? o_.layers[layer].weight : nullptr;
     }
 
-    // The weights that this thread probably multiplies after an item's last ones. Threads take the slices from the last
-    // one on, as long as they are equally fast.
+    // The weights that this thread probably multiplies after this item's last ones; null where they are known to be in
+    // the cache. Several threads take items from the last one on, and one takes them from the first one on.
     const std::byte *following_weight() const {
-        const int threads = plan_.options.threads, before = slice_ - threads;
-        if (o_.slices > 1 && before >= 0) return slice_weight(o_, before);
+        const int threads = plan_.options.threads, next = threads == 1 ? item_ + 1 : item_ - threads;
+        if (next >= 0 && next < o_.items()) {
+            const int slice = next / o_.chunks;
+            return slice == slice_ && o_.layers.size() == 1 ? nullptr : slice_weight(o_, slice);
+        }
         if (o_.following < 0) return nullptr;
-        const Operation &next = plan_.operations[static_cast<std::size_t>(o_.following)];
-        return slice_weight(next.parts.empty() ? next : next.parts[0],
-                            std::max(0, next.slices - threads + slice_ % threads));
+        const Operation &after = plan_.operations[static_cast<std::size_t>(o_.following)];
+        const int first = threads == 1 ? 0 : std::max(0, after.items() - threads + item_ % threads);
+        return slice_weight(after.parts.empty() ? after : after.parts[0], first / after.chunks);
     }
     const std::byte *slice_weight(const Operation &o, int slice) const {
         const Step &step = *o.layers[0].step;
@@ -384,7 +388,7 @@ class Work {
         spread(p, piece, positions);
     }
 
-    // From lists of pixels to lists of positions, in out_[1] and, from behind, in place.
+    // From lists of pixels to lists of positions: of outputs in out_[1], of what is added in taps_.
     void spread(Product &p, const Piece &piece, int positions) const {
         const int across = o_.window.out_width, width = o_.window.width;
         int pixel = 0;
@@ -719,7 +723,7 @@ class Work {
     const Pointers taps_, add_, groups_;
     void **const out_[2];
     int *const pixels_;
-    int slice_ = 0;
+    int item_ = 0, slice_ = 0;
     int image_ = 0, row_ = 0;                     // a part's: the image in work and the next rows to make
     int next_image_row_ = 0, next_conv_row_ = 0;  // the stem's: rows that are not yet in their rings
 };

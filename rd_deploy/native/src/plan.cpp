@@ -42,6 +42,7 @@ constexpr int kLeastPixels = 14;
 constexpr int kSlicesPerThread = 2;
 // The same for tiles: positions of a chunk; pixels of a piece, and of a thread that is worth all weights.
 constexpr int kTiledPositions = 240;
+constexpr int kFewTiledPositions = 64;  // for RD_FLAG_SMALL
 constexpr int kTiledPiece = 64;
 constexpr int kTiledStep = 112;  // pixels of a streamed map's rows that are made at a time
 constexpr int kLeastTiledPixels = 64;
@@ -460,7 +461,8 @@ class Builder {
 
     // Share out the outputs of a single layer as well, so that there are items for all threads.
     void slice(Operation &o) const {
-        const int wanted = ceil_div(options().threads * kSlicesPerThread, o.chunks);
+        // In tiles a slice each: every slice copies the window again and begins with weights that nobody has fetched.
+        const int wanted = ceil_div(options().threads * (tiled() ? 1 : kSlicesPerThread), o.chunks);
         o.slices = std::clamp(wanted, 1, o.layers[0].step->blocks());
     }
 
@@ -495,6 +497,7 @@ class Builder {
             }
             const Layer &head = part.layers[0];
             if (part.tiled) {
+                part.images = 1;
                 part.step_rows = part.rows = tiled_rows(part.out());
                 set_window(part);
                 continue;
@@ -563,7 +566,7 @@ class Builder {
         set_window(o);
         const Shape &out = o.layers[0].out;
         const bool sliced = is_small(out) && o.layers.size() == 1;
-        const int most = flag(RD_FLAG_SMALL) ? kTiledPositions / 8 : kTiledPositions;
+        const int most = flag(RD_FLAG_SMALL) ? kFewTiledPositions : kTiledPositions;
         std::int64_t least = 0;
         for (int rows = 1, images = 1; images <= options().batch; rows < out.height ? rows++ : images++) {
             if ((rows > 1 || images > 1) && positions(o, rows, images) > most) break;
@@ -822,7 +825,6 @@ class Builder {
         for (int at = static_cast<int>(plan_->operations.size()) - 1; at >= 0; at--) {
             Operation &o = plan_->operations[index(at)];
             o.following = following;
-            for (Operation &part : o.parts) part.following = following;
             const Operation &first = o.parts.empty() ? o : o.parts[0];
             if (!first.layers.empty()) following = at;
         }

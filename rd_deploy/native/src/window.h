@@ -55,14 +55,17 @@ struct Window {
     template <class Row>
     void copy(int first, int rows, const Row &row, std::byte *to) const {
         const int height = rows + (kernel_h - 1) / stride;
-        for (int phase = 0; phase < phases_h * phases_w; phase++)
+        for (int phase = 0; phase < phases_h * phases_w; phase++) {
+            const int met = rows + (kernel_h - 1 - phase / phases_w) / stride;  // lines that a tap meets
             for (int line = 0; line < height; line++, to += static_cast<std::size_t>(width) * pixel) {
+                if (line >= met) continue;
                 const int y = (first + line) * stride + phase / phases_w - padding;
                 if (y < 0 || y >= in_height)
                     std::memset(to, 0, static_cast<std::size_t>(width) * pixel);
                 else
                     copy_line(row(y), phase % phases_w - padding, to);
             }
+        }
     }
 
   private:

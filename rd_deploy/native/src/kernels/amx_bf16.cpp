@@ -4,11 +4,9 @@
 // products that they save. A tile's rows are 16 pixels at a constant distance, read in place. RD_EMULATE_TILES replaces
 // the tile instructions by plain code, so that this file can be tested on any machine.
 //
-// Only four of the eight tiles are used: two of sums, one of pixels and one of weights. A CPU gives tiles new registers
-// as instructions pass, so that loads need not wait for products that still read what was there. Where two threads
-// share a core and both are at work, too few registers are left for that: with eight tiles in use each instruction
-// waited for the one before it, and a product took 74 cycles instead of 16; with four it takes 33 (Emerald Rapids;
-// docs/engine.md). On a core of its own, a thread gets one product per 16 cycles either way.
+// Only four of the eight tiles are used at a time: two of sums, one of pixels and one of weights. Where two threads
+// share a core and both are at work, products with eight tiles in use take twice as long as with four, or longer; on a
+// core of its own a thread does not notice. docs/engine.md has the figures and our reading of them.
 #if defined(RD_EMULATE_TILES)
 #include "tiles_emulated.h"
 #else
@@ -32,7 +30,9 @@ constexpr int kRows = 16;   // of a tile: pixels of a, pairs of k of w
 constexpr int kDepth = 32;  // elements of k in a tile
 constexpr int kTileBytes = 1024;
 // Weights that all pixels meet before the next ones: they stay in the second-level cache meanwhile.
-constexpr size_t kGroupBytes = 512 << 10;
+#ifndef RD_GROUP_BYTES
+#define RD_GROUP_BYTES (160 << 10)
+#endif
 
 // The tiles by number, as the instructions take them: literals.
 #define RD_UPPER 0  // sums of 16 pixels
@@ -69,9 +69,11 @@ void configure(int last) {
     configured = last;
 }
 
-// Zeros take no registers. A thread that was interrupted comes back with all its tiles in registers, those that it does
-// not use as well, and then each product took 80 cycles until they were zeros again.
+// A tile that an instruction has zeroed takes no register. A thread that was interrupted comes back with all its tiles
+// in registers, those that it does not use as well.
+template <bool Lower>
 RD_INLINE void free_tiles(int last) {
+    if constexpr (!Lower) _tile_zero(RD_LOWER);
     if (last == 0) {
         _tile_zero(RD_LAST_PIXELS);
         _tile_zero(RD_LAST_WEIGHTS);
@@ -80,7 +82,10 @@ RD_INLINE void free_tiles(int last) {
     _tile_zero(7);
 }
 
-void begin() { configure(0); }
+void begin() {
+    configured = -1;  // whatever another user of tiles left behind
+    configure(0);
+}
 
 void end() {
     _tile_release();
@@ -180,7 +185,7 @@ RD_INLINE void multiply_block(const Product &p, int group, const char *w, float 
                               Fetching &fetching) {
     const int whole = p.k_pitch / kDepth * 64, last = p.k_pitch % kDepth;
     const ptrdiff_t step = p.step;
-    free_tiles(last);
+    free_tiles<Lower>(last);
     _tile_zero(RD_UPPER);
     if constexpr (Lower) _tile_zero(RD_LOWER);
     for (int t = 0; t < p.taps; t++) {
@@ -199,6 +204,8 @@ RD_INLINE void multiply_block(const Product &p, int group, const char *w, float 
             fetching.step();
         }
         if (last > 0) {
+            _tile_zero(RD_PIXELS);
+            _tile_zero(RD_WEIGHTS);
             _tile_loadd(RD_LAST_WEIGHTS, w, 64);
             _tile_loadd(RD_LAST_PIXELS, upper + whole, step);
             _tile_dpbf16ps(RD_UPPER, RD_LAST_PIXELS, RD_LAST_WEIGHTS);
@@ -206,6 +213,8 @@ RD_INLINE void multiply_block(const Product &p, int group, const char *w, float 
                 _tile_loadd(RD_LAST_PIXELS, lower + whole, step);
                 _tile_dpbf16ps(RD_LOWER, RD_LAST_PIXELS, RD_LAST_WEIGHTS);
             }
+            _tile_zero(RD_LAST_PIXELS);
+            _tile_zero(RD_LAST_WEIGHTS);
             writing.step();
             fetching.step();
             w += last * 32;
@@ -236,7 +245,7 @@ void tiled_product(const Product &p) {
         s.write = nullptr;
     }
     int turn = 0;
-    const int fitting = static_cast<int>(kGroupBytes / p.w_block) / 2 * 2, most = fitting > 2 ? fitting : 2;
+    const int fitting = static_cast<int>(RD_GROUP_BYTES / p.w_block) / 2 * 2, most = fitting > 2 ? fitting : 2;
     for (int first = 0; first < p.blocks; first += most) {
         const int end = p.blocks - first < most ? p.blocks : first + most;
         const int64_t steps = int64_t{(p.pixels + 2 * kRows - 1) / (2 * kRows)} * (end - first) * p.taps *

@@ -12,9 +12,10 @@ namespace rd {
 
 // A convolution (or one of Winograd's products, or a linear layer) on a list of pixels:
 //   out[p][n] = relu?(bias[n] + sum over t, i of a[t][p][i] * w[n][t][i] (+ add[p][n])),  n = 0 .. 16 * blocks - 1
-// in float32, summed over t, then i, in ascending order whatever the number of pixels, so that a pixel's result does
-// not depend on its neighbours in the list. Elements of a, add and out are of the table's precision. Tables may read up
-// to k_pitch elements of a, where those beyond k meet zero weights: they must be finite.
+// in float32, summed over t, then i, in ascending order (in tiles 32 of i at a time, and the bias last) whatever the
+// number of pixels, so that a pixel's result does not depend on its neighbours in the list. Elements of a, add and out
+// are of the table's precision. Tables may read up to k_pitch elements of a, where those beyond k meet zero weights:
+// they must be finite.
 //
 // Vector units take any pixels: `a` lists each one, and `group` of the table is 1. Tiles are read row by row at a
 // constant distance: `a` lists the first of each `group` pixels, and the others follow `step` bytes apart each. The

@@ -1,6 +1,6 @@
 // The tile instructions in plain C++, for tests on machines without AMX: as Intel's manual describes them, for tiles of
-// up to 16 rows of up to 64 bytes. TDPBF16PS sums the products of a pair's two elements one after the other, in
-// ascending k.
+// up to 16 rows of up to 64 bytes. TDPBF16PS sums the products of even and of odd k apart, each in ascending order,
+// before both are added to what was there.
 #pragma once
 
 #include <stddef.h>
@@ -58,12 +58,13 @@ inline void emulated_multiply(int sum, int a, int b) {
     if (!fit) __builtin_trap();
     for (int m = 0; m < sums.height; m++)
         for (int n = 0; n < sums.width / 4; n++) {
-            float total;
+            float total, halves[2] = {0, 0};
             memcpy(&total, &sums.rows[m][n * 4], 4);
             for (int k = 0; k < right.height; k++)
                 for (int half = 0; half < 2; half++)
-                    total += emulated_bf16(&left.rows[m][k * 4 + half * 2]) *
-                             emulated_bf16(&right.rows[k][n * 4 + half * 2]);
+                    halves[half] += emulated_bf16(&left.rows[m][k * 4 + half * 2]) *
+                                    emulated_bf16(&right.rows[k][n * 4 + half * 2]);
+            total += halves[0] + halves[1];
             memcpy(&sums.rows[m][n * 4], &total, 4);
         }
 }
