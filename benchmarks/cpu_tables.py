@@ -298,7 +298,7 @@ def amx_tiles() -> str:
         for row in document["results"]
     ]
     counts = {core: min(row[f"{core}_samples"] for row in document["results"]) for core in ("own", "shared")}
-    header = ["sums x blocks of outputs", "a core of one's own, cycles per product", "a shared one"]
+    header = ["groups of 16 pixels x blocks of 16 outputs", "a core of one's own, cycles per product", "a shared one"]
     environment = document["environment"]
     source = (
         "Medians; operands in the first-level cache, no other instructions. "
