@@ -22,7 +22,8 @@ COLUMNS = (
     "Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: multiply-accumulates of the training in "
     "units of training the plain network by cross-entropy; the teacher's own training comes besides. Intervals are "
     "Student's t over the seeds (of initialisation, order and augmentation), which takes the few differences to be "
-    "normal; training and test images are the same for all, so that which images these are is not in the intervals."
+    "normal; training and test images are the same for all, so that which images these are is not in the intervals. "
+    "Means over different seeds cannot be subtracted: what is compared has equal seeds."
 )
 RATES = (
     "One seed. Validation and test are of the epoch that validation chose; training is the mean over the last epoch's "

@@ -1,8 +1,8 @@
-"""Cycles of a tile product of AMX by the number of tiles in use, on a core of one's own and on a shared one.
+"""Cycles of a tile product of AMX by the number of tiles in use.
 
 python benchmarks/amx_tiles.py --results FILE.json [--seconds 10]
 
-amx_tiles.cpp says what is measured, and how it knows whether another hardware thread is at work on the same core.
+amx_tiles.cpp says what is measured, and how it tells the two states of the machine apart.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rd_deploy.native import available_isas
 from rd_deploy.native.build import AMX_BF16, RELEASE, WARNINGS, BuildError, Compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-COLUMNS = ("pattern", "own_samples", "own_cycles", "shared_samples", "shared_cycles")
+COLUMNS = ("pattern", "fast_samples", "fast_cycles", "slow_samples", "slow_cycles")
 
 
 def build(folder: Path) -> Path:
@@ -41,12 +41,12 @@ def measure(program: Path, seconds: float) -> dict:
     hertz, *lines = ran.stdout.splitlines()
     rows = []
     for line in lines:
-        name, own, own_cycles, shared, shared_cycles = line.split("\t")
-        counts = int(own), int(shared)
-        own_median, shared_median = (
-            float(cycles) if count else None for cycles, count in zip((own_cycles, shared_cycles), counts, strict=True)
+        name, fast, fast_cycles, slow, slow_cycles = line.split("\t")
+        counts = int(fast), int(slow)
+        fast_median, slow_median = (
+            float(cycles) if count else None for cycles, count in zip((fast_cycles, slow_cycles), counts, strict=True)
         )
-        rows.append(dict(zip(COLUMNS, (name, counts[0], own_median, counts[1], shared_median), strict=True)))
+        rows.append(dict(zip(COLUMNS, (name, counts[0], fast_median, counts[1], slow_median), strict=True)))
     return {"hertz": float(hertz), "results": rows}
 
 

@@ -297,12 +297,12 @@ def amx_tiles() -> str:
         [row["pattern"], *(f"{cycles:.0f}" if cycles else "no sample" for cycles in _tile_cycles(row))]
         for row in document["results"]
     ]
-    counts = {core: min(row[f"{core}_samples"] for row in document["results"]) for core in ("own", "shared")}
-    header = ["groups of 16 pixels x blocks of 16 outputs", "a core of one's own, cycles per product", "a shared one"]
+    counts = {state: min(row[f"{state}_samples"] for row in document["results"]) for state in ("fast", "slow")}
+    header = ["groups of 16 pixels x blocks of 16 outputs", "fast state, cycles per product", "slow state"]
     environment = document["environment"]
     source = (
         "Medians; operands in the first-level cache, no other instructions. "
-        f"{counts['own']:,} samples or more on a core of one's own, {counts['shared']:,} on a shared one, "
+        f"{counts['fast']:,} samples or more in the fast state, {counts['slow']:,} in the slow one, "
         f"told apart by the first pattern before and after each. {environment['cpu']['model']}, "
         f"{document['hertz'] / 1e9:.1f} GHz, {environment['date'][:10]}; load "
         f"{environment['load_average'][0]:.2f} when it ended. From `{document['path']}`, made by "
@@ -312,7 +312,7 @@ def amx_tiles() -> str:
 
 
 def _tile_cycles(row: dict) -> tuple[float | None, float | None]:
-    return row["own_cycles"], row["shared_cycles"]
+    return row["fast_cycles"], row["slow_cycles"]
 
 
 def agreement() -> str:

@@ -30,10 +30,10 @@ def test_lines_become_rows(tmp_path):
         "results": [
             {
                 "pattern": "four tiles",
-                "own_samples": 7,
-                "own_cycles": 16.1,
-                "shared_samples": 0,
-                "shared_cycles": None,  # the core was never a shared one
+                "fast_samples": 7,
+                "fast_cycles": 16.1,
+                "slow_samples": 0,
+                "slow_cycles": None,  # the machine was never in that state
             }
         ],
     }

@@ -243,7 +243,8 @@ class Work {
     }
 
     // The weights that this thread probably multiplies after this item's last ones; null where they are known to be in
-    // the cache. Several threads take items from the last one on, and one takes them from the first one on.
+    // the cache, or nothing follows. Several threads take items from the last one on, and one takes them from the first
+    // one on.
     const std::byte *following_weight() const {
         const int threads = plan_.options.threads, next = threads == 1 ? item_ + 1 : item_ - threads;
         if (next >= 0 && next < o_.items()) {

@@ -461,7 +461,8 @@ class Builder {
 
     // Share out the outputs of a single layer as well, so that there are items for all threads.
     void slice(Operation &o) const {
-        // In tiles a slice each: every slice copies the window again and begins with weights that nobody has fetched.
+        // In tiles one slice per thread: every slice copies the window again and begins with weights that nobody has
+        // fetched.
         const int wanted = ceil_div(options().threads * (tiled() ? 1 : kSlicesPerThread), o.chunks);
         o.slices = std::clamp(wanted, 1, o.layers[0].step->blocks());
     }

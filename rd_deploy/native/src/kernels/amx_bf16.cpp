@@ -69,8 +69,7 @@ void configure(int last) {
     configured = last;
 }
 
-// A tile that an instruction has zeroed takes no register. A thread that was interrupted comes back with all its tiles
-// in registers, those that it does not use as well.
+// Zeroed tiles do not count as in use, and a thread that was interrupted seems to come back with all its tiles in use.
 template <bool Lower>
 RD_INLINE void free_tiles(int last) {
     if constexpr (!Lower) _tile_zero(RD_LOWER);

@@ -1,6 +1,6 @@
-// The tile instructions in plain C++, for tests on machines without AMX: as Intel's manual describes them, for tiles of
-// up to 16 rows of up to 64 bytes. TDPBF16PS sums the products of even and of odd k apart, each in ascending order,
-// before both are added to what was there.
+// The tile instructions in plain C++, for tests on machines without AMX: as Intel's manual describes them (but
+// denormals count), for tiles of up to 16 rows of up to 64 bytes. TDPBF16PS sums the products of even and of odd k
+// apart, each in ascending order, before both are added to what was there.
 #pragma once
 
 #include <stddef.h>
