@@ -2,7 +2,7 @@
 //
 // There are two states, which change within milliseconds. Our reading: a core gives tiles new registers as instructions
 // pass, and when its other hardware thread is at work too, few are left. No counter of a virtual machine tells the
-// states apart, so a probe does: with eight tiles in use, at most 22 cycles a product in the fast one, at least 50 in
+// states apart, so a probe does: with eight tiles in use, at most 30 cycles a product in the fast one, at least 50 in
 // the slow one. Each pattern is timed between two probes, and counts where these agree.
 //
 // Cycles are nominal: seconds times the clock that a chain of dependent multiplications, 3 cycles each, shows.
@@ -185,7 +185,7 @@ int main(int count, char **arguments) {
         for (std::size_t i = 0; i < patterns; i++) {
             const double before = cycles(kPatterns[0], hertz), value = cycles(kPatterns[i], hertz),
                          after = cycles(kPatterns[0], hertz);
-            if (std::max(before, after) < 22) fast[i].push_back(value);
+            if (std::max(before, after) < 30) fast[i].push_back(value);
             if (std::min(before, after) > 50) slow[i].push_back(value);
         }
     _tile_release();

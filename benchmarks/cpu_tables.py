@@ -301,8 +301,8 @@ def amx_tiles() -> str:
     header = ["groups of 16 pixels x blocks of 16 outputs", "fast state, cycles per product", "slow state"]
     environment = document["environment"]
     source = (
-        "Medians; operands in the first-level cache, no other instructions. "
-        f"{counts['fast']:,} samples or more in the fast state, {counts['slow']:,} in the slow one, "
+        "Medians, in cycles of the clock that scalar instructions reach, which tiles may not; operands in the "
+        f"first-level cache, no other instructions. {counts['fast']:,} samples or more in the fast state, {counts['slow']:,} in the slow one, "
         f"told apart by the first pattern before and after each. {environment['cpu']['model']}, "
         f"{document['hertz'] / 1e9:.1f} GHz, {environment['date'][:10]}; load "
         f"{environment['load_average'][0]:.2f} when it ended. From `{document['path']}`, made by "
