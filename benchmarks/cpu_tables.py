@@ -303,8 +303,8 @@ def amx_tiles() -> str:
     source = (
         "Medians, in cycles of the clock that scalar instructions reach, which tiles may not; operands in the "
         f"first-level cache, no other instructions. {counts['fast']:,} samples or more in the fast state, "
-        f"{counts['slow']:,} in the slow one, told apart by the first pattern before and after each. {environment['cpu']['model']}, "
-        f"{document['hertz'] / 1e9:.1f} GHz, {environment['date'][:10]}; load "
+        f"{counts['slow']:,} in the slow one, told apart by the first pattern before and after each. "
+        f"{environment['cpu']['model']}, {document['hertz'] / 1e9:.1f} GHz, {environment['date'][:10]}; load "
         f"{environment['load_average'][0]:.2f} when it ended. From `{document['path']}`, made by "
         "`benchmarks/amx_tiles.py`."
     )
