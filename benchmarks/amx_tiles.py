@@ -17,7 +17,6 @@ from rd_deploy.native import available_isas
 from rd_deploy.native.build import AMX_BF16, RELEASE, WARNINGS, BuildError, Compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-COLUMNS = ("pattern", "fast_samples", "fast_cycles", "slow_samples", "slow_cycles")
 
 
 def build(folder: Path) -> Path:
@@ -34,19 +33,18 @@ def build(folder: Path) -> Path:
 
 
 def measure(program: Path, seconds: float) -> dict:
-    """``hertz`` and a row of `COLUMNS` for each pattern; cycles are None where there is no sample."""
+    """``hertz``, and of each pattern samples and cycles in both states; cycles are None where there is no sample."""
     ran = subprocess.run([program, str(seconds)], capture_output=True, text=True)
     if ran.returncode != 0:
         raise UserError(f"{SOURCE.name} ended with {ran.returncode}: the system gives no tiles to this process")
     hertz, *lines = ran.stdout.splitlines()
     rows = []
     for line in lines:
-        name, fast, fast_cycles, slow, slow_cycles = line.split("\t")
-        counts = int(fast), int(slow)
-        fast_median, slow_median = (
-            float(cycles) if count else None for cycles, count in zip((fast_cycles, slow_cycles), counts, strict=True)
-        )
-        rows.append(dict(zip(COLUMNS, (name, counts[0], fast_median, counts[1], slow_median), strict=True)))
+        name, *found = line.split("\t")
+        row = {"pattern": name}
+        for state, samples, cycles in (("fast", *found[:2]), ("slow", *found[2:])):
+            row |= {f"{state}_samples": int(samples), f"{state}_cycles": float(cycles) if int(samples) else None}
+        rows.append(row)
     return {"hertz": float(hertz), "results": rows}
 
 

@@ -294,7 +294,10 @@ def amx_tiles() -> str:
     """Cycles of a tile product by the number of tiles in use."""
     document = newest("*-amx-tiles.json")
     rows = [
-        [row["pattern"], *(f"{cycles:.0f}" if cycles else "no sample" for cycles in _tile_cycles(row))]
+        [
+            row["pattern"],
+            *(f"{cycles:.0f}" if cycles else "no sample" for cycles in (row["fast_cycles"], row["slow_cycles"])),
+        ]
         for row in document["results"]
     ]
     counts = {state: min(row[f"{state}_samples"] for row in document["results"]) for state in ("fast", "slow")}
@@ -309,10 +312,6 @@ def amx_tiles() -> str:
         "`benchmarks/amx_tiles.py`."
     )
     return f"{markdown(header, rows)}\n\n{source}"
-
-
-def _tile_cycles(row: dict) -> tuple[float | None, float | None]:
-    return row["fast_cycles"], row["slow_cycles"]
 
 
 def agreement() -> str:

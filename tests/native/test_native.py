@@ -45,14 +45,6 @@ class Native(Compiler):
         return {isa: flags for isa, flags in super().isas.items() if isa in runs_here()}
 
 
-class Emulating(Compiler):
-    """Compiles the AMX kernels as plain code, and of the others the portable ones only."""
-
-    @cached_property
-    def isas(self) -> dict[str, tuple[str, ...]]:
-        return {"portable": (), "amx_bf16": ()}
-
-
 @cache
 def usable(sanitize: str, name: str | None = None, source: str = EMPTY) -> Compiler | str:
     """The compiler, or why programs under these sanitizers cannot be built or run here."""
@@ -75,11 +67,11 @@ def test_program(program, tmp_path):
 
 
 @pytest.mark.parametrize("program", EMULATED)
-def test_program_with_emulated_tiles(program, tmp_path):
+def test_program_with_emulated_tiles(program, tmp_path, emulated_build):
     sanitize = sanitizers(program)
     if isinstance(reason := usable(sanitize), str):
         pytest.skip(reason)
-    build = Build(Emulating.find(), sanitize, flags=("-DRD_EMULATE_TILES",))
+    build = emulated_build(sanitize)
     run(build.executable(OBJECTS / "tests" / f"emulated_{Path(program).stem}", [FOLDER / program]), tmp_path)
 
 

@@ -4,8 +4,6 @@ What is emulated are the tile instructions alone (src/kernels/tiles_emulated.h):
 products, biases and additions are those of the real kernel.
 """
 
-from functools import cached_property
-
 import numpy as np
 import pytest
 from chains import ChainBuilder, images_for
@@ -17,7 +15,7 @@ from rd_deploy.export.onnx import to_onnx
 from rd_deploy.fold import fold
 from rd_deploy.native import Flag, Network, available_isas
 from rd_deploy.native import library as c
-from rd_deploy.native.build import OBJECTS, Build, BuildError, Compiler
+from rd_deploy.native.build import OBJECTS, BuildError
 from rd_deploy.random_weights import random_images, random_network
 from rd_train.networks import parse_arch
 
@@ -34,19 +32,11 @@ NETWORKS = {
 }
 
 
-class EmulatingCompiler(Compiler):
-    """Compiles the AMX kernels as plain code, and of the others the portable ones only."""
-
-    @cached_property
-    def isas(self) -> dict[str, tuple[str, ...]]:
-        return {"portable": (), "amx_bf16": ()}
-
-
 @pytest.fixture(scope="module", autouse=True)
-def emulated():
+def emulated(emulated_build):
     """The library with emulated tiles, in place of the built one for this module's tests."""
     try:
-        path = Build(EmulatingCompiler.find(), flags=("-DRD_EMULATE_TILES",)).library(OBJECTS / "emulated")
+        path = emulated_build().library(OBJECTS / "emulated")
     except BuildError as reason:
         pytest.skip(str(reason))
     loaded = c.load(path)

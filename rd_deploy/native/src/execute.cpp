@@ -127,6 +127,12 @@ class Work {
         multiply(p);
     }
 
+    // The first pixels of so many groups that follow each other.
+    void list_groups(const std::byte *at, std::size_t pixel, int groups, Pointers to) const {
+        const std::size_t step = static_cast<std::size_t>(kernels_.group) * pixel;
+        for (int i = 0; i < groups; i++, at += step) to[i] = at;
+    }
+
     // A layer's product on a list of pixels, for all its outputs.
     Product product(const Layer &layer, const void *const *a, int pitch, int pixels, void *const *out) const {
         const Step &step = *layer.step;
@@ -379,11 +385,8 @@ class Work {
             window.copy(piece.y, piece.rows, [&](int y) { return in.row_at(piece.image + i, y); }, planes);
             Pointers to = groups_ + i * (positions / group);
             for (int ky = 0; ky < window.kernel_h; ky++)
-                for (int kx = 0; kx < window.kernel_w; kx++, to += p.a_pitch) {
-                    const std::byte *at = planes + window.tap(piece.rows, ky, kx);
-                    for (int j = 0; j < positions / group; j++, at += static_cast<std::size_t>(group) * window.pixel)
-                        to[j] = at;
-                }
+                for (int kx = 0; kx < window.kernel_w; kx++, to += p.a_pitch)
+                    list_groups(planes + window.tap(piece.rows, ky, kx), window.pixel, positions / group, to);
         }
         p.a = groups_;
         spread(p, piece, positions);
@@ -603,12 +606,15 @@ class Work {
 
     std::size_t image_row_bytes() const { return stem_row_elements(o_) * element_; }
 
-    // A row of the padded image; those above and below it are the row of zeros behind the ring. In tiles there is one.
-    std::byte *image_row(int y) const {
-        if (o_.tiled) return scratch_ + o_.scratch.images;
+    // Where a row of the image is in a ring; those above and below the image are the row of zeros behind it.
+    std::size_t image_slot(int y) const {
         const int rows = o_.layers[0].step->kernel_h;
-        const int slot = y < 0 || y >= o_.in.height ? rows : y % rows;
-        return scratch_ + o_.scratch.images + static_cast<std::size_t>(slot) * image_row_bytes();
+        return static_cast<std::size_t>(y < 0 || y >= o_.in.height ? rows : y % rows);
+    }
+
+    // A row of the padded image. In tiles there is one, and the ring is that of the columns.
+    std::byte *image_row(int y) const {
+        return scratch_ + o_.scratch.images + (o_.tiled ? 0 : image_slot(y) * image_row_bytes());
     }
 
     // One row of the convolution of the images; rows of the image that it needs join the ring.
@@ -650,11 +656,7 @@ class Work {
     std::size_t columns_row_bytes() const {
         return static_cast<std::size_t>(whole_groups(o_.layers[0].out.width, kernels_.group)) * columns_bytes();
     }
-    std::byte *columns_row(int y) const {
-        const int rows = o_.layers[0].step->kernel_h;
-        const int slot = y < 0 || y >= o_.in.height ? rows : y % rows;
-        return scratch_ + o_.scratch.columns + static_cast<std::size_t>(slot) * columns_row_bytes();
-    }
+    std::byte *columns_row(int y) const { return scratch_ + o_.scratch.columns + image_slot(y) * columns_row_bytes(); }
     void copy_columns(int y) const {
         const std::size_t step = static_cast<std::size_t>(o_.layers[0].step->stride * o_.in.channels) * element_;
         const std::byte *from = image_row(y);
@@ -671,11 +673,8 @@ class Work {
         p.a = groups_;
         p.a_pitch = (p.pixels + group - 1) / group;
         p.step = static_cast<std::ptrdiff_t>(columns_bytes());
-        for (int ky = 0; ky < p.taps; ky++) {
-            const std::byte *at = columns_row(top + ky);
-            for (int i = 0; i < p.a_pitch; i++, at += static_cast<std::size_t>(group) * columns_bytes())
-                groups_[ky * p.a_pitch + i] = at;
-        }
+        for (int ky = 0; ky < p.taps; ky++)
+            list_groups(columns_row(top + ky), columns_bytes(), p.a_pitch, groups_ + ky * p.a_pitch);
     }
 
     void interleave(int y) const {

@@ -37,11 +37,13 @@ struct Window {
           width(output_width + (step.kernel_w - 1) / step.stride),
           pixel(pixel_bytes) {}
 
+    // Of a plane, for so many rows of outputs.
+    std::size_t row_bytes() const { return static_cast<std::size_t>(width) * pixel; }
+    std::size_t plane_bytes(int rows) const {
+        return static_cast<std::size_t>(rows + (kernel_h - 1) / stride) * row_bytes();
+    }
     // From the first output of so many rows to the last one.
     int positions(int rows) const { return (rows - 1) * width + out_width; }
-    std::size_t plane_bytes(int rows) const {
-        return static_cast<std::size_t>((rows + (kernel_h - 1) / stride) * width) * pixel;
-    }
     // All planes of one image, of so many rows of outputs.
     std::size_t bytes(int rows) const { return static_cast<std::size_t>(phases_h * phases_w) * plane_bytes(rows); }
     // The first output's pixel of a tap.
@@ -54,16 +56,15 @@ struct Window {
     // Copies what `rows` rows of outputs from `first` on need; row(y) gives a row of the image.
     template <class Row>
     void copy(int first, int rows, const Row &row, std::byte *to) const {
-        const int height = rows + (kernel_h - 1) / stride;
-        for (int phase = 0; phase < phases_h * phases_w; phase++) {
+        for (int phase = 0; phase < phases_h * phases_w; phase++, to += plane_bytes(rows)) {
             const int met = rows + (kernel_h - 1 - phase / phases_w) / stride;  // lines that a tap meets
-            for (int line = 0; line < height; line++, to += static_cast<std::size_t>(width) * pixel) {
-                if (line >= met) continue;
+            std::byte *at = to;
+            for (int line = 0; line < met; line++, at += row_bytes()) {
                 const int y = (first + line) * stride + phase / phases_w - padding;
                 if (y < 0 || y >= in_height)
-                    std::memset(to, 0, static_cast<std::size_t>(width) * pixel);
+                    std::memset(at, 0, row_bytes());
                 else
-                    copy_line(row(y), phase % phases_w - padding, to);
+                    copy_line(row(y), phase % phases_w - padding, at);
             }
         }
     }

@@ -490,8 +490,7 @@ void weight_transform(const WeightTransform &p) {
 
 // As integers, a register of bfloat16 at a time: where the sign is set, the other bits are inverted, which makes their
 // order that of the numbers. NaN wins. Returns how many bytes of the pixel are done.
-RD_INLINE int max_pool_pixel(Fp32, const MaxPool &, int, char *) { return 0; }
-RD_INLINE int max_pool_pixel(Bf16, const MaxPool &p, int pixel, char *out) {
+RD_INLINE int max_pool_halves(const MaxPool &p, int pixel, char *out) {
     const auto turned = [](Shorts x) { return x ^ ((x >> 15) & 0x7fff); };
     const auto larger = [](Shorts x, Shorts y) { return x > y ? x : y; };
     int byte = 0;
@@ -513,8 +512,9 @@ template <class Element>
 void max_pool(const MaxPool &p) {
     for (int pixel = 0; pixel < p.pixels; pixel++) {
         char *const out = static_cast<char *>(p.out[pixel]);
-        for (int c = max_pool_pixel(Element(), p, pixel, out); c < p.channels * Element::bytes;
-             c += kLanes * Element::bytes) {
+        int first = 0;
+        if constexpr (Element::bytes == 2) first = max_pool_halves(p, pixel, out);
+        for (int c = first; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
             Floats largest = Element::read(static_cast<const char *>(p.a[pixel]) + c);
             for (int t = 1; t < p.taps; t++) {
                 const Floats x = Element::read(static_cast<const char *>(p.a[t * p.pixels + pixel]) + c);
