@@ -1,63 +1,80 @@
-"""The tables of accuracy: docs/accuracy.md from the experiments of accuracy/table.py, and the README's short one."""
+"""The tables of accuracy: docs/accuracy.md from the experiments of accuracy/table.py, and the README's short one.
 
+What their columns and signs mean is said once, in accuracy/page.md ("How to read the tables").
+"""
+
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import PurePosixPath
+from string import ascii_uppercase
 
-from committed import find, located, markdown, newest
+from committed import command_of, cost_of, find, located, markdown, newest, read
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
 SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
+SHORT_PAIRS = ("resnet", "resnet-muon", "start", "published")  # what it compares ours with
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
-    "resnet": "the ResNet",
+    "resnet": "the ResNet by SGD",
     "resnet-muon": "the ResNet by Muon",
-    "plain": "plain cross-entropy",
-    "start": "cross-entropy from the same start",
+    "resnet-twice": "the ResNet by SGD, twice the epochs",
+    "plain": "plain cross-entropy, Kaiming",
+    "start": "cross-entropy from the same start by Muon",
+    "start-sgd": "cross-entropy from the same start by SGD",
     "published": "the published loss",
 }
-
-
-COLUMNS = (
-    "Mean ± standard deviation (n - 1) over seeds, how many in brackets. Cost: multiply-accumulates of the training in "
-    "units of training the plain network by cross-entropy; the teacher's own training comes besides. Intervals are "
-    "Student's t over the seeds (of initialisation, order and augmentation), which takes the few differences to be "
-    "normal; training and test images are the same for all, so that which images these are is not in the intervals. "
-    "Means over different seeds cannot be subtracted: what is compared has equal seeds."
-)
-RATES = (
-    "One seed. Validation and test are of the epoch that validation chose; training is the mean over the last epoch's "
-    "steps, of augmented images and of weights that still moved."
-)
 
 
 def short() -> str:
     """The README's table: the rows that decide of the main experiment."""
     document = newest("*-accuracy-main.json")
     rows = [row for row in _rows(document) if row["key"] in SHORT]
-    names = {row["name"] for row in rows}
-    verdicts = "\n".join(f"- {line}" for line in _verdicts(document, ("resnet", "resnet-muon", "start", "published")))
-    shown = [run for run in document["results"] if run["name"] in names]
-    source = _source(document | {"results": shown}, COLUMNS, notes=False)
-    return "\n\n".join(part for part in (_unfinished(document), _by_depth(rows), verdicts, source) if part)
+    kinds = {_kind(row["name"]) for row in rows}
+    shown = {part: [run for run in document[part] if _kind(run["name"]) in kinds] for part in ("results", "missing")}
+    shown = document | shown
+    ours = {row["name"] for row in rows if row["key"] == "ours"}
+    pairs = [pair for pair in _pairs(document) if pair["ours"] in ours and pair["against"] in SHORT_PAIRS]
+    page = "docs/accuracy.md"
+    line = _line(shown, f"[sources]({page}#sources)", document["path"], page)
+    return _joined(_by_depth(rows), _unfinished(shown), _verdicts(shown, pairs), line)
 
 
 def experiment(name: str) -> Callable[[], str]:
     """What makes the table of an experiment, with what is missing and what follows."""
 
     def table() -> str:
-        document = find(f"*-accuracy-{name}.json")
+        document = _newest(name)
         if document is None:
             script = "gpu.py" if name == "gpu" else f"table.py {name}"
             return f"Not run yet: `python benchmarks/accuracy/{script}`."
-        if name == "rates":
-            made, columns = (_rates(_rows(document)),), RATES
-        else:
-            verdicts = "\n".join(f"- {line}" for line in _verdicts(document, tuple(OTHERS)))
-            made, columns = (_by_depth(_rows(document), seconds=True), verdicts), COLUMNS
-        return "\n\n".join(part for part in (_unfinished(document), *made, _source(document, columns)) if part)
+        rows = _rows(document)
+        pairs = [] if name == "rates" else _pairs(document) if name == "main" else _not_in_main(_pairs(document))
+        made = _rates(rows) if name == "rates" else _by_depth(rows, seconds=True)
+        used = [key for key, source in _sources().items() if source.used[name]]
+        line = _line(document, f"source{'s' * (len(used) > 1)} {', '.join(used)}", f"../{document['path']}", "")
+        notes = [*_more_threads(document), *_other_teachers(document)] if name == "main" else []
+        return _joined(made, _unfinished(document), _verdicts(document, pairs), line, "\n".join(notes))
 
     return table
+
+
+def _newest(name: str) -> dict | None:
+    return find(f"*-accuracy-{name}.json")
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def _kind(name: str) -> str:
+    """A run's name without its depth."""
+    return re.sub(r"\d+", "", name, count=1)
+
+
+# --- results
 
 
 def _rows(document: dict) -> list[dict]:
@@ -87,7 +104,7 @@ def _by_depth(rows: list[dict], seconds: bool = False) -> str:
         found = {row["depth"]: row for row in rows if row["label"] == label}
         deepest = found[max(found)]
         teacher = deepest["teacher_cost"]
-        line = [label, *(_cell(found.get(depth)) for depth in depths), f"{deepest['step_cost']:.2f}"]
+        line = [label, *(_cell(found.get(depth)) for depth in depths), f"{cost_of(deepest):.2f}"]
         if deepest["depth"] != depths[-1]:
             line[-1] += f" (depth {deepest['depth']})"
         line.append("-" if teacher is None else f"{teacher:.2f}")
@@ -122,46 +139,66 @@ def _cell(row: dict | None) -> str:
     return f"{100 * row['mean']:.2f}{spread} ({len(row['seeds'])}{emulated}){_other_precision(row)}"
 
 
-def _verdicts(document: dict, against: tuple[str, ...]) -> list[str]:
-    """What the pairs of seeds say, computed; against other methods nothing where there are fewer than two."""
-    lines = []
+# --- what follows
+
+
+def _pairs(document: dict) -> list[dict]:
+    """The document's comparisons that have a seed."""
+    return [pair for pair in document["comparisons"] if pair["seeds"]]
+
+
+def _not_in_main(pairs: list[dict]) -> list[dict]:
+    """Those whose two rows main does not compare: it may have more seeds of them, and so another result."""
+    main = _newest("main")
+    there = [{pair["ours"], pair["other"]} for pair in _pairs(main)] if main else []
+    return [pair for pair in pairs if {pair["ours"], pair["other"]} not in there]
+
+
+def _verdicts(document: dict, pairs: list[dict]) -> str:
+    """What pairs of seeds say, a line each."""
     emulated = {(run["name"], run["seed"]) for run in document["results"] if _is_emulated(run)}
-    for pair in document["comparisons"]:
-        lever = pair["against"] == "lever"
-        if pair["against"] not in (*against, "lever") or not pair["seeds"] or not (lever or pair["interval"]):
-            continue
-        between = f"{pair['label']} against {pair['base'] if lever else OTHERS[pair['against']]}"
-        line = f"Depth {pair['depth']}, {between}: {100 * pair['mean']:+.2f} points"
-        if pair["interval"]:
-            low, high = (100 * bound for bound in pair["interval"])
-            each = ", ".join(f"{100 * difference:+.2f}" for difference in pair["differences"])
-            line += f", 95% interval {low:+.2f} to {high:+.2f} (seeds {', '.join(map(str, pair['seeds']))}: {each})."
-        else:
-            line += f" (seed {pair['seeds'][0]})."
-        shares = [
-            sum((pair[side], seed) in emulated for seed in pair["seeds"]) / len(pair["seeds"])
-            for side in ("ours", "other")
-        ]
-        if precisions := pair.get("precisions"):
-            first, other = (" and ".join(each) for each in precisions)
-            line += f" Of unlike precisions: the first was trained in {first}, the other in {other}."
-        elif shares[0] != shares[1]:
-            first, other = ({0: "none", 1: "all"}.get(share, f"{share:.0%}") for share in shares)
-            line += f" By emulated bf16 are {first} of the first's results and {other} of the other's."
-        enough = len(pair["seeds"]) >= FEWEST  # older files have verdicts of two
-        judged = [_verdict(pair, name, holds) for name, holds in pair["holds"].items()] if enough else []
-        lines.append(" ".join([line, *judged]))
-    return lines
+    lines = [_compared(pair, _unlike(pair, emulated)) for pair in pairs]
+    header = ["depth", "row", "against", "difference (95% interval)", "by seed", "goal", "must"]
+    judged = len(header) if any({*line[-2:]} != {"-"} for line in lines) else -2
+    return markdown(header[:judged], [line[:judged] for line in lines], texts=len(header[:judged])) if lines else ""
 
 
-def _verdict(pair: dict, name: str, holds: bool) -> str:
-    if pair["against"] == "published":
-        asked, bound = f"above it by more than the seeds spread ({100 * pair['spread']:.2f})", pair["spread"]
-    else:
-        asked, bound = {"goal": ("at least its mean", 0.0), "must": ("at most 0.3 points below it", -0.003)}[name]
-    low, high = pair["interval"]
-    doubt = "" if (low >= bound if holds else high < bound) else ", though the interval does not exclude the opposite"
-    return f"{name.capitalize()}, {asked}: {'reached' if holds else '**missed**'} in the mean{doubt}."
+def _unlike(pair: dict, emulated: set[tuple[str, int]]) -> set[int]:
+    """The seeds of which one side alone was trained by emulated bf16."""
+    sides = [{seed for seed in pair["seeds"] if (pair[side], seed) in emulated} for side in ("ours", "other")]
+    return sides[0] ^ sides[1]
+
+
+def _compared(pair: dict, unlike: set[int]) -> list[str]:
+    """A pair's line; ``unlike``: its seeds that are not trained alike on both sides."""
+    against = pair["base"] if pair["against"] == "lever" else OTHERS[pair["against"]]
+    each = zip(pair["seeds"], pair["differences"], strict=True)
+    by_seed = ", ".join(f"{seed}{'e' * (seed in unlike)}: {100 * difference:+.2f}" for seed, difference in each)
+    verdicts = [_verdict(pair, name, bool(unlike)) for name in ("goal", "must")]
+    return [str(pair["depth"]), pair["label"], against, _difference(pair), by_seed, *verdicts]
+
+
+def _difference(pair: dict) -> str:
+    """The mean in points, and its interval where there are seeds enough for one."""
+    interval = {1: "one seed", 2: "two seeds: no interval"}.get(len(pair["seeds"]))
+    if interval is None:
+        interval = " to ".join(f"{100 * bound:+.2f}" for bound in pair["interval"])
+    precisions = [" and ".join(each) for each in pair.get("precisions") or ()]
+    unlike = f", {' against '.join(precisions)}" if precisions else ""
+    return f"{100 * pair['mean']:+.2f} ({interval}){unlike}"
+
+
+def _verdict(pair: dict, name: str, unlike: bool) -> str:
+    """Whether the mean reaches what is asked, unsure where the interval does not exclude the opposite."""
+    if name not in pair["holds"] or len(pair["seeds"]) < FEWEST:  # older files have verdicts of two
+        return "-"
+    holds, (low, high) = pair["holds"][name], pair["interval"]
+    bound = pair["spread"] if pair["against"] == "published" else {"goal": 0.0, "must": -0.003}[name]
+    sure = low >= bound if holds else high < bound
+    return f"{'yes' if holds else '**no**'}{'' if sure else ', unsure'}{' (e)' if unlike else ''}"
+
+
+# --- where it comes from
 
 
 def _unfinished(document: dict) -> str:
@@ -175,80 +212,105 @@ def _unfinished(document: dict) -> str:
     return f"**Unfinished: {len(missing)} of {runs} runs are missing.** {named}{more}."
 
 
-def _source(document: dict, columns: str, *, notes: bool = True) -> str:
-    """What the columns mean and where they come from; ``notes``: with what each run's circumstances were."""
-    precisions = [run["precision"].removesuffix("-emulated") for run in document["results"]]
-    settings = sorted({*zip([run["epochs"] for run in document["results"]], precisions, strict=True)})
-    trained = " or ".join(f"{epochs} epochs in {precision}" for epochs, precision in settings) or "nothing trained yet"
-    if len({precision for _, precision in settings}) > 1:
-        usual = Counter(precisions).most_common(1)[0][0]
-        trained += f", {usual} where nothing else is said"
-    if emulated := sum(map(_is_emulated, document["results"])):
-        trained += f"; {emulated} of the results by emulated bf16 (e)"
-    machine = document.get("card") or document["machine"]["cpu"]
-    seconds = f"of one thread{_more_threads(document)}, least and most of the seeds; they depend on the machine and"
-    seconds = "of one GPU" if "card" in document else f"{seconds} on what else ran, the cost does not"
-    parts = (
-        f"{document['what']}; {trained}. {columns} ",
-        f"Seconds are {seconds}. " if columns == COLUMNS and notes else "",
-        f"Written on {machine}, {document['date']}, by commit {document['commit']}{_trained_by(document)}. ",
-        *([f"{document['note']} ", *_origins(document), *_other_teachers(document)] if notes else _elsewhere(document)),
-        f"From `{document['path']}`, made by `{_command(document)}`.",
+def _line(document: dict, sources: str, path: str, page: str) -> str:
+    """What was trained, and links: to the JSON at ``path`` and to how to read it on ``page``."""
+    runs = document["results"]
+    emulated = sum(map(_is_emulated, runs))
+    parts = [
+        f"{document['what']}; {_trained(runs)}",
+        f"{len(runs)} results{f', {emulated} emulated (e)' if emulated else ''}",
+        *([sources] if runs else []),
+        f"[JSON]({path})",
+        f"[how to read]({page}#how-to-read-the-tables)",
+    ]
+    return " · ".join(parts)
+
+
+def _trained(runs: list[dict]) -> str:
+    """The epochs and precisions of results."""
+    epochs = sorted({run["epochs"] for run in runs})
+    precisions = [each for each, _ in Counter(run["precision"].removesuffix("-emulated") for run in runs).most_common()]
+    if not runs:
+        return "nothing trained yet"
+    others = f" ({' or '.join(precisions[1:])} where it says so)" if len(precisions) > 1 else ""
+    return f"{' or '.join(map(str, epochs))} epochs, {precisions[0]}{others}"
+
+
+@dataclass
+class Source:
+    """A file of results: what it says of itself, and what the tables have of it.
+
+    ``used``: for each experiment, how many of its results this file was the first to hold. ``trained``: by commit those
+    of these runs, by name and seed, that say which commit trained them.
+    """
+
+    about: dict
+    used: Counter = field(default_factory=Counter)
+    trained: dict[str, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
+
+
+def sources() -> str:
+    """The table of all files that were the first to hold a result of a table, and of the tables' own."""
+    header = ["key", "file", "CPU", "date", "commit", "results first here", "note", "command"]
+    lines = [[key, *_described(source)] for key, source in _sources().items()]
+    return markdown(
+        header, [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines], len(header)
     )
-    return " ".join("".join(parts).split())
 
 
-def _command(document: dict) -> str:
-    """The document's command; files of results by their paths, which older documents have without folders."""
-    return " ".join(located(word) if word.endswith(".json") else word for word in document["command"].split())
+def _sources() -> dict[str, Source]:
+    """Every source by its key: A, B, ... in the order of their files' names, which begin with the date."""
+    found: dict[tuple[str, str], Source] = {}
+    for name in EXPERIMENTS:
+        if (document := _newest(name)) is None:
+            continue
+        found.setdefault(_identity(document), Source(document))
+        for run in document["results"]:
+            about = _about(run["from"]) if "from" in run else document
+            source = found.setdefault(_identity(about), Source(about))
+            source.used[name] += 1
+            for start in run.get("trained", []):
+                source.trained[str(start["commit"])].add((run["name"], run["seed"]))
+    keys = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
+    order = sorted(found, key=lambda identity: (PurePosixPath(identity[0]).name, identity))
+    return dict(zip(keys, (found[identity] for identity in order), strict=False))
 
 
-def _more_threads(document: dict) -> str:
-    """Which results were made by more than one thread."""
+def _about(origin: dict) -> dict:
+    """The file that a result says it is from; where it is not here, what the result says of it."""
+    path = located(origin)
+    return {**origin, "path": origin["file"]} if path is None else read(path)
+
+
+def _identity(document: dict) -> tuple[str, str]:
+    return document["path"], str(document["commit"])
+
+
+def _described(source: Source) -> list[str]:
+    """A source's line after its key."""
+    about, path = source.about, PurePosixPath(source.about["path"])
+    here = path.is_relative_to("benchmarks/results")
+    trained = ", ".join(f"{commit} ({len(runs)})" for commit, runs in sorted(source.trained.items()))
+    return [
+        f"[{path.relative_to('benchmarks/results')}](../{path})" if here else str(path),
+        about.get("card") or about["machine"]["cpu"],
+        about["date"],
+        f"{about['commit']}{f'; trained by {trained}' if trained else ''}",
+        ", ".join(f"{name} {count}" for name, count in source.used.items()) or "none",
+        about.get("note") or "-",
+        f"`{command_of(about)}`" if "command" in about else "-",
+    ]
+
+
+def _more_threads(document: dict) -> list[str]:
+    """Which results were made by more than one thread: a line, or none."""
     found = [run for run in document["results"] if run.get("threads", 1) > 1]
-    named = ", ".join(f"{run['name']} seed {run['seed']}: {run['threads']}" for run in found)
-    return f" ({named})" if named else ""
-
-
-def _trained_by(document: dict) -> str:
-    """The commits that trained the results that this file was the first to hold, where the runs said so."""
-    own = [run["trained"] for run in document["results"] if "from" not in run and "trained" in run]
-    commits = sorted({str(start["commit"]) for starts in own for start in starts})
-    return f", which holds {len(own)} results first, trained by {' and '.join(commits)}" if commits else ""
-
-
-def _elsewhere(document: dict) -> list[str]:
-    """How many results the document took over from others, without what its whole table says of these."""
-    files = [located(run["from"]["file"]) for run in document["results"] if "from" in run]
-    if not files:
-        return []
-    here = PurePosixPath(document["path"]).parent
-    others = Counter(PurePosixPath(file).parent.name for file in files if PurePosixPath(file).parent != here)
-    named = ", ".join(f"{count} of machine {name or 'unknown'}" for name, count in sorted(others.items()))
-    named = f" ({named})" if named else ""
-    whole = len(document["results"])
-    return [f"{len(files)} of the {whole} results are of earlier files{named}: [which](docs/accuracy.md). "]
-
-
-def _origins(document: dict) -> list[str]:
-    """Where results of earlier files came from."""
-    origins = {
-        (*(run["from"].get(key, "") for key in ("file", "date", "commit", "note")), run["from"]["machine"]["cpu"])
-        for run in document["results"]
-        if "from" in run
-    }
-    if not origins:
-        return []
-    named = "; ".join(
-        f"{located(file)}: {cpu}, {date}, commit {commit}{f': {note}' if note else ''}"
-        for file, date, commit, note, cpu in sorted(origins)
-    )
-    count = sum("from" in run for run in document["results"])
-    return [f"{count} of the results are of earlier files, their seconds too ({named}). "]
+    named = ", ".join(f"{run['name']} seed {run['seed']} ({run['threads']})" for run in found)
+    return [f"- By more than one thread: {named}."] if found else []
 
 
 def _other_teachers(document: dict) -> list[str]:
-    """Whose teacher scored otherwise than the ResNet in the table: trained again, or tested on another machine."""
+    """Whose teacher scored otherwise than the ResNet in the table, trained or tested elsewhere: a line, or none."""
     depths = {row["name"]: row["depth"] for row in document["rows"]}
     resnets = {row["depth"]: row["name"] for row in document["rows"] if row["key"] == "resnet"}
     scores = {(run["name"], run["seed"]): run["test_accuracy"] for run in document["results"]}
@@ -261,6 +323,6 @@ def _other_teachers(document: dict) -> list[str]:
     if not unlike:
         return []
     return [
-        "Teachers are trained again where a student is trained elsewhere; test accuracy of students' teachers, where "
-        f"it is another than that of the ResNet in the table, against it in points: {', '.join(unlike)}. "
+        "- A teacher is trained again where its student is trained on another machine. Students whose teacher's test "
+        f"accuracy is not that of the ResNet in the table, and by how many points: {', '.join(unlike)}."
     ]

@@ -11,7 +11,7 @@ import sys
 import cpu_tables
 import gpu_tables
 import quantization_tables
-from accuracy_tables import EXPERIMENTS, experiment, short
+from accuracy_tables import EXPERIMENTS, experiment, short, sources
 from committed import ROOT, find
 
 PAGES = {
@@ -37,7 +37,10 @@ PAGES = {
         "maps": gpu_tables.gpu_maps,
         "resources": gpu_tables.resources,
     },
-    "docs/accuracy.md": {f"accuracy-{name}": experiment(name) for name in EXPERIMENTS},
+    "docs/accuracy.md": {
+        **{f"accuracy-{name}": experiment(name) for name in EXPERIMENTS},
+        "accuracy-sources": sources,
+    },
     "docs/training-reference.md": {"loader": cpu_tables.loader},
     "docs/tensorrt.md": {"trt-memory": gpu_tables.trt_memory},
     "docs/quantization.md": {

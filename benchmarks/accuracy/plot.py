@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from committed import find
+from committed import cost_of, find
 
 from rd_deploy.common import UserError, atomic_path, check_file, run_command
 
@@ -102,10 +102,11 @@ def _draw_costs(axes: object, document: dict) -> None:
         colour = COLOURS.get(row["key"]) or next(others)
         mean, spread = 100 * row["mean"], 100 * (row["std"] or 0)
         style = {"color": colour, "marker": "o"}
-        axes.errorbar(row["step_cost"], mean, yerr=spread, capsize=3, ls="", label=_label(row["label"], [row]), **style)
+        cost = cost_of(row)
+        axes.errorbar(cost, mean, yerr=spread, capsize=3, ls="", label=_label(row["label"], [row]), **style)
         if row["teacher_cost"] is not None:
-            whole = row["step_cost"] + row["teacher_cost"]
-            axes.plot([row["step_cost"], whole], [mean, mean], color=colour, lw=0.8, ls=":")
+            whole = cost + row["teacher_cost"]
+            axes.plot([cost, whole], [mean, mean], color=colour, lw=0.8, ls=":")
             axes.plot(whole, mean, mfc="white", **style)
     axes.set(xlabel="cost of training; 1: cross-entropy, plain (hollow: with the teacher's)")
     axes.set_title(f"depth {rows[0]['depth']}", fontsize=9)

@@ -22,6 +22,7 @@ from typing import IO
 import torch
 
 ROOT = str(Path(__file__).resolve().parents[2])
+RESULTS = Path(ROOT) / "benchmarks" / "results"
 sys.path.insert(0, ROOT)  # this checkout, installed or not
 
 from rd_deploy.bench.environment import cpu, git_commit
@@ -316,12 +317,18 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: se
         )
 
 
+def named(path: Path, base: Path = RESULTS) -> str:
+    """What JSON calls a file of results: its path from ``base`` where it is below benchmarks/results, else its name."""
+    path = path.resolve()
+    return path.relative_to(base).as_posix() if path.is_relative_to(RESULTS) else path.name
+
+
 def document(what: str, command: str, options: argparse.Namespace) -> dict:
     """A JSON's first part: what it holds and where it comes from."""
+    earlier = [named(path, Path(ROOT)) for path in options.earlier]
     return {
         "what": what,
-        "command": command
-        + (f" --earlier {' '.join(path.name for path in options.earlier)}" if options.earlier else ""),
+        "command": " ".join([command, *(["--earlier"] if earlier else []), *earlier]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "note": options.note,

@@ -18,12 +18,12 @@ glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/ac
 A GPU is taken where there is one. These networks leave it idle between launches: on an H200 eight trainings at once,
 through CUDA's multi-process service (`nvidia-cuda-mps-control -d`), took about as long each as one alone (docs/gpu.md).
 
-Rows of an experiment share epochs, batch, learning rate, clipping and augmentation; a seed's students have the ResNet
-of that seed as their teacher, whose own training is not part of their cost but stands beside it. Runs that experiments
-share are trained once. The rows that decide come first, for all seeds (`full`, `rates` and `depth` need one only,
-`fp32` two; but for `rates` they have of the others what is there). After each run every experiment's JSON is written:
-per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which depend on what else ran), our
-method's paired differences, and what is still missing.
+Rows of an experiment share epochs (one of main has twice as many), batch, learning rate, clipping and augmentation; a
+seed's students have the ResNet of that seed as their teacher, whose own training is not part of their cost but stands
+beside it. Runs that experiments share are trained once. The rows that decide come first, for all seeds (`full`, `rates`
+and `depth` need one only, `fp32` two; but for `rates` they have of the others what is there). After each run every
+experiment's JSON is written: per row mean ± standard deviation over seeds (of the sample, n - 1), cost, seconds (which
+depend on what else ran), our method's paired differences, and what is still missing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments import NAMES, Experiment, check_names, experiments
-from runner import INTERRUPTED, Job, asked, check, document, parser_of, run_all, to_train
+from runner import INTERRUPTED, Job, asked, check, document, named, parser_of, run_all, to_train
 from summary import comparisons, summary
 
 from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
@@ -77,7 +77,7 @@ def read_earlier(files: list[Path]) -> dict[tuple[str, int], list[dict]]:
         text = check_file(path, "file of results", 16 << 20).read_bytes()
         try:
             document = json.loads(text)
-            origin = {key: document[key] for key in ORIGIN} | {"file": path.name}
+            origin = {key: document[key] for key in ORIGIN} | {"file": named(path)}
             for each in document["results"]:
                 _check_result(each := {"from": origin} | each)
                 found[each["name"], each["seed"]].append(each)

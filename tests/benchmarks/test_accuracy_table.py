@@ -1,5 +1,6 @@
 """The benchmark of accuracy: its rows are recipes that mean something, its runner loses nothing, its sums are right."""
 
+import itertools
 import json
 import math
 import signal
@@ -20,6 +21,7 @@ FOLDER = ROOT / "benchmarks" / "accuracy"
 sys.path += [str(FOLDER), str(ROOT / "benchmarks")]  # as the scripts have it
 
 import accuracy_tables
+import committed
 import experiments
 import fashion
 import runner
@@ -102,7 +104,7 @@ def test_every_run_is_a_recipe_of_its_own_with_a_folder_of_its_own(name):
         assert recipes[-1].arch.startswith("resnet") == job.name.startswith("resnet")
     assert len({job.folder for job in jobs}) == len(set(map(repr, recipes))) == len(jobs)
     for field in ("size", "epochs", "batch_size", "lr", "clip_norm", "train_limit", "width", "stem"):
-        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3}.get((name, field), 1)
+        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3, ("main", "epochs"): 2}.get((name, field), 1)
         assert len({getattr(recipe, field) for recipe in recipes}) == values, field
 
 
@@ -119,13 +121,14 @@ def test_names_of_folders_that_results_exist_under():
     folders = {job.folder.name for job in EXPERIMENTS["main"].jobs((0,), OUT)}
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
-    rows += ["resnet{}-muon", "plain{}-rd-muon", "plain{}-ce-identity-muon"]
-    assert folders == {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
+    rows += ["resnet{}-muon", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon"]
+    names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
+    assert folders == names | {f"resnet{depth}-twice-n20000-e20-s0" for depth in (20, 56)}
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 36 + [False] * 30
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 42
     for number, job in enumerate(jobs):
         assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
 
@@ -303,10 +306,8 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert found["command"].endswith("--earlier depth.json")
     assert [[start["commit"] for start in run["trained"]] for run in found["results"]] == [[runner.git_commit()]] * 3
     found["results"][2]["teacher_test_accuracy"] = 0.9  # of a ResNet with 0.8 in the table
-    said = accuracy_tables._source({**found, "path": "x.json"}, accuracy_tables.COLUMNS)
-    assert "2 of the results are of earlier files, their seconds too (depth.json: " in said
-    assert f", which holds 1 results first, trained by {runner.git_commit()}. " in said
-    assert "the ResNet in the table, against it in points: plain20-rd-muon seed 0 +10.00." in said
+    (said,) = accuracy_tables._other_teachers(found)
+    assert said.endswith("that of the ResNet in the table, and by how many points: plain20-rd-muon seed 0 +10.00.")
     # A third machine keeps where each comes from; a run of other settings, given or by default, is not taken.
     (tmp_path / "third.json").write_text(json.dumps(found))
     third = table.with_earlier(jobs, table.read_earlier([tmp_path / "third.json"]))
@@ -374,7 +375,24 @@ def test_the_cost_of_a_row_that_is_not_at_the_deepest_says_of_which_depth_it_is(
     lines = accuracy_tables._by_depth(accuracy_tables._rows(document), seconds=True).splitlines()
     assert lines[2].endswith("| 1.50 | - | 4 to 2,000 |")
     assert lines[3].endswith("| 1.34 (depth 20) | 1.50 | 4 |")
-    assert accuracy_tables._more_threads(document) == " (resnet20-kd seed 0: 2)"
+    assert accuracy_tables._more_threads(document) == ["- By more than one thread: resnet20-kd seed 0 (2)."]
+
+
+def test_a_row_of_twice_the_epochs_costs_twice():
+    (ours,) = accuracies("plain56-rd-muon", 0.8)
+    twice = result("resnet56-twice", 0, 0.8, epochs=4, step_cost=1.01)
+    rows = summary.summary(EXPERIMENTS["main"], [ours, twice, result("resnet56", 0, 0.8, step_cost=1.01)])
+    lines = accuracy_tables._by_depth([row | {"took": "1"} for row in rows]).splitlines()[2:]
+    assert lines == [
+        "| ResNet, cross-entropy | 80.00 (1) | 1.01 | - |",
+        "| ResNet, cross-entropy, twice the epochs | 80.00 (1) | 2.02 | - |",
+        "| plain, ours | 80.00 (1) | 1.50 | 1.01 |",
+    ]
+    (pair,) = (pair for pair in summary.comparisons(rows) if pair["against"] == "resnet-twice")
+    assert (pair["ours"], pair["holds"]) == ("plain56-rd-muon", {})  # nothing was asked against it
+    assert committed.cost_of(rows[1]) == 2.02
+    del rows[2]["cost"]  # as in files of before
+    assert committed.cost_of(rows[2]) == 1.50
 
 
 def test_an_error_in_between_leaves_no_training_behind(fake):
@@ -532,9 +550,11 @@ def test_unlike_precisions_are_said_and_not_judged():
     (pair,) = pairs = summary.comparisons(rows)
     assert (pair["holds"], pair["precisions"]) == ({}, [["bf16"], ["fp32"]])
     assert pair["mean"] == pytest.approx(0.105)
-    document = {"comparisons": pairs, "rows": rows, "results": [*ours, *fp32]}
-    (said,) = accuracy_tables._verdicts(document, ("resnet",))
-    assert said.endswith("Of unlike precisions: the first was trained in bf16, the other in fp32.")
+    said = verdicts({"results": [*ours, *fp32]}, pairs)
+    assert said == [
+        "| 56 | plain, ours | the ResNet by SGD | +10.50 (two seeds: no interval), bf16 against fp32 "
+        "| 0: +10.00, 1: +11.00 |"
+    ]
     more = accuracies("resnet20", 0.8, 0.8)
     rows = accuracy_tables._by_depth(summary.summary(EXPERIMENTS["main"], [*ours, *fp32, *more]))
     assert "| ResNet, cross-entropy | 80.00 ± 0.00 (2) | 80.00 ± 0.00 (2) fp32 |" in rows
@@ -557,24 +577,74 @@ def test_emulated_bf16_is_bf16_and_is_counted():
     resnet = accuracies("resnet56", 0.8, 0.8, 0.8)
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
     assert (pair["precisions"], bool(pair["holds"])) == (None, True)
-    document = {"results": [*ours, *resnet], "what": "W", "machine": {"cpu": "C"}, "date": "D", "commit": "K"}
-    document |= {"note": "N", "path": "P", "command": "M"}
-    document["rows"] = summary.summary(EXPERIMENTS["main"], [*ours, *resnet])
-    said = accuracy_tables._source(document, accuracy_tables.COLUMNS)
-    assert said.startswith("W; 2 epochs in bf16; 3 of the results by emulated bf16 (e). Mean")
+    document = {"results": [*ours, *resnet], "what": "W"}
+    document["rows"] = summary.summary(EXPERIMENTS["main"], document["results"])
+    said = accuracy_tables._line(document, "sources A", "x.json", "page.md")
+    assert said.startswith(
+        "W; 2 epochs, bf16 · 6 results, 3 emulated (e) · sources A · [JSON](x.json) · [how to read](page"
+    )
     text = accuracy_tables._by_depth(accuracy_tables._rows(document))
     assert ("90.33 ± 0.58 (3, 3 e)" in text, "80.00 ± 0.00 (3) |" in text) == (True, True)
-    more = [*resnet, result("resnet56", 7, 0.8, precision="bf16-emulated")]  # a seed that ours has not
-    document["results"] = [*ours, *more]
-    (verdict,) = accuracy_tables._verdicts(document | {"comparisons": [pair]}, ("resnet",))
-    assert "By emulated bf16 are all of the first's results and none of the other's. Goal" in verdict
-    assert accuracy_tables._source(document, accuracy_tables.COLUMNS, notes=False).count(" N ") == 0
 
 
-def test_files_of_results_are_named_with_their_machine():
-    document = {"command": "python x --earlier 2026-11-25-accuracy-main.json other.json"}
-    where = "benchmarks/results/epyc-genoa-2c/2026-11-25-accuracy-main.json"
-    assert accuracy_tables._command(document) == f"python x --earlier {where} other.json"
+def verdicts(document: dict, pairs: list[dict]) -> list[str]:
+    """The lines of what pairs say, without the header."""
+    return accuracy_tables._verdicts(document, pairs).splitlines()[2:]
+
+
+def test_seeds_of_which_one_side_is_emulated_are_marked_and_so_is_what_they_decide():
+    ours, resnet = accuracies("plain56-rd-muon", 0.9, 0.91, 0.9), accuracies("resnet56", 0.8, 0.8, 0.8)
+    (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
+    for number, each in ((0, ours), (1, ours), (1, resnet)):  # of seed 1 both
+        each[number]["precision"] = "bf16-emulated"
+    (said,) = verdicts({"results": ours + resnet}, [pair])
+    assert said.endswith(" | 0e: +10.00, 1: +11.00, 2: +10.00 | yes (e) | yes (e) |")
+    resnet[0]["precision"] = "bf16-emulated"
+    (said,) = verdicts({"results": ours + resnet}, [pair])
+    assert said.endswith(" | 0: +10.00, 1: +11.00, 2: +10.00 | yes | yes |")
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        ((0.90, 0.90, 0.90), ["yes", "yes"]), ((0.89, 0.92, 0.90), ["yes, unsure", "yes, unsure"]),
+        ((0.898, 0.898, 0.898), ["**no**", "yes"]), ((0.88, 0.91, 0.90), ["**no**, unsure", "**no**, unsure"]),
+        ((0.88, 0.88, 0.88), ["**no**", "**no**"]), ((0.88, 0.88), []),
+    ],
+)  # fmt: skip
+def test_a_verdict_says_whether_it_is_sure(ours, said):
+    results = accuracies("plain56-rd-muon", *ours) + accuracies("resnet56", 0.9, 0.9, 0.9)
+    (line,) = verdicts({"results": results}, summary.comparisons(summary.summary(EXPERIMENTS["main"], results)))
+    assert [cell.strip() for cell in line.strip("|").split("|")][5:] == said
+
+
+def test_two_seeds_have_no_interval_and_one_is_said_to_be_one():
+    results = accuracies("plain56-rd-muon", 0.90, 0.91) + accuracies("resnet56", 0.8, 0.8, 0.8)
+    pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, *accuracies("resnet56-muon", 0.85)]))
+    assert pairs[0]["interval"] is not None  # it is in the JSON, also of older files with a verdict
+    pairs[0]["holds"] = {"goal": True, "must": True}
+    assert verdicts({"results": results}, pairs) == [
+        "| 56 | plain, ours | the ResNet by SGD | +10.50 (two seeds: no interval) | 0: +10.00, 1: +11.00 |",
+        "| 56 | plain, ours | the ResNet by Muon | +5.00 (one seed) | 0: +5.00 |",
+    ]
+
+
+def test_every_row_that_ours_is_compared_with_has_a_name():
+    assert {*itertools.chain(*summary.AGAINST.values())} == {*accuracy_tables.OTHERS}
+    keys = {row.key for row in experiments.MAIN}
+    assert {*accuracy_tables.OTHERS, *summary.AGAINST, *accuracy_tables.SHORT} <= keys
+
+
+def test_an_earlier_file_is_named_with_its_machine_where_it_is_a_committed_one(tmp_path):
+    path = ROOT / "benchmarks" / "results" / "epyc-genoa-2c" / "2026-11-25-accuracy-main.json"
+    (found,) = table.read_earlier([path])["resnet20", 0]
+    assert found["from"]["file"] == "epyc-genoa-2c/2026-11-25-accuracy-main.json"
+    elsewhere = earlier_file(tmp_path / "2026-11-25-accuracy-main.json")
+    assert table.read_earlier([elsewhere])["resnet20", 0][0]["from"]["file"] == elsewhere.name
+    options = Namespace(earlier=[path.relative_to(ROOT), elsewhere], note="", workers=1)
+    command = f"x --earlier benchmarks/results/epyc-genoa-2c/{path.name} {elsewhere.name}"
+    assert runner.document("W", "x", options)["command"] == command
+    assert runner.document("W", "x", Namespace(earlier=[], note="", workers=1))["command"] == "x"
 
 
 def test_what_is_compared_is_the_precision_of_each_pair():
@@ -603,7 +673,10 @@ def test_ours_by_sgd_is_judged_against_what_is_by_sgd_and_no_pair_comes_twice():
         named = [frozenset((pair["ours"], pair["other"])) for pair in pairs]
         assert len(set(named)) == len(named)
         others = {pair["against"] for pair in pairs if pair["ours"] == "plain56-rd"} - {"lever"}
-        assert others == {"main": {"resnet", "published"}, "ablation": {"resnet"}, "levers": {"resnet"}}[name]
+        main = {"resnet", "start-sgd", "published"}
+        assert others == {"main": main, "ablation": {"resnet"}, "levers": {"resnet"}}[name]
+        if name == "main":
+            assert frozenset(("plain56-ce-identity-muon", "plain56-ce-kaiming-muon")) in named  # the start alone
 
 
 def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
@@ -613,14 +686,11 @@ def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
     pairs = {pair["ours"]: pair for pair in summary.comparisons(rows) if pair["against"] == "lever"}
     assert pairs["plain56-rd-kd"]["differences"] == pytest.approx([0.01, 0.02])
     assert pairs["plain56-rd-window1"]["mean"] == pytest.approx(-0.01)
-    low, high = summary.t_interval([0.01, 0.02])
-    document = {"comparisons": summary.comparisons(rows), "rows": rows, "results": results}
-    said = accuracy_tables._verdicts(document, ("resnet",))
-    assert said[0].startswith("Depth 56, plain, ours by SGD against the ResNet: +1.00 points")
-    assert said[1:] == [
-        "Depth 56, plain, ours by SGD, with logit distillation against plain, ours by SGD: +1.50 points, "
-        f"95% interval {100 * low:+.2f} to {100 * high:+.2f} (seeds 0, 1: +1.00, +2.00).",
-        "Depth 56, plain, ours by SGD, with splices to the end against plain, ours by SGD: -1.00 points (seed 2).",
+    said = verdicts({"results": results}, list(pairs.values()))
+    assert said == [
+        "| 56 | plain, ours by SGD, with logit distillation | plain, ours by SGD | +1.50 (two seeds: no interval) "
+        "| 0: +1.00, 1: +2.00 |",
+        "| 56 | plain, ours by SGD, with splices to the end | plain, ours by SGD | -1.00 (one seed) | 2: -1.00 |",
     ]
 
 
@@ -636,7 +706,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 66, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 78, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):
@@ -706,6 +776,12 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     emulated = ", 1 e" if found["results"][1]["precision"].endswith("-emulated") else ""  # as this CPU has it
     cell = f"{100 * found['rows'][1]['mean']:.2f} (1{emulated})"
     assert f"| plain, ours | {cell} | {found['rows'][1]['step_cost']:.2f} | " in text
-    assert text.endswith("From `results.json`, made by `python benchmarks/accuracy/table.py main`.")
+    assert " 2 epochs, " in text
+    assert text.endswith(" · source A · [JSON](../results.json) · [how to read](#how-to-read-the-tables)")
+    assert accuracy_tables.sources().splitlines()[2:] == [
+        f"| A | results.json | {found['machine']['cpu']} | {found['date']} | {found['commit']}; trained by "
+        f"{runner.git_commit()} (2) | {', '.join(f'{name} 2' for name in accuracy_tables.EXPERIMENTS)} | - | "
+        "`python benchmarks/accuracy/table.py main` |"
+    ]
     assert call(monkeypatch, *flags, "--list") == 0
     assert capsys.readouterr().out.count("complete ") == 2

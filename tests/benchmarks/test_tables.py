@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "accuracy")]  # as the scripts have it
 
+import accuracy_tables
 import committed
 import cpu_tables
 import plot
@@ -44,7 +45,12 @@ def results(missing: int = 0) -> dict:
     runs = [
         {
             **{"name": MAIN.name(row, depth), "seed": seed, "test_accuracy": mean.get(row.key, 0.85) + 0.001 * seed},
-            **{"epochs": 10, "train_images": 20_000, "step_cost": 1.0 if row.key == "plain" else 1.5, "seconds": 7.0},
+            **{
+                "epochs": 10 * row.times,
+                "train_images": 20_000,
+                "step_cost": 1.0 if row.key == "plain" else 1.5,
+                "seconds": 7.0,
+            },
             **{"precision": "bf16", "val_accuracy": 0.9},
         }
         for row in MAIN.rows
@@ -153,16 +159,18 @@ def test_the_page_of_accuracy_comes_with_its_results(checkout):
     assert "| plain, cross-entropy, Kaiming | 80.10 ± 0.10 (3) | 80.10 ± 0.10 (3) | 1.00 | - |\n" in readme
     assert "logit" in text
     assert "logit" not in readme.partition("<!-- accuracy -->")[2].partition("<!-- /accuracy -->")[0]
-    for written in (text, readme):
-        against = (
-            "Depth 56, plain, ours against the ResNet: -0.20 points, 95% interval -0.20 to -0.20 "
-            "(seeds 0, 1, 2: -0.20, -0.20, -0.20). "
-        )
-        against += "Goal, at least its mean: **missed** in the mean. "
-        against += "Must, at most 0.3 points below it: reached in the mean.\n"
-        assert against in written
-        assert "+3.00 points" in written
-        assert "Must, above it by more than the seeds spread (0.10): reached in the mean." in written
+    lines = [
+        "| 56 | plain, ours | the ResNet by SGD | -0.20 (-0.20 to -0.20) | 0: -0.20, 1: -0.20, 2: -0.20 | **no** "
+        "| yes |",
+        "| 20 | plain, ours | the published loss | +3.00 (+3.00 to +3.00) | 0: +3.00, 1: +3.00, 2: +3.00 | - | yes |",
+    ]
+    assert all(line in written for line in lines for written in (text, readme))
+    assert "| 56 | plain, ours by SGD | the ResNet by SGD |" in text
+    assert "| plain, ours by SGD | the ResNet by SGD |" not in readme
+    file = "benchmarks/results/here/2030-01-01-accuracy-main.json"
+    assert f"What was trained; 10 or 20 epochs, bf16 · 78 results · source A · [JSON](../{file}) · [how" in text
+    linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
+    assert f"What was trained; 10 epochs, bf16 · 42 results · {linked}" in readme
     assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in text
     assert "Unfinished" not in text
     assert tables(checkout, "--check").returncode == 0
@@ -174,8 +182,124 @@ def test_an_unfinished_table_says_so(checkout):
     commit(checkout, results(missing=7))
     assert tables(checkout).returncode == 0
     text = (checkout / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    assert "**Unfinished: 7 of 66 runs are missing.** plain56-rd, seed 2 (not begun); " in text
+    assert "**Unfinished: 7 of 78 runs are missing.** plain56-rd, seed 2 (not begun); " in text
     assert text.count("; and 2 more.") == 1
+
+
+def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
+    document = results()
+    kept = [run for run in document["results"] if run["name"] not in ("resnet56-kd", "resnet56-muon")]
+    rows = summary.summary(MAIN, kept)
+    missing = [run | {"why": "not begun"} for run in document["results"] if run not in kept]
+    document |= {"results": kept, "missing": missing, "rows": rows, "comparisons": summary.comparisons(rows)}
+    commit(checkout, document)
+    assert tables(checkout).returncode == 0
+    readme, text = ((checkout / name).read_text(encoding="utf-8") for name in ("README.md", "docs/accuracy.md"))
+    # A row that has results at another depth is one of the README's.
+    assert "**Unfinished: 3 of 42 runs are missing.** resnet56-muon, seed 0 (not begun)" in readme
+    assert "**Unfinished: 6 of 78 runs are missing.** resnet56-muon" in text
+    assert text.index("| test accuracy, %") < text.index("**Unfinished")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """An empty one, whose results are committed by ``write``: a document under a machine's name, which it gets too."""
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    monkeypatch.setattr(committed, "RESULTS", tmp_path / "benchmarks" / "results")
+
+    def write(machine: str, name: str, results: list[dict], **others: str) -> dict:
+        head = {
+            "what": "W",
+            "date": name[:10],
+            "commit": machine,
+            "machine": {"cpu": f"CPU {machine}"},
+            "note": "N | M",
+        }
+        document = head | {"command": "table.py", "missing": [], "comparisons": [], **others}
+        document |= {"results": results, "rows": summary.summary(MAIN, results)}
+        path = committed.RESULTS / machine / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return {**{key: document[key] for key in ("date", "commit", "machine", "note")}, "file": name}
+
+    return write
+
+
+def run_of(name: str, seed: int, **others: object) -> dict:
+    found = {"name": name, "seed": seed, "test_accuracy": 0.9, "epochs": 10, "train_images": 20_000, "step_cost": 1.0}
+    return found | {"seconds": 7.0, "precision": "bf16", "val_accuracy": 0.9, **others}
+
+
+def test_each_result_is_counted_at_the_file_that_held_it_first(repository):
+    name = "2030-01-01-accuracy-main-first.json"
+    first = repository("a", name, [run_of("resnet20", seed) for seed in range(3)])
+    trained = [{"commit": "t"}]
+    second = repository("b", name, [run_of("plain20-rd-muon", seed, trained=trained) for seed in range(2)])
+    gone = first | {"file": "2030-01-01-gone.json", "commit": "g"}
+    taken = [run_of("resnet20", seed) | {"from": first} for seed in range(3)]
+    taken += [run_of("plain20-rd-muon", seed, trained=trained) | {"from": second} for seed in range(2)]
+    taken += [run_of("resnet20-muon", 0) | {"from": gone}, run_of("resnet20-muon", 1)]
+    command = f"table.py --earlier {name}"
+    repository("b", "2030-01-02-accuracy-main.json", taken, commit="c", command=command)
+    repository("b", "2030-01-02-accuracy-levers.json", taken[:4], commit="c", command="other", note="")
+    lines = accuracy_tables.sources().splitlines()[2:]
+    cells = [line[2:-2].replace("\\|", "/").split(" | ") for line in lines]
+    assert [line[1].partition("]")[0].strip("[") for line in cells] == [
+        *(f"a/{name}", f"b/{name}", "2030-01-01-gone.json"),
+        *("b/2030-01-02-accuracy-levers.json", "b/2030-01-02-accuracy-main.json"),
+    ]
+    assert cells[0][1].endswith(f"](../benchmarks/results/a/{name})")
+    assert [line[:1] + line[2:] for line in cells] == [
+        ["A", "CPU a", "2030-01-01", "a", "main 3, levers 3", "N / M", "`table.py`"],
+        ["B", "CPU b", "2030-01-01", "b; trained by t (2)", "main 2, levers 1", "N / M", "`table.py`"],
+        ["C", "CPU a", "2030-01-01", "g", "main 1", "N / M", "-"],
+        ["D", "CPU b", "2030-01-02", "c", "none", "-", "`other`"],
+        ["E", "CPU b", "2030-01-02", "c", "main 1", "N / M", f"`table.py --earlier benchmarks/results/b/{name}`"],
+    ]
+    assert " · 7 results · sources A, B, C, E · " in accuracy_tables.experiment("main")()
+    assert " · 4 results · sources A, B · " in accuracy_tables.experiment("levers")()
+
+
+def test_a_file_is_known_by_what_wrote_it_also_under_a_later_name(repository):
+    name = "2030-01-01-accuracy-main.json"
+    origins = {machine: repository(machine, name, []) for machine in "ab"}
+    where = {machine: committed.located(origin) for machine, origin in origins.items()}
+    assert where == {machine: committed.RESULTS / machine / name for machine in "ab"}
+    assert committed.located(origins["a"] | {"file": f"a/{name}"}) == where["a"]
+    assert committed.located(origins["a"] | {"file": f"b/{name}"}) is None
+    assert committed.located(origins["a"] | {"date": "2031-01-01"}) is None
+    later = where["a"].with_name("2030-01-01-accuracy-main-first.json")
+    where["a"].rename(later)
+    repository("a", name, [], commit="later")
+    committed._written.cache_clear()
+    assert committed.located(origins["a"]) == committed.located(origins["a"] | {"file": f"a/{name}"}) == later
+    later.with_name("2030-01-01-accuracy-main-second.json").write_bytes(later.read_bytes())
+    assert committed.located(origins["a"]) is None  # two say that they are it
+
+
+def test_commands_name_files_with_their_folders(repository):
+    for machine, name in (("a", "one.json"), ("a", "both.json"), ("b", "both.json")):
+        repository(machine, name, [])
+    document = {"command": "python x --earlier one.json both.json none.json benchmarks/results/b/both.json"}
+    for machine, both in (("b", "benchmarks/results/b/both.json"), ("c", "both.json")):
+        said = committed.command_of(document | {"path": f"benchmarks/results/{machine}/document.json"})
+        full = "benchmarks/results/a/one.json"
+        assert said == f"python x --earlier {full} {both} none.json benchmarks/results/b/both.json"
+
+
+def test_what_main_compares_is_not_compared_again(repository):
+    levers = experiments()["levers"]
+    runs = [run_of(name, seed) for name in ("resnet56", "plain56-rd", "plain56-rd-muon") for seed in range(3)]
+    more = [*runs, run_of("plain56-rd-kd", 0)]
+    rows = summary.summary(levers, more)
+    repository("a", "2030-01-01-accuracy-levers.json", more, comparisons=summary.comparisons(rows))
+    assert " | plain, ours | the ResNet by SGD | " in accuracy_tables.experiment("levers")()  # there is no main
+    pairs = summary.comparisons(summary.summary(MAIN, runs))
+    repository("a", "2030-01-01-accuracy-main.json", runs, comparisons=pairs)
+    lines = [line for line in accuracy_tables.experiment("levers")().splitlines() if line.startswith("| 56 |")]
+    assert lines == [
+        "| 56 | plain, ours by SGD, with logit distillation | plain, ours by SGD | +0.00 (one seed) | 0: +0.00 |"
+    ]
 
 
 def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch, capsys):
