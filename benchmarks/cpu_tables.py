@@ -16,7 +16,8 @@ def provenance(bench: dict, script: str = "compare_resnet50.sh") -> str:
     """Machine, what disturbed it, versions, date and command of a committed bench.json."""
     environment, options = bench["environment"], bench["options"]
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "onnxruntime", "openvino"))
-    settings = f"SECONDS_PER_PAIR={options['seconds']:g} "
+    settings = f"RD_ISA={_named(bench)} " if _named(bench) else ""
+    settings += f"SECONDS_PER_PAIR={options['seconds']:g} "
     if script == "compare_resnet50.sh" and options["precisions"] != ["fp32", "bf16"]:
         settings += f"PRECISION={','.join(options['precisions'])} "
     # Those of one pair begin with its label, and a star stands beside its times.
@@ -109,7 +110,8 @@ def _judged(bench: dict) -> str:
         ]
         said.append(f"{what}, it {', '.join(parts)}")
     (target,) = {claim["target"] for claim in bench["claims"] if claim["name"].startswith("speed/")}
-    return f"**The claim of {target:g}x** on {Path(bench['path']).parent.name}: {'; '.join(said)}."
+    by = f" by {_named(bench)}" if _named(bench) else ""
+    return f"**The claim of {target:g}x** on {Path(bench['path']).parent.name}{by}: {'; '.join(said)}."
 
 
 def _where(claim: dict) -> str:
@@ -121,8 +123,7 @@ def _where(claim: dict) -> str:
 def machines() -> str:
     """plain-50 on our engine against ResNet-50 on the best of the others, and both on ours, on every machine."""
     rows, judged, sources = [], [], []
-    for machine in sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain50.json")}):
-        bench = newest("*-bench-plain50.json", machine)
+    for machine, bench in _benches():
         kinds = {_setting(row): row["variant"] for row in bench["ratios"] if row["engine"] == "native"}
         rows += [
             [
@@ -145,9 +146,24 @@ def machines() -> str:
     note = (
         f"Ratios are medians over interleaved quads, not quotients. {STAR} Each pair is measured by itself, also where "
         "two columns are of the same engines: they may differ by more than the intervals, which are of one pair. "
-        "Transformed weights: of plain50, for Winograd's convolution, beside those of the file."
+        "Transformed weights: of plain50, for Winograd's convolution or for amx_bf16x2, beside those of the file."
     )
     return "\n\n".join([markdown(header, rows), *judged, f"{note} {' '.join(sources)}"])
+
+
+def _benches() -> list[tuple[str, dict]]:
+    """Every machine with its newest comparison, and with those where RD_ISA named our instruction set."""
+    names = sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain50.json")})
+    found = []
+    for machine in names:
+        named = {path.name.partition("-bench-")[2] for path in (RESULTS / machine).glob("*-bench-plain50-*.json")}
+        found += [(machine, newest(f"*-bench-{name}", machine)) for name in ["plain50.json", *sorted(named)]]
+    return found
+
+
+def _named(bench: dict) -> str:
+    """The instruction set that RD_ISA named for our engine; empty where it took the best one."""
+    return bench["environment"]["variables"].get("RD_ISA", "")
 
 
 def _against_others(bench: dict, row: dict) -> list[str]:
@@ -314,9 +330,14 @@ def amx_tiles() -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
-def agreement() -> str:
+def amx_agreement() -> str:
+    """The same on a CPU with tiles."""
+    return agreement(AMX_MACHINE)
+
+
+def agreement(machine: str = MACHINE) -> str:
     """Top-1 agreement of the compiled engine with torch on trained networks."""
-    document = newest("*-native-agreement.json", MACHINE)
+    document = newest("*-native-agreement.json", machine)
     rows = [
         [
             f"{_trained(row)}, {row['plan']} ({row['isa']})",

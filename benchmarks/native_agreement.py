@@ -1,5 +1,7 @@
 """Does the compiled engine classify a data set as the trained network does? All test images, every precision.
 
+Where the CPU has them, fp32 also by two bf16 for each number (amx_bf16x2), which is only taken by name.
+
     python benchmarks/native_agreement.py MODEL.pt [MODEL.pt ...] --results FILE.json [--data-dir FOLDER]
 
 The reference is the unfolded torch network in float32. Written: top-1 agreement, accuracies, errors of the logits.
@@ -7,6 +9,7 @@ The reference is the unfolded torch network in float32. Written: top-1 agreement
 
 import argparse
 import datetime
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,11 +21,12 @@ from rd_deploy.common import write_json
 from rd_deploy.export.images import trained_on
 from rd_deploy.export.native import PRECISIONS, to_rdp
 from rd_deploy.export.source import source_from_checkpoint
-from rd_deploy.native import Flag, Network
+from rd_deploy.native import Flag, Network, Plan, available_isas
 from rd_deploy.parity import torch_logits
 
 BATCH, THREADS = 100, 2
 PLANS = {"": Flag.NONE, ", small": Flag.SMALL}
+BY_NAME = {"fp32": "amx_bf16x2"}  # the instruction set of a precision besides the best one
 
 
 def test_images(checkpoint, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -34,9 +38,9 @@ def test_images(checkpoint, data_dir: str | None) -> tuple[np.ndarray, np.ndarra
     return test.images(every).numpy(), np.asarray(test.labels)
 
 
-def native_logits(network: Network, images: np.ndarray, flags: Flag) -> np.ndarray:
+def native_logits(plan: Plan, images: np.ndarray) -> np.ndarray:
     """In batches of `BATCH`; the images' number is a multiple of it, or the last batch is filled up."""
-    context = network.plan(BATCH, THREADS, flags=flags).context()
+    context = plan.context()
     filled = images[np.arange(-(-len(images) // BATCH) * BATCH) % len(images)]
     parts = [context.run(filled[at : at + BATCH]) for at in range(0, len(filled), BATCH)]
     return np.concatenate(parts)[: len(images)]
@@ -50,8 +54,10 @@ def compare(path: str, data_dir: str | None) -> list[dict]:
     rows = []
     for precision in PRECISIONS:
         network = Network.from_bytes(to_rdp(source.chain, precision))
-        for suffix, flags in PLANS.items():
-            logits = native_logits(network, images, flags)
+        isas = [None, *({BY_NAME.get(precision)} & {*available_isas()})]
+        for isa, (suffix, flags) in itertools.product(isas, PLANS.items()):
+            plan = network.plan(BATCH, THREADS, isa, flags)
+            logits = native_logits(plan, images)
             error = np.abs(logits - expected).max() / expected.std()
             agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
             accuracies = [float((found.argmax(1) == labels).mean()) for found in (expected, logits)]
@@ -61,7 +67,7 @@ def compare(path: str, data_dir: str | None) -> list[dict]:
                     "checkpoint_sha256": source.chain.provenance["checkpoint_sha256"],
                     "recipe": source.chain.provenance["recipe"],
                     "plan": precision + suffix,
-                    "isa": network.plan(BATCH, THREADS).info.isa,
+                    "isa": plan.info.isa,
                     "images": len(images),
                     "top1_agreement": agreement,
                     "accuracy_torch": accuracies[0],

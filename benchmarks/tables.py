@@ -29,6 +29,7 @@ PAGES = {
         "ablation": cpu_tables.ablation,
         "agreement": cpu_tables.agreement,
         "profile": cpu_tables.profile,
+        "amx-agreement": cpu_tables.amx_agreement,
         "amx-profile": cpu_tables.amx_profile,
         "amx-tiles": cpu_tables.amx_tiles,
     },

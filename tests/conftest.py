@@ -17,7 +17,7 @@ class EmulatingCompiler(Compiler):
 
     @cached_property
     def isas(self) -> dict[str, tuple[str, ...]]:
-        return {"portable": (), "amx_bf16": ()}
+        return {"portable": (), "amx_bf16": (), "amx_bf16x2": ()}
 
 
 @pytest.fixture(scope="session")

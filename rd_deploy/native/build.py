@@ -71,6 +71,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx512": AVX512,
     "avx512_bf16": AVX512_BF16,
     "amx_bf16": AMX_BF16,
+    "amx_bf16x2": AMX_BF16,
 }
 # Nothing but the C interface leaves the library: the inline functions and the C++ runtime in it must not meet others.
 EXPORTS = "{ global: rd_*; local: *; };\n"

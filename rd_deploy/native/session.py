@@ -100,7 +100,7 @@ def version() -> str:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that this build has and this CPU can run, best first."""
+    """Instruction sets that this build has and this CPU can run, best first; last what only its name chooses."""
     return tuple(c.library().rd_available_isas().decode().split(","))
 
 

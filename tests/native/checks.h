@@ -92,23 +92,44 @@ inline float from_bf16(std::uint16_t half) {
     return value;
 }
 
-// Elements of a map, float32 or bfloat16.
+// A number as two bfloat16: itself rounded, and the rest rounded. Both are NaN where the first is not finite.
+inline float upper_part(float value) { return from_bf16(to_bf16(value)); }
+inline float lower_part(float value) { return from_bf16(to_bf16(value - upper_part(value))); }
+
+enum class Format { fp32, bf16, bf16x2 };
+
+// Elements of maps. In bf16x2 a pixel has `pitch` of them, whose parts lie apart: of each 32 channels 32 upper ones and
+// then 32 lower ones, of 16 that are left 16 and 16.
 class Elements {
   public:
-    Elements(bool bf16, std::size_t size) : bf16_(bf16), bytes_(size * width()) {}
+    Elements(Format format, std::size_t size, std::size_t pitch = 16)
+        : format_(format), pitch_(pitch), bytes_(size * width()) {}
 
-    std::size_t width() const { return bf16_ ? 2 : 4; }
+    std::size_t width() const { return format_ == Format::bf16 ? 2 : 4; }
     std::size_t size() const { return bytes_.size() / width(); }
+    // In bf16x2 of a pixel's first element only.
     std::byte *at(std::size_t i) const { return bytes_.data() + i * width(); }
     void set(std::size_t i, float value) const {  // rounds it
-        const std::uint16_t half = to_bf16(value);
-        bf16_ ? std::memcpy(at(i), &half, sizeof half) : std::memcpy(at(i), &value, sizeof value);
+        if (format_ == Format::fp32) {
+            std::memcpy(at(i), &value, sizeof value);
+            return;
+        }
+        put(upper(i), value);
+        if (format_ == Format::bf16x2) put(lower(i), value - upper_part(value));
     }
     double get(std::size_t i) const {
-        std::uint16_t half;
-        float value;
-        bf16_ ? std::memcpy(&half, at(i), sizeof half) : std::memcpy(&value, at(i), sizeof value);
-        return static_cast<double>(bf16_ ? from_bf16(half) : value);
+        if (format_ == Format::fp32) {
+            float value;
+            std::memcpy(&value, at(i), sizeof value);
+            return static_cast<double>(value);
+        }
+        const double value = part(upper(i));
+        return format_ == Format::bf16x2 ? value + part(lower(i)) : value;
+    }
+    bool is_same(const Elements &other, std::size_t i) const {
+        if (format_ == Format::fp32) return std::memcmp(at(i), other.at(i), 4) == 0;
+        const bool first = std::memcmp(upper(i), other.upper(i), 2) == 0;
+        return first && (format_ == Format::bf16 || std::memcmp(lower(i), other.lower(i), 2) == 0);
     }
     void randomise(Random &random) const {
         for (std::size_t i = 0; i < size(); i++) set(i, random.value());
@@ -116,7 +137,27 @@ class Elements {
     void copy(const Elements &other) const { std::memcpy(bytes_.data(), other.bytes_.data(), bytes_.size()); }
 
   private:
-    bool bf16_;
+    static void put(std::byte *at, float value) {
+        const std::uint16_t half = to_bf16(value);
+        std::memcpy(at, &half, sizeof half);
+    }
+    static double part(const std::byte *at) {
+        std::uint16_t half;
+        std::memcpy(&half, at, sizeof half);
+        return static_cast<double>(from_bf16(half));
+    }
+    std::byte *upper(std::size_t i) const {
+        if (format_ == Format::bf16) return at(i);
+        const std::size_t channel = i % pitch_, first = i - channel + channel / 32 * 32;
+        return bytes_.data() + first * 4 + channel % 32 * 2;
+    }
+    std::byte *lower(std::size_t i) const {
+        const std::size_t channel = i % pitch_, left = pitch_ - channel / 32 * 32;
+        return upper(i) + (left < 32 ? 32 : 64);
+    }
+
+    Format format_;
+    std::size_t pitch_;
     Array<std::byte> bytes_;
 };
 

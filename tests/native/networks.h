@@ -216,7 +216,8 @@ class Network {
                   taps = rows ? c.kernel_h : c.kernel_h * c.kernel_w;
         const std::size_t pitch = up(static_cast<std::size_t>(row), rows ? 32 : 16),
                           blocks = up(static_cast<std::size_t>(c.out), 16) / 16;
-        const Elements matrix(bf16_, blocks * static_cast<std::size_t>(taps) * pitch * 16);
+        const Elements matrix(bf16_ ? Format::bf16 : Format::fp32,
+                              blocks * static_cast<std::size_t>(taps) * pitch * 16);
         const std::size_t at = weights.size(), bias = at + matrix.size() * matrix.width();
         for (std::size_t i = 0; i < matrix.size(); i++) matrix.set(i, 0);
         for (int n = 0; n < c.out; n++)

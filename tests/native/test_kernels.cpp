@@ -4,7 +4,8 @@
 // does itself. With u the unit roundoff (2^-24 for float32, 2^-8 for bfloat16) and gamma(n) = n u / (1 - n u) for
 // float32's, a sum of n float32 terms differs by at most gamma(n) times the sum of the terms' magnitudes, whatever the
 // order (Higham 2002, "Accuracy and stability of numerical algorithms", section 4.2), and an output rounded once more
-// by at most u of what it is. Every check asserts that bound for each element, and that a wrong weight exceeds it.
+// by at most u of what it is. Where each number is two bfloat16, u is 2^-17, a product is a sum of three terms, and up
+// to 2^-18 of it is left out. Every check asserts that bound for each element, and that a wrong weight exceeds it.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -16,9 +17,12 @@
 #define RD_EMULATE_TILES
 #define RD_GROUP_BYTES 6000  // so that the products below have several groups of weights
 #define amx_bf16_kernels emulated_amx_bf16_kernels
+#define amx_bf16x2_kernels emulated_amx_bf16x2_kernels
 #pragma GCC diagnostic ignored "-Wpsabi"
 #include "kernels/amx_bf16.cpp"
+#include "kernels/amx_bf16x2.cpp"
 #undef amx_bf16_kernels
+#undef amx_bf16x2_kernels
 
 namespace {
 
@@ -26,6 +30,7 @@ using rd::Kernels;
 using rd::Product;
 using test::describe;
 using test::Elements;
+using test::Format;
 using test::Random;
 
 constexpr std::uint64_t kSeed = 20261125;
@@ -34,7 +39,13 @@ constexpr int kLane = 16;
 
 std::size_t index(int i) { return static_cast<std::size_t>(i); }
 double gamma(int n) { return n * 0x1p-24 / (1 - n * 0x1p-24); }
-double roundoff(bool bf16) { return bf16 ? 0x1p-8 : 0; }  // of an output that was computed in float32
+// Of an output that was computed in float32.
+double roundoff(Format format) { return format == Format::bf16 ? 0x1p-8 : format == Format::bf16x2 ? 0x1p-17 : 0; }
+
+Format format_of(const Kernels &table) {
+    return table.place ? Format::bf16x2 : table.bf16 ? Format::bf16 : Format::fp32;
+}
+const char *name(Format format) { return format == Format::bf16 ? "bf16" : "fp32"; }  // of the network
 
 using Values = std::vector<double>;
 
@@ -54,15 +65,17 @@ class ProductCase {
   public:
     ProductCase(Random &random, const Kernels &table)
         : table_(table),
-          bf16_(table.bf16),
-          shape_(random),
-          a_(bf16_, shape_.step * (kPool - 1) + index(shape_.k_pitch)),
-          zeros_(bf16_, index(shape_.k_pitch)),
-          w_(bf16_, shape_.blocks * shape_.block()),
+          format_(format_of(table)),
+          shape_(random, format_),
+          out_format_(shape_.raw ? Format::fp32 : format_),
+          a_(format_, shape_.step * (kPool - 1) + index(shape_.k_pitch), index(shape_.k_pitch)),
+          zeros_(format_, index(shape_.k_pitch), index(shape_.k_pitch)),
+          w_(table.bf16 ? Format::bf16 : Format::fp32, shape_.blocks * shape_.block()),
+          packed_(w_.size() * w_.width()),
           bias_(index(shape_.blocks * kLane)),
-          before_(bf16_ && !shape_.raw, shape_.row() * index(shape_.pixels)),
-          out_(bf16_ && !shape_.raw, before_.size()),
-          added_(bf16_, before_.size()) {
+          before_(out_format_, shape_.row() * index(shape_.pixels), shape_.row()),
+          out_(out_format_, before_.size(), shape_.row()),
+          added_(format_, before_.size(), shape_.row()) {
         a_.randomise(random);
         for (std::size_t i = 0; i < zeros_.size(); i++) zeros_.set(i, 0);
         fill_weights(random);
@@ -94,15 +107,16 @@ class ProductCase {
         p.k_pitch = shape_.k_pitch;
         p.pixels = pixels;
         p.w_block = shape_.block() * w_.width();
-        p.w = w_.at(index(block) * shape_.block());
+        p.w = weights() + index(block) * p.w_block;
         p.blocks = blocks;
         p.bias = shape_.bias ? bias_.data() + block * kLane : nullptr;
         p.add = shape_.add ? add.data() + pixel : nullptr;
         p.out = out.data() + pixel;
-        p.offset = shape_.offset + block * kLane;
+        p.offset = p.add_offset = shape_.offset + block * kLane;
+        p.out_pitch = p.add_pitch = static_cast<int>(shape_.row());
         p.relu = shape_.relu;
         p.raw = shape_.raw;
-        p.next = shape_.next ? w_.at(0) : nullptr;
+        p.next = shape_.next ? weights() : nullptr;
         table_.product(p);
     }
 
@@ -122,7 +136,7 @@ class ProductCase {
                                    error(inputs[index(pixel)], weights[index(n)], n, row + index(shape_.offset + n)));
             for (std::size_t i = 0; i < shape_.row(); i++) {
                 const bool output = i >= index(shape_.offset) && i < index(shape_.offset + shape_.blocks * kLane);
-                CHECK(output || std::memcmp(out_.at(row + i), before_.at(row + i), out_.width()) == 0);
+                CHECK(output || out_.is_same(before_, row + i));
             }
         }
         return largest;
@@ -131,7 +145,7 @@ class ProductCase {
     // A pixel's result does not depend on its neighbours in the list, nor an output's on the other blocks.
     void check_independence(Random &random) {
         run();
-        const Elements together(bf16_ && !shape_.raw, out_.size());
+        const Elements together(out_format_, out_.size());
         together.copy(out_);
         out_.copy(before_);
         for (int pixel = 0; pixel < shape_.pixels;) {
@@ -167,7 +181,7 @@ class ProductCase {
     static constexpr int kPool = 40;  // pixels of the map
 
     struct Shape {
-        explicit Shape(Random &random)
+        Shape(Random &random, Format format)
             : taps(random.any({1, 3, 9})),
               k_pitch(random.any({16, 32, 32, 48, 64, 64})),
               k(random.flip() ? k_pitch : k_pitch - random.below(16)),
@@ -182,8 +196,9 @@ class ProductCase {
               add(!raw && random.flip()),
               in_place(random.flip()),
               next(random.flip()) {
-            // Pixels of a row of the images overlap; those of a map do not.
+            // Pixels of a row of the images overlap; those of a map do not, nor do those whose elements are rearranged.
             step = taps == 3 ? index(random.between(1, 6)) : index(k_pitch + 16 * random.below(3));
+            if (format == Format::bf16x2) step = index(k_pitch);
         }
         std::size_t block() const { return index(taps * k_pitch * kLane + gap); }
         std::size_t row() const { return index(offset + blocks * kLane + 16); }
@@ -195,14 +210,28 @@ class ProductCase {
     // Where the weights of output n stand: as network.h says.
     std::size_t weight(int n, int t, int i) const {
         const std::size_t tap = index(n / kLane) * shape_.block() + index(t * shape_.k_pitch * kLane);
-        return tap + index(bf16_ ? (i / 2 * kLane + n % kLane) * 2 + i % 2 : i * kLane + n % kLane);
+        return tap + index(table_.bf16 ? (i / 2 * kLane + n % kLane) * 2 + i % 2 : i * kLane + n % kLane);
     }
 
     void fill_weights(Random &random) {
         for (std::size_t i = 0; i < w_.size(); i++) w_.set(i, 0);
         for (int n = 0; n < shape_.blocks * kLane; n++)
             for (int t = 0; t < shape_.taps; t++)
-                for (int i = 0; i < shape_.k; i++) w_.set(weight(n, t, i), random.value());
+                for (int i = 0; i < shape_.k; i++) {
+                    const float value = random.value();
+                    w_.set(weight(n, t, i), table_.pack ? test::upper_part(value) + test::lower_part(value) : value);
+                }
+    }
+
+    // As the table reads them.
+    const std::byte *weights() const {
+        if (!table_.pack) return w_.at(0);
+        for (int block = 0; block < shape_.blocks; block++) {
+            const std::size_t first = index(block) * shape_.block() * w_.width();
+            table_.pack(reinterpret_cast<const float *>(w_.at(0) + first), shape_.taps, shape_.k_pitch,
+                        packed_.data() + first);
+        }
+        return packed_.data();
     }
 
     // Of each tap: neighbours, pixels at a distance, any, rows with padding between them, backwards, or always the
@@ -272,15 +301,19 @@ class ProductCase {
         }
         if (shape_.relu) y = std::max(y, 0.0);
         // Terms: the products, each rounded once, the bias and what is added.
-        const double summed = gamma(shape_.taps * shape_.k + 3) * magnitude;
-        const double bound = summed + roundoff(bf16_ && !shape_.raw) * (std::abs(y) + summed);
+        const bool parts = format_ == Format::bf16x2;
+        const int terms = shape_.taps * shape_.k * (parts ? 3 : 1) + 3;
+        const double summed = (gamma(terms) * (parts ? 1 + 0x1p-7 : 1) + (parts ? 0x1p-18 : 0)) * magnitude;
+        const double bound = summed + roundoff(out_format_) * (std::abs(y) + summed);
         return std::abs(out_.get(at) - y) / std::max(bound, 0x1p-149);
     }
 
     const Kernels &table_;
-    const bool bf16_;
+    const Format format_;
     const Shape shape_;
+    const Format out_format_;
     Elements a_, zeros_, w_;
+    test::Array<std::byte> packed_;
     test::Array<float> bias_;
     Elements before_, out_, added_;  // elements of `out`: before the product, and after it
     std::vector<int> listed_;        // [taps][a_pitch] pixels, -1 for padding
@@ -295,7 +328,7 @@ void test_products(const Kernels &table) {
     ProductCase::sensitive_ = 0;
     for (int i = 0; i < kProducts; i++) {
         const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
-        describe("a product of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32",
+        describe("a product of %s %s, seed %llu", table.isa, name(format_of(table)),
                  static_cast<unsigned long long>(seed));
         Random random(seed);
         ProductCase product(random, table);
@@ -307,8 +340,7 @@ void test_products(const Kernels &table) {
         product.check_sensitivity(random);
     }
     CHECK(ProductCase::sensitive_ > 3);
-    std::printf("%s %s: products, errors up to %.2f of their bound\n", table.isa, table.bf16 ? "bf16" : "fp32",
-                largest);
+    std::printf("%s %s: products, errors up to %.2f of their bound\n", table.isa, name(format_of(table)), largest);
 }
 
 // --- Winograd's convolution
@@ -356,12 +388,12 @@ Square sandwich(const Matrix &l, const Square &x, bool magnitudes) {
 }
 
 // What rounding may add to a transformed square: in float32, and where the result is stored as bfloat16 once more.
-Square rounding(const Matrix &l, const Square &x, int roundings, bool bf16) {
+Square rounding(const Matrix &l, const Square &x, int roundings, Format format) {
     const Square exact = sandwich(l, x, false), magnitude = sandwich(l, x, true);
     Square error(exact.size());
     for (std::size_t i = 0; i < error.size(); i++) {
         const double summed = gamma(roundings) * magnitude[i];
-        error[i] = summed + roundoff(bf16) * (std::abs(exact[i]) + summed);
+        error[i] = summed + roundoff(format) * (std::abs(exact[i]) + summed);
     }
     return error;
 }
@@ -382,14 +414,14 @@ class ConvolutionCase {
           exact_(m_ == 2 && random.flip()),
           add_(random.flip()),
           relu_(random.flip()),
-          in_(table.bf16, index(height_ * width_ * channels_)),
-          zeros_(table.bf16, index(channels_)),
-          w_(table.bf16, index(blocks_ * 9 * channels_ * kLane)),
-          planes_(table.bf16, index(t_ * t_ * blocks_ * channels_ * kLane)),
+          in_(format_of(table), index(height_ * width_ * channels_)),
+          zeros_(format_of(table), index(channels_)),
+          w_(format_of(table), index(blocks_ * 9 * channels_ * kLane)),
+          planes_(format_of(table), index(t_ * t_ * blocks_ * channels_ * kLane)),
           bias_(index(blocks_ * kLane)),
-          added_(table.bf16, index(height_ * width_ * blocks_ * kLane)),
-          out_(table.bf16, added_.size()),
-          spare_(table.bf16, index(blocks_ * kLane)) {
+          added_(format_of(table), index(height_ * width_ * blocks_ * kLane)),
+          out_(format_of(table), added_.size()),
+          spare_(format_of(table), index(blocks_ * kLane)) {
         fill(random, in_, 1);
         fill(random, w_, 4);  // F(2 x 2, 3 x 3) divides by 4
         fill(random, added_, 1);
@@ -406,7 +438,7 @@ class ConvolutionCase {
         std::vector<void *> out;
         for (int tile = first; tile < first + tiles; tile++)
             list_tile(tile / across() * m_, tile % across() * m_, in, add, out);
-        Elements transformed(table_.bf16, index(spots * tiles * channels_));
+        Elements transformed(format_of(table_), index(spots * tiles * channels_));
         test::Array<float> products(index(spots * tiles * blocks_ * kLane));
         winograd_.input({in.data(), tiles, channels_, transformed.at(0)});
         for (int spot = 0; spot < spots; spot++) multiply(spot, tiles, transformed, products);
@@ -434,7 +466,7 @@ class ConvolutionCase {
 
     void check_independence(Random &random) {
         run();
-        Elements together(table_.bf16, out_.size());
+        Elements together(format_of(table_), out_.size());
         together.copy(out_);
         for (int tile = 0; tile < tiles();) {
             const int count = random.between(1, tiles() - tile);
@@ -534,7 +566,7 @@ class ConvolutionCase {
         for (int c = 0; c < channels_; c++) {
             Square d;
             for (int i = 0; i < t_ * t_; i++) d.push_back(input(y - 1 + i / t_, x - 1 + i % t_, c));
-            data.error.push_back(rounding(form_.input, d, kInputRoundings, table_.bf16));
+            data.error.push_back(rounding(form_.input, d, kInputRoundings, format_of(table_)));
             data.exact.push_back(sandwich(form_.input, d, false));
         }
         return data;
@@ -546,7 +578,7 @@ class ConvolutionCase {
             for (int c = 0; c < channels_; c++) {
                 Square g;
                 for (int tap = 0; tap < 9; tap++) g.push_back(w_.get(weight(n, tap, c)));
-                weights[index(n)].error.push_back(rounding(form_.weight, g, kWeightRoundings, table_.bf16));
+                weights[index(n)].error.push_back(rounding(form_.weight, g, kWeightRoundings, format_of(table_)));
                 weights[index(n)].exact.push_back(sandwich(form_.weight, g, false));
             }
         return weights;
@@ -589,7 +621,7 @@ class ConvolutionCase {
         bound = exact_ ? 0 : bound + gamma(2) * (magnitude + std::abs(sum) + bound);
         if (relu_) sum = std::max(sum, 0.0);
         return std::abs(out_.get(at) - sum) /
-               std::max(bound + roundoff(table_.bf16) * (std::abs(sum) + bound), 0x1p-149);
+               std::max(bound + roundoff(format_of(table_)) * (std::abs(sum) + bound), 0x1p-149);
     }
 
     const Kernels &table_;
@@ -608,8 +640,8 @@ void test_convolutions(const Kernels &table) {
         double largest = 0;
         for (int i = 0; i < kConvolutions; i++) {
             const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
-            describe("F(%d x %d, 3 x 3) of %s %s, seed %llu", winograd.m, winograd.m, table.isa,
-                     table.bf16 ? "bf16" : "fp32", static_cast<unsigned long long>(seed));
+            describe("F(%d x %d, 3 x 3) of %s %s, seed %llu", winograd.m, winograd.m, table.isa, name(format_of(table)),
+                     static_cast<unsigned long long>(seed));
             Random random(seed);
             ConvolutionCase convolution(random, table, winograd);
             convolution.run();
@@ -619,8 +651,8 @@ void test_convolutions(const Kernels &table) {
             convolution.check_independence(random);
             if (i % 4 == 0) convolution.check_sensitivity(random);
         }
-        std::printf("%s %s: F(%d x %d, 3 x 3), errors up to %.2f of their bound\n", table.isa,
-                    table.bf16 ? "bf16" : "fp32", winograd.m, winograd.m, largest);
+        std::printf("%s %s: F(%d x %d, 3 x 3), errors up to %.2f of their bound\n", table.isa, name(format_of(table)),
+                    winograd.m, winograd.m, largest);
     }
 }
 
@@ -630,7 +662,8 @@ void test_convolutions(const Kernels &table) {
 void test_max_pool(const Kernels &table, Random &random) {
     const int taps = random.between(1, 9), pixels = random.between(1, 33), channels = 16 * random.between(1, 4),
               map = 30;
-    Elements in(table.bf16, index(map * channels)), out(table.bf16, index(pixels * channels));
+    const std::size_t pitch = index(channels);
+    Elements in(format_of(table), index(map) * pitch, pitch), out(format_of(table), index(pixels) * pitch, pitch);
     in.randomise(random);
     if (random.flip())
         for (std::size_t i = 0; i < in.size(); i++) in.set(i, -1 - static_cast<float>(std::abs(in.get(i))));
@@ -659,20 +692,26 @@ void test_max_pool(const Kernels &table, Random &random) {
 }
 
 void test_average(const Kernels &table, Random &random) {
-    const int pixels = random.between(1, 80), channels = 16 * random.between(1, 4);
-    Elements in(table.bf16, index(pixels * channels)), out(table.bf16, index(channels));
+    const int pixels = random.between(1, 80), channels = 16 * random.between(1, 4), offset = 16 * random.below(3),
+              pitch = offset + channels + 16 * random.below(2);
+    Elements in(format_of(table), index(pixels * channels), index(channels)),
+        out(format_of(table), index(pitch), index(pitch));
     in.randomise(random);
+    for (std::size_t i = 0; i < out.size(); i++) out.set(i, 7);
     std::vector<const void *> a;
     for (int i = 0; i < pixels; i++) a.push_back(in.at(index(i * channels)));
-    table.average({a.data(), pixels, channels, out.at(0)});
+    table.average({a.data(), pixels, channels, out.at(0), offset, pitch});
+    for (int c = 0; c < pitch; c++)  // what is not asked for stays
+        CHECK((c >= offset && c < offset + channels) || out.get(index(c)) == 7);
     for (int c = 0; c < channels; c++) {
         double mean = 0, magnitude = 0;
         for (int i = 0; i < pixels; i++) {
             mean += in.get(index(i * channels + c)) / pixels;
             magnitude += std::abs(in.get(index(i * channels + c))) / pixels;
         }
-        const double summed = gamma(pixels + 2) * magnitude;
-        CHECK(std::abs(out.get(index(c)) - mean) <= summed + roundoff(table.bf16) * (std::abs(mean) + summed));
+        const double summed = gamma(pixels + 3) * magnitude;
+        const double bound = summed + roundoff(format_of(table)) * (std::abs(mean) + summed);
+        CHECK(std::abs(out.get(index(offset + c)) - mean) <= bound);
     }
 }
 
@@ -685,22 +724,41 @@ void test_interleave(const Kernels &table, Random &random) {
         in[i] = random.flip() ? random.value() : 1 + 0x1p-8f * static_cast<float>(random.below(16));
     }
     if (random.flip()) in[0] = random.any({NAN, INFINITY, -INFINITY, 3.4e38f, 1e-40f});
-    Elements out(table.bf16, index(width * channels)), expected(table.bf16, out.size());
+    const Format format = table.bf16 ? Format::bf16 : Format::fp32;  // where there is `place`, it comes after this
+    Elements out(format, index(width * channels)), expected(format, out.size());
     table.interleave({in.data(), plane, channels, width, out.at(0)});
     for (int x = 0; x < width; x++)
         for (int c = 0; c < channels; c++) expected.set(index(x * channels + c), in[index(c) * plane + index(x)]);
     CHECK(std::memcmp(out.at(0), expected.at(0), out.size() * out.width()) == 0);
 }
 
+// Of every number the two parts, each rounded; NaN for what has none.
+void test_place(const Kernels &table, Random &random) {
+    const int count = 16 * random.between(1, 5);
+    test::Array<float> from(index(count));
+    Elements to(Format::bf16x2, index(count), index(count)), expected(Format::bf16x2, index(count), index(count));
+    for (int i = 0; i < count; i++)
+        from[index(i)] =
+            random.below(8) ? random.value() : random.any({NAN, -NAN, INFINITY, -INFINITY, 3.4e38f, 1 + 0x1p-8f, 0.0f});
+    table.place(from.data(), count, to.at(0));
+    for (int i = 0; i < count; i++) {
+        const std::size_t at = index(i);
+        expected.set(at, from[at]);
+        CHECK(std::isnan(expected.get(at)) ? std::isnan(to.get(at)) : to.is_same(expected, at));
+        CHECK(!(std::abs(from[at]) <= 1) || std::abs(to.get(at) - static_cast<double>(from[at])) <=
+                                                0x1p-17 * static_cast<double>(std::abs(from[at])));
+    }
+}
+
 void test_pools(const Kernels &table) {
     for (int i = 0; i < kPools; i++) {
         const std::uint64_t seed = kSeed + static_cast<std::uint64_t>(i);
-        describe("pools of %s %s, seed %llu", table.isa, table.bf16 ? "bf16" : "fp32",
-                 static_cast<unsigned long long>(seed));
+        describe("pools of %s %s, seed %llu", table.isa, name(format_of(table)), static_cast<unsigned long long>(seed));
         Random random(seed);
         test_max_pool(table, random);
         test_average(table, random);
         test_interleave(table, random);
+        if (table.place) test_place(table, random);
     }
 }
 
@@ -725,12 +783,13 @@ std::vector<const Kernels *> tables() {
     for (const bool bf16 : {false, true}) {
         std::string names = rd::available_isas() + std::string(",");
         for (std::size_t end; (end = names.find(',')) != std::string::npos; names.erase(0, end + 1)) {
-            const std::string name = names.substr(0, end);
-            if (bf16 || name.find("bf16") == std::string::npos)
-                found.push_back(&rd::choose_kernels(name.c_str(), bf16));
+            const std::string isa = names.substr(0, end);
+            const bool offered = isa == "amx_bf16x2" ? !bf16 : bf16 || isa.find("bf16") == std::string::npos;
+            if (offered) found.push_back(&rd::choose_kernels(isa.c_str(), bf16));
         }
     }
     found.push_back(rd::emulated_amx_bf16_kernels(true));
+    found.push_back(rd::emulated_amx_bf16x2_kernels(false));
     return found;
 }
 

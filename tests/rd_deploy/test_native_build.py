@@ -53,7 +53,7 @@ def built(tree: Path, *arguments: str, env: dict | None = None) -> str:
 
 
 def test_a_library_for_every_instruction_set_that_the_compiler_has(tree):
-    assert "compiles 6 of 6 files" in built(tree) or ours.Compiler.find().isas.keys() != ours.INSTRUCTION_SETS.keys()
+    assert "compiles 7 of 7 files" in built(tree) or ours.Compiler.find().isas.keys() != ours.INSTRUCTION_SETS.keys()
     library = ctypes.CDLL(str(tree / ours.LIBRARY))
     library.rd_isas.restype = ctypes.c_char_p
     expected = "portable avx2" if "avx2" in ours.Compiler.find().isas else "portable"

@@ -40,8 +40,9 @@ typedef struct rd_context rd_context;
 RD_API const char *rd_version(void);
 /* What the last failed call of this thread said; "" when none failed. Valid until the thread's next call. */
 RD_API const char *rd_last_error(void);
-/* Instruction sets that this build has and this CPU can run, best first, separated by commas: "avx512_bf16,avx512,...".
- */
+/* Instruction sets that this build has and this CPU can run, separated by commas: "avx512_bf16,avx512,...". Best first,
+ * but for "amx_bf16x2", which stands last and is only taken by name: it runs fp32 networks with every number as the sum
+ * of two bf16, good for 2^-17. */
 RD_API const char *rd_available_isas(void);
 
 /* --- networks */
@@ -106,7 +107,7 @@ typedef struct rd_plan_info {
     uint64_t scratch_bytes;     /* of which the threads' scratch: tiles of maps that never exist, windows, transforms */
     uint64_t alignment_bytes;   /* of which alignment and gaps */
     uint64_t weight_bytes;      /* weights in the file, as packed there */
-    uint64_t packed_bytes;      /* weights transformed when the plan was made, besides those in the file */
+    uint64_t packed_bytes;      /* weights transformed or repacked for the plan, besides those in the file */
     uint64_t macs;              /* multiply-accumulates per image, counted as direct convolutions */
     const char *isa;            /* instruction set in use; lives as long as the plan */
 } rd_plan_info;

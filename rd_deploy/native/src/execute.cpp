@@ -148,6 +148,7 @@ class Work {
         p.blocks = step.blocks();
         p.bias = step.bias;
         p.out = out;
+        p.out_pitch = p.add_pitch = layer.out.pitch();
         p.relu = step.relu;
         return p;
     }
@@ -273,7 +274,7 @@ class Work {
         const int first = p.blocks * slice_ / o_.slices, last = p.blocks * (slice_ + 1) / o_.slices;
         p.w = layer.weight + static_cast<std::size_t>(first) * p.w_block;
         p.bias += first * kLane;
-        p.offset = first * kLane;
+        p.offset = p.add_offset = first * kLane;
         p.blocks = last - first;
     }
 
@@ -527,9 +528,15 @@ class Work {
         list_pixels(source(), o_.in, 0, o_.in.pixels(), taps_);
     }
 
+    // So many channels of the listed pixels of an image to its means from `offset` on.
+    void average_to(int image, const void *const *pixels, int channels, int offset) const {
+        std::byte *const means = destination(o_.pool_map, o_.pooled).row_at(image, 0);
+        kernels_.average({pixels, o_.in.pixels(), channels, means, offset, o_.pooled.pitch()});
+    }
+
     void average(int image) {
         list_image(image);
-        kernels_.average({taps_, o_.in.pixels(), o_.in.pitch(), destination(o_.pool_map, o_.pooled).row_at(image, 0)});
+        average_to(image, taps_, o_.in.pitch(), 0);
     }
 
     // A 1x1 convolution for a slice of its outputs on all pixels of an image, averaged at once: its map never exists.
@@ -540,18 +547,15 @@ class Work {
         Product p = product(layer, taps_, count, count, out_[0]);
         take_slice(p, layer);
         if (o_.tiled) p.next = following_weight();
-        const std::size_t before = static_cast<std::size_t>(p.offset) * element_;
-        const std::size_t bytes = static_cast<std::size_t>(p.blocks * kLane) * element_;
-        if (list_added(layer, 0, count)) {
-            for (int i = 0; i < count; i++) add_[i] = static_cast<const std::byte *>(add_[i]) + before;
-            p.add = add_;
-        }
+        if (list_added(layer, 0, count)) p.add = add_;
+        const int offset = p.offset;
         p.offset = 0;
+        p.out_pitch = p.blocks * kLane;
+        const std::size_t bytes = static_cast<std::size_t>(p.out_pitch) * element_;
         for (int i = 0; i < count; i++)
             out_[0][i] = scratch_ + o_.scratch.tile[0] + static_cast<std::size_t>(i) * bytes;
         multiply_neighbours(p, false);
-        kernels_.average(
-            {out_[0], count, p.blocks * kLane, destination(o_.pool_map, o_.pooled).row_at(image, 0) + before});
+        average_to(image, out_[0], p.out_pitch, offset);
     }
 
     // Logits are not padded to whole blocks as maps are, so they pass through a tile.
@@ -663,7 +667,9 @@ class Work {
         std::byte *to = columns_row(y);
         const std::size_t bytes = columns_bytes();
         for (int x = 0; x < o_.layers[0].out.width; x++, from += step, to += bytes)
-            if (bytes == 64)
+            if (kernels_.place)
+                kernels_.place(reinterpret_cast<const float *>(from), o_.layers[0].step->k_pitch, to);
+            else if (bytes == 64)
                 std::memcpy(to, from, 64);  // as nearly always: one instruction
             else
                 std::memcpy(to, from, bytes);

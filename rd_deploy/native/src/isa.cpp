@@ -56,7 +56,8 @@ struct Isa {
     const Kernels *(*tables)(bool bf16);
 };
 
-// Best first. What the compiler could not build is not here.
+// Best first; behind the portable one, which has all tables, what is only taken by name, since its results differ from
+// the precision's by more than an order of additions does. What the compiler could not build is not here.
 constexpr Isa kIsas[] = {
 #if defined(RD_OFFER_AMX)
     {"amx_bf16", has_amx_bf16, amx_bf16_kernels},
@@ -71,6 +72,9 @@ constexpr Isa kIsas[] = {
     {"avx2", has_avx2, avx2_kernels},
 #endif
     {"portable", always, portable_kernels},
+#if defined(RD_OFFER_AMX)
+    {"amx_bf16x2", has_amx_bf16, amx_bf16x2_kernels},
+#endif
 };
 
 std::string listed() {

@@ -7,7 +7,7 @@
 
 namespace rd {
 
-// Names, best first, separated by commas.
+// Names, best first, and last what is only taken by name, separated by commas.
 const char *available_isas();
 
 // The tables of an instruction set. `name` null: the environment's RD_ISA, else the best that has tables for the

@@ -779,7 +779,11 @@ class Builder {
 
     void transform_weights() {
         const auto visit = [&](Operation &o) {
-            if (!o.layers.empty() && o.layers[0].winograd) transform(o.layers[0]);
+            for (Layer &layer : o.layers)
+                if (layer.winograd)
+                    transform(layer);
+                else if (plan_->kernels->pack)
+                    pack(layer);
         };
         for (Operation &o : plan_->operations) {
             visit(o);
@@ -816,9 +820,27 @@ class Builder {
                              memory.get() + index(n) * block * planes, block});
         };
         in_parallel(std::min(options().threads, conv.blocks()), work);
-        layer.weight = memory.get();
+        keep(layer, std::move(memory), bytes);
+    }
+
+    // From the file's float32 to the kernels' own elements.
+    void pack(Layer &layer) {
+        const Step &conv = *layer.step;
+        const std::size_t block = conv.block_bytes(net().precision), bytes = block * index(conv.blocks());
+        Memory memory = allocate(bytes);
+        const auto work = [&](int first, int step) {
+            for (int n = first; n < conv.blocks(); n += step)
+                plan_->kernels->pack(reinterpret_cast<const float *>(conv.weight + index(n) * block), conv.taps,
+                                     conv.k_pitch, memory.get() + index(n) * block);
+        };
+        in_parallel(std::min(options().threads, conv.blocks()), work);
+        keep(layer, std::move(memory), bytes);
+    }
+
+    void keep(Layer &layer, Memory weights, std::size_t bytes) {
+        layer.weight = weights.get();
         plan_->info.packed_bytes += bytes;
-        plan_->transformed.push_back(std::move(memory));
+        plan_->transformed.push_back(std::move(weights));
     }
 
     void find_following() const {

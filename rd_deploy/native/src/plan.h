@@ -45,7 +45,7 @@ struct Layer {
     int map = kScratch;                  // its output, kScratch or kRing
     int add = -1;                        // map to be added
     const Winograd *winograd = nullptr;  // null: direct
-    const std::byte *weight = nullptr;   // as in the file, or Winograd's planes
+    const std::byte *weight = nullptr;   // as in the file, repacked, or Winograd's planes
 };
 
 enum class OperationKind : std::uint8_t { stem, convolution, convolution_average, max_pool, average, linear, streamed };

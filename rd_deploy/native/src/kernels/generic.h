@@ -167,8 +167,20 @@ struct Bf16 {
 struct Ending {
     const void *const *add;
     void *const *out;
-    int offset;
+    int offset, out_pitch;
+    int add_offset, add_pitch;
     bool relu;
+
+    // Of a product's outputs from the given pixel and block on.
+    static RD_INLINE Ending of(const Product &p, int pixel, int block) {
+        return {p.add ? p.add + pixel : nullptr,
+                p.out + pixel,
+                p.offset + block * 16,
+                p.out_pitch,
+                p.add_offset + block * 16,
+                p.add_pitch,
+                p.relu};
+    }
 };
 
 template <class Element, int Pixels, int Blocks>
@@ -177,7 +189,7 @@ RD_INLINE void finish(const Ending &e, Floats (&sum)[Pixels][Blocks * kParts]) {
     for (int i = 0; i < Pixels; i++) {
         char *const out = static_cast<char *>(e.out[i]) + e.offset * Element::bytes;
         if (e.add) {
-            const char *const add = static_cast<const char *>(e.add[i]) + e.offset * Element::bytes;
+            const char *const add = static_cast<const char *>(e.add[i]) + e.add_offset * Element::bytes;
             RD_UNROLL
             for (int j = 0; j < Blocks * kParts; j++) sum[i][j] += Element::read(add + j * kLanes * Element::bytes);
         }
@@ -267,7 +279,7 @@ void tile(const Product &p, int pixel, int block, Fetch &state) {
         }
     }
     state = fetch;
-    const Ending ending{p.add ? p.add + pixel : nullptr, p.out + pixel, p.offset + block * 16, p.relu};
+    const Ending ending = Ending::of(p, pixel, block);
     if (p.raw)
         finish_raw(ending, sum);
     else
@@ -531,7 +543,7 @@ void average(const Average &p) {
     for (int c = 0; c < p.channels * Element::bytes; c += kLanes * Element::bytes) {
         Floats sum{};
         for (int pixel = 0; pixel < p.pixels; pixel++) sum += Element::read(static_cast<const char *>(p.a[pixel]) + c);
-        Element::write(static_cast<char *>(p.out) + c, sum * share);
+        Element::write(static_cast<char *>(p.out) + p.offset * Element::bytes + c, sum * share);
     }
 }
 
@@ -584,6 +596,8 @@ constexpr Kernels table(bool bf16, Winograd large) {
             max_pool<Element>,
             average<Element>,
             interleave<Element>,
+            nullptr,
+            nullptr,
             nullptr,
             nullptr};
 }

@@ -14,8 +14,8 @@ namespace rd {
 //   out[p][n] = relu?(bias[n] + sum over t, i of a[t][p][i] * w[n][t][i] (+ add[p][n])),  n = 0 .. 16 * blocks - 1
 // in float32, summed over t, then i, in ascending order (in tiles 32 of i at a time, and the bias last) whatever the
 // number of pixels, so that a pixel's result does not depend on its neighbours in the list. Elements of a, add and out
-// are of the table's precision. Tables may read up to k_pitch elements of a, where those beyond k meet zero weights:
-// they must be finite.
+// are of the table's kind. Tables may read up to k_pitch elements of a, where those beyond k meet zero weights: they
+// must be finite.
 //
 // Vector units take any pixels: `a` lists each one, and `group` of the table is 1. Tiles are read row by row at a
 // constant distance: `a` lists the first of each `group` pixels, and the others follow `step` bytes apart each. The
@@ -31,9 +31,12 @@ struct Product {
     size_t w_block;          // bytes from one block to the next
     int blocks;              // of 16 outputs
     const float *bias;       // 16 * blocks, 64-byte aligned; null: zeros
-    const void *const *add;  // [pixels], pointers to the pixel's elements, those of output n at offset + n; null: none
+    const void *const *add;  // [pixels], pointers to the pixel's elements; null: none
     void *const *out;        // [pixels], likewise
-    int offset;              // of the first output, in elements; weights and bias begin with the first output
+    // Output n is element offset + n of a pixel in `out`, which has out_pitch of them, and likewise in `add`. Weights
+    // and bias begin with the first output.
+    int offset, out_pitch;
+    int add_offset, add_pitch;
     bool relu;
     bool raw;  // out is float32 whatever the precision; nothing is added and relu does not count
     // The weights that are multiplied after these, which may be fetched meanwhile; null: none, or not known.
@@ -45,7 +48,7 @@ struct Product {
 struct InputTransform {
     const void *const *in;  // [tiles][t * t] pointers to `channels` elements: the tile's input pixels, row by row
     int tiles, channels;    // channels: multiple of 16
-    void *out;              // [t * t][tiles][channels], of the table's precision
+    void *out;              // [t * t][tiles][channels], of the table's kind
 };
 struct OutputTransform {
     const float *in;  // [t * t][tiles][in_pitch]
@@ -72,11 +75,12 @@ struct MaxPool {
     void *const *out;  // [pixels]
 };
 struct Average {
-    const void *const *a;  // [pixels]
-    int pixels, channels;  // channels: multiple of 16
-    void *out;             // channels elements: the means, summed in float32 in the list's order
+    const void *const *a;   // [pixels]
+    int pixels, channels;   // channels: multiple of 16
+    void *out;              // a pixel of out_pitch elements
+    int offset, out_pitch;  // of the first mean among them; the means are summed in float32 in the list's order
 };
-// A row of float32 planes to elements with the channels together.
+// A row of float32 planes to elements with the channels together: float32 where the table has `place`.
 struct Interleave {
     const float *in;  // the row in the first plane
     size_t plane;     // elements from one plane to the next
@@ -104,6 +108,9 @@ struct Kernels {
     void (*interleave)(const Interleave &);
     void (*begin)();  // before a thread's first product, and after its last; null: nothing to do
     void (*end)();
+    // Where the elements of maps are others than those of the network's file, which are float32 then; else null.
+    void (*place)(const float *from, int count, void *to);          // a pixel; count: multiple of 16
+    void (*pack)(const float *w, int taps, int k_pitch, void *to);  // a block of weights, to as many bytes
 };
 
 // Each file's tables; null when this build or this file has none for the precision.
@@ -112,5 +119,6 @@ const Kernels *avx2_kernels(bool bf16);
 const Kernels *avx512_kernels(bool bf16);
 const Kernels *avx512_bf16_kernels(bool bf16);
 const Kernels *amx_bf16_kernels(bool bf16);
+const Kernels *amx_bf16x2_kernels(bool bf16);
 
 }  // namespace rd
