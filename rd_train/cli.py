@@ -20,6 +20,7 @@ from rd_train.recipe import (
     preset_values,
     read_values,
     what_it_takes,
+    when_not_given,
 )
 
 TYPES = get_type_hints(Recipe)
@@ -90,6 +91,11 @@ def _normalised(arguments: list[str]) -> list[str]:
     return result
 
 
+def _named(arguments: list[str]) -> set[str]:
+    """The options that are given."""
+    return {word[2:].partition("=")[0] for word in _normalised(arguments) if word.startswith("--")}
+
+
 def _explained(message: str) -> str:
     """The parser's message in the words of a user: which option, what it got, what it takes."""
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
@@ -154,12 +160,39 @@ def _released(arguments: list[str], preset: dict) -> Namespace:
     return options
 
 
-def _start(options: Namespace) -> dict | None:
+def _for_others(values: dict) -> dict:
+    """The entries of a preset or recipe file; of a run's own without those that were settled by its method, say.
+
+    They are to go by what is given now: another method has other defaults.
+    """
+    if {each.name for each in fields(Recipe)} - set(values) - ADDED:  # somebody wrote it, and meant what it names
+        return values
+    settled = when_not_given(values)
+    return {name: value for name, value in values.items() if name not in settled or value != settled[name]}
+
+
+def _from_preset(arguments: list[str], name: str, values: dict) -> Namespace:
+    """The options over the entries of a preset or recipe file; defaults that they change there are told."""
+    kept = _for_others(values)
+    options = _parse(arguments, kept)
+    recipe, settled = _recipe(options), [each for each in values if each not in kept and options[each] is None]
+    changed = [
+        f"{each}={getattr(recipe, each)} ({values[each]} there)"
+        for each in settled
+        if getattr(recipe, each) != values[each]
+    ]
+    if changed:
+        print(f"note     by default otherwise than in {name}: {', '.join(changed)}")
+    return options
+
+
+def _start(options: Namespace, named: set[str]) -> dict | None:
+    """Train, or estimate that; ``named``: the entries that the preset or an option names."""
     require("torch", "train")
     from rd_train import distributed  # torch is slow to import; --list and --help do without
     from rd_train.run import dry_run, run, settle
 
-    recipe = settle(_recipe(options))
+    recipe = settle(_recipe(options), named=named)
     if distributed.launched() and not options.out:
         raise UserError("with torchrun, name the folder of the run with --out, so that restarted processes find it")
     if distributed.launched() and options.overwrite:
@@ -194,7 +227,7 @@ ADDED = {"flip", "crop_padding", "smallest_crop", "save_minutes"}
 
 def _resume(arguments: list[str]) -> dict:
     options = _parse(arguments, {"preset": ""})
-    given = {word[2:].partition("=")[0] for word in _normalised(arguments) if word.startswith("--")}
+    given = _named(arguments)
     if options.preset or given - {"resume", "tensorboard", *RESUMABLE}:
         others = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
         raise UserError(
@@ -226,7 +259,7 @@ def _go_on(folder: Path, tensorboard: bool, changes: dict | None = None) -> dict
         if name in changes and (without[name] or changes[name] is None):
             raise UserError(f"the run in {folder} has no {name} to change; leave --{name.replace('_', '-')} away")
     recipe = Recipe(**values | changes)
-    settled = settle(recipe)
+    settled = settle(recipe, begun=True)
     if replace(settled, **{name: getattr(recipe, name) for name in changes}) != recipe:
         raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
     recipe = settled
@@ -243,8 +276,12 @@ def command(arguments: list[str]) -> int:
     if options.resume is not None:
         result = _resume(arguments)
     else:  # parsed again, now with the preset's values as defaults
-        read = _released if options.as_released else _parse
-        result = _start(read(arguments, preset_values(options.preset)))
+        values = preset_values(options.preset)
+        if options.as_released:
+            options = _released(arguments, values)
+        else:
+            options = _from_preset(arguments, options.preset, values)
+        result = _start(options, _named(arguments) | set(values))
     if result is None:  # a dry run
         return 0
     folder = result["folder"]

@@ -183,7 +183,7 @@ class ResidualDistillation(_Distillation):
 
     def _splice_outcomes(self, progress: float) -> list[tuple[float, dict]]:
         m = float(self.splice_decay(torch.tensor(progress, dtype=torch.float64)))
-        if self.splice_probability is None or m == 0:
+        if self.splice_probability is None or m == 0 or not self.splices:  # without a start, m may yet have an end
             return [(1.0, {"splices": self.splices if m else ()})]
         one = min(1.0, self.splice_probability * m / self.splice_weight)  # m may be an ulp above its start
         each = [(one / len(self.splices), {"splices": (k,)}) for k in self.splices]

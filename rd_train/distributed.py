@@ -20,15 +20,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rd_deploy.common import Stopped, UserError, one_line, run_command
 
+BEGUN = "rd-train has begun"
+_of_launch: dist.Store | None = None  # what all attempts of a launch share: torchrun itself holds it
+
 
 def launched() -> bool:
     """Whether torchrun started this process."""
     return dist.is_torchelastic_launched()
 
 
+def begin() -> None:
+    """Tell later attempts of this launch that this one has begun a run (or to go on with one)."""
+    if _of_launch is not None:
+        _of_launch.set(BEGUN, "1")
+
+
 def restarted() -> bool:
-    """Whether torchrun started all processes again, because one of an earlier attempt died."""
-    return launched() and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    """Whether torchrun started all processes again, because one of an earlier attempt that had begun a run died.
+
+    An attempt that was refused had not: torchrun restarts it all the same, and the run that is there is not this one's.
+    """
+    again = launched() and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    return again and (_of_launch is None or _of_launch.check([BEGUN]))
 
 
 def world() -> int:
@@ -80,7 +93,10 @@ def run_together(name: str, command: Callable[[], int]) -> int:
     Only the first process has a stdout. Of an error, whichever process it hit first says one line; the others end with
     the same code, without a word. (torchrun then prints its own report, and exits with 1.)
     """
+    global _of_launch
     store, number, count = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # otherwise it ends with the attempt
+        _of_launch = store
     store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     # CPU tensors go by gloo, which makes no GPU wait; CUDA tensors by NCCL.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -16,7 +16,7 @@ from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import checkpoint_values, plain_size
 from rd_train.context import Context, student_checkpoint
 from rd_train.cost import mean_step_macs, step_macs, update_macs
-from rd_train.data import Split, batches, steps_per_epoch
+from rd_train.data import Meter, Split, batches, steps_per_epoch
 from rd_train.evaluation import evaluation_size, predict
 from rd_train.html_report import THUMBNAIL, WORST
 from rd_train.live import in_words
@@ -25,16 +25,16 @@ from rd_train.recipe import Recipe
 from rd_train.state import State
 
 STEPS = 5
-LONGEST = 60.0  # seconds a phase: slow steps are timed until then, at least one
+LONGEST = 60.0  # seconds a phase: slow steps, or those of a slow loader, are timed until then, at least one
 
 
 @dataclass(frozen=True)
 class PhaseEstimate:
     """What a phase of a run takes.
 
-    ``step_seconds``: mean over its kinds of step; ``seconds``: of all epochs, with validation; ``test_seconds``: of its
-    network on the test split; ``memory``: most bytes of tensors at once in a training step; ``disk``: bytes of its
-    files; ``timed``: steps that were timed.
+    ``step_seconds``: mean over its kinds of step, or what the loader takes for its images where that is longer;
+    ``seconds``: of all epochs, with validation; ``test_seconds``: of its network on the test split; ``memory``: most
+    bytes of tensors at once in a training step; ``disk``: bytes of its files; ``timed``: steps that were timed.
     """
 
     name: str
@@ -55,12 +55,15 @@ def measure(name: str, task: nn.Module, meta: nn.Module, epochs: int, context: C
     """
     recipe, dataset = context.recipe, context.dataset
     take = Stepper(task, epochs, context)
-    stream = _endless(dataset.train, recipe)
-    memory = _memory_of_a_step(take, meta, *next(stream))
+    memory = _memory_of_a_step(take, meta, *_first_batch(dataset.train, recipe))
+    meter = Meter()
+    stream = _endless(dataset.train, recipe, meter)
     seconds, macs, timed = _timed_steps(take, meta, stream)
-    stream.close()
+    stream.close()  # waits for the batches that are being made: whole ones are what the meter counts
     full = dataset.preprocessing.size
-    step_seconds = seconds / macs * (mean_step_macs(meta, full, take.size_at) + update_macs(recipe, meta))
+    own = seconds / macs * (mean_step_macs(meta, full, take.size_at) + update_macs(recipe, meta))
+    # The few steps would hardly wait for a loader that was ahead of them: so each is measured by itself.
+    step_seconds = max(own, min(recipe.batch_size, len(dataset.train)) / meter.rate())
     per_image = _evaluation_seconds(task, context)
     steps = steps_per_epoch(dataset.train, recipe.batch_size)
     audit = 2 * step_seconds if recipe.audit and getattr(task, "splices", ()) else 0.0  # a forward, two backwards
@@ -71,20 +74,26 @@ def measure(name: str, task: nn.Module, meta: nn.Module, epochs: int, context: C
     return PhaseEstimate(name, epochs, steps, step_seconds, epochs * epoch, test, memory, disk, timed)
 
 
-def _endless(split: Split, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+def _first_batch(split: Split, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """A training batch, for which the loader starts its workers; none is prepared ahead."""
+    indices = torch.arange(min(recipe.batch_size, len(split)))
+    return split.augmented(indices, recipe.seed), split.labels[indices]
+
+
+def _endless(split: Split, recipe: Recipe, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches, epoch after epoch."""
     for epoch in count():
-        yield from batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+        yield from batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, meter=meter)
 
 
 def _timed_steps(take: Stepper, meta: nn.Module, stream: Iterator) -> tuple[float, float, int]:
-    """Seconds, MACs per image and number of some steps, with the batches that they wait for."""
-    context = take.context
+    """Seconds, MACs per image and number of some steps, while further batches are made but not waited for."""
+    context, begun = take.context, monotonic()
     seconds, macs, timed = 0.0, 0.0, 0
-    while timed < STEPS and (timed == 0 or seconds < LONGEST):
+    while timed < STEPS and (timed == 0 or monotonic() - begun < LONGEST):
         number = int(take.total * (timed + 0.5) / STEPS)
-        start = monotonic()
         images, labels = next(stream)
+        start = monotonic()
         step = take(number, images, labels.to(context.device))
         _wait(context)
         seconds += monotonic() - start

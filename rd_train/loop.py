@@ -33,7 +33,7 @@ from rd_train.schedules import learning_rate
 from rd_train.state import State
 from rd_train.vary import mixed, resized
 
-CHECK_EVERY = 20  # steps between looks at the loss, which make a GPU wait
+CHECK_EVERY = 20  # steps between looks at the loss, which make a GPU wait, and at what other processes skipped
 GO_ON, SAVE, STOP = range(3)  # what processes may want after a step
 STEP_SEED = 0x57E9  # sets the draws of a step apart from those of its batch
 
@@ -164,6 +164,8 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
                 if wanted == STOP:
                     _stop(context)
                 saved = time.monotonic()
+            if state.step % CHECK_EVERY == 0:
+                context.dataset.skipped.agree()
         if state.step < (epoch + 1) * per_epoch:
             if distributed.world() == 1:  # others may be anywhere in their steps: all go on from the last epoch
                 state.seconds = clock.total()
@@ -239,12 +241,12 @@ def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Conte
     if joint:
         row["teacher_val_accuracy"], _ = evaluate(task.teacher, validation, context)
     _check_finite(row, phase, state)
+    context.dataset.skipped.agree()  # too many in all end the run: before anything of the epoch is kept
     if state.improves(row["val_accuracy"], row["val_loss"]):
         state.best = {"epoch": epoch, "val_accuracy": row["val_accuracy"], "val_loss": row["val_loss"]}
         _save_student(phase, student, context, state.best)
         if joint:
             _save_student("teacher", task.teacher, context, state.best)
-    context.dataset.skipped.agree()
     row |= {"corrupt_images": len(context.dataset.skipped), **speeds, "seconds": clock.total()}
     state.seconds = row["seconds"]
     keep(row, context)

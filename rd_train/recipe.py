@@ -169,7 +169,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        settled = self._when_not_given()
+        settled = when_not_given(vars(self))
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if value is None and name in settled:
@@ -189,12 +189,6 @@ class Recipe:
         for refused, reason in self._conflicts():
             if refused:
                 raise UserError(reason)
-
-    def _when_not_given(self) -> dict:
-        """What entries become that others decide: by the method, and the noise by what it is added to."""
-        beside = self.init == "identity" and self.reparam in ("identity", "branches") and self.start_weights is None
-        by_method = {name: values[self.method == "rd"] for name, values in BY_METHOD.items()}
-        return by_method | {"init_noise": 0.3 if beside else 0.1}  # a path beside the one that passes on, or the kernel
 
     @property
     def _warm(self) -> bool:
@@ -285,7 +279,7 @@ class Recipe:
             "workers": self.data in IN_MEMORY,
             "max_corrupt": self.data in IN_MEMORY,
         }
-        settled = self._when_not_given()
+        settled = when_not_given(vars(self))
         defaults = {name: settled.get(name, getattr(Recipe, name)) for name in without}
         return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
 
@@ -369,6 +363,14 @@ BOUNDS = {
     "threads": (1, 1024),
     "seed": (0, 2**62),
 }
+
+
+def when_not_given(values: dict) -> dict:
+    """What entries become that others of these decide: by the method, and the noise by what it is added to."""
+    branches = values["reparam"] in ("identity", "branches")
+    beside = values["init"] == "identity" and branches and values["start_weights"] is None
+    by_method = {name: defaults[values["method"] == "rd"] for name, defaults in BY_METHOD.items()}
+    return by_method | {"init_noise": 0.3 if beside else 0.1}  # a path beside the one that passes on, or the kernel
 
 
 def _is_a(value: object, annotation: object) -> bool:

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,15 +41,16 @@ from rd_train.names import is_name
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
 from rd_train.start import from_start, load_start
-from rd_train.state import check_images
+from rd_train.state import check_images, saved_preprocessing
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers
 
 
-def settle(recipe: Recipe) -> Recipe:
+def settle(recipe: Recipe, *, named: Collection[str] = (), begun: bool = False) -> Recipe:
     """Replace every ``auto`` and unset entry that depends on the machine, so that a resume does the same sums.
 
-    With several processes, all get what the first one has.
+    With several processes, all get what the first one has. ``named``: see `from_start`. ``begun``: the recipe is that
+    of a run to go on with, which knows what it started from, and may do without it (`saved_preprocessing`).
     """
     device = recipe.device
     if device == "auto":
@@ -63,21 +64,20 @@ def settle(recipe: Recipe) -> Recipe:
     elif precision == "bf16" and device == "cpu" and not multiplies:
         precision = bf16.EMULATED
     # Absolute, so that a run can be resumed from another folder.
-    names = ("data_dir", "teacher_weights", "start_weights")
+    starts = recipe.start_weights is not None and not begun
+    published = starts and is_name(recipe.start_weights)
+    names = ("data_dir", "teacher_weights", *(("start_weights",) if starts and not published else ()))
     given = {name: path for name in names if (path := getattr(recipe, name)) is not None}
-    named = recipe.start_weights is not None and is_name(recipe.start_weights)
-    if named:
-        del given["start_weights"]
     paths = {name: str(expanded(name, path).resolve()) for name, path in given.items()}
     threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
     if fetched_teacher(recipe):
         paths["teacher"] = settled_name(recipe.teacher)
-    if named:
+    if published:
         paths["start_weights"] = settled_name(recipe.start_weights)
     settled = replace(recipe, device=device, precision=precision, threads=threads, **paths)
-    if settled.start_weights is not None:
-        with distributed.one_per_machine_first(named):
-            settled = from_start(settled)
+    if starts:
+        with distributed.one_per_machine_first(published):
+            settled = from_start(settled, named)
     if distributed.world() == 1:
         return settled
     return Recipe(**yaml.safe_load(distributed.of_first(dump_yaml(settled))))
@@ -87,7 +87,8 @@ def settle(recipe: Recipe) -> Recipe:
 class _Plan:
     """What is to be trained, by what, on what: everything that can be wrong with it was checked.
 
-    ``teacher`` where one is given; ``start``: the checkpoint to fine-tune; ``figures`` go into the result.
+    ``teacher`` where one is given; ``start``: the checkpoint to fine-tune, which a run to go on with has behind it;
+    ``figures`` go into the result.
     """
 
     dataset: Dataset
@@ -107,7 +108,7 @@ def run(
     """
     if tensorboard:
         require("tensorboard", "tensorboard")  # before anything is deleted
-    with _planned(recipe) as plan, _one_run_in(folder):
+    with _planned(recipe, folder if resume else None) as plan, _one_run_in(folder):
         if resume:
             check_images(folder, plan.dataset.counts)  # before anything there is changed
         distributed.barrier()  # every process has looked into the folder
@@ -115,6 +116,7 @@ def run(
         if distributed.first():
             if not resume:
                 _clear(folder, overwrite)
+            distributed.begin()
             write_text(folder / "recipe.yaml", dump_yaml(recipe))
             writer = tensorboard_writer(folder) if tensorboard else None
         distributed.barrier()
@@ -128,11 +130,19 @@ def run(
 
 
 @contextlib.contextmanager
-def _planned(recipe: Recipe) -> Iterator[_Plan]:
-    """The plan of a run, which is printed, and how it multiplies; its data set's workers end with it."""
+def _planned(recipe: Recipe, begun: Path | None = None) -> Iterator[_Plan]:
+    """The plan of a run, which is printed, and how it multiplies; its data set's workers end with it.
+
+    ``begun``: the folder of the run to go on with.
+    """
     torch.set_num_threads(recipe.threads)
     distributed.device(recipe.device)  # too few GPUs are told first
-    start = None if recipe.start_weights is None else load_start(recipe.start_weights)
+    start = like = None
+    if recipe.start_weights is not None:
+        like = None if begun is None else saved_preprocessing(begun)
+        if like is None:  # nothing is saved: the weights are needed, too
+            start = load_start(recipe.start_weights)
+            like = start.preprocessing
     with distributed.one_per_machine_first(recipe.download):
         dataset = load_dataset(
             recipe.data,
@@ -141,7 +151,7 @@ def _planned(recipe: Recipe) -> Iterator[_Plan]:
             limit=recipe.train_limit,
             download=recipe.download,
             augment=augmentation(recipe),
-            like=None if start is None else start.preprocessing,
+            like=like,
             split_seed=recipe.split_seed,
             workers=default_workers() if recipe.workers is None else recipe.workers,
             max_corrupt=recipe.max_corrupt,

@@ -17,7 +17,7 @@ from rd_train.listing import Listing
 from rd_train.workers import Workers
 
 ROLES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-FOLDERS = ("", "train", "val", "validation", "test")
+FOLDERS = ("", *ROLES)
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 MOST_MEMBERS, MOST_CLASSES = 2_000_000, 1_000_000
 LABEL_BYTES, JSON_BYTES = 32, 1 << 20
@@ -133,7 +133,7 @@ def _json_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
 
 
 def find_shards(root: Path) -> list[str]:
-    """The tars in ``root`` and in its folders train, val, validation and test, relative to it, sorted."""
+    """The tars in ``root`` and in its folders with the names of `ROLES`, relative to it, sorted."""
     found = sorted(str(path.relative_to(root)) for folder in FOLDERS for path in (root / folder).glob("*.tar"))
     if found:
         return found

@@ -22,6 +22,7 @@ class Skipped:
         self.path: Path | None = None
         self._write = True
         self._reasons: dict[str, str] = {}
+        self._agreed = 0  # so many of them all processes know of
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -43,13 +44,24 @@ class Skipped:
                 write_text(path, "".join(f"{name}\t{reason}\n" for name, reason in self._reasons.items()))
 
     def agree(self) -> None:
-        """Count what the other processes found, too; all of them call this together."""
+        """Count what the other processes found, too; all of them call this together.
+
+        Too many in all are a `UserError` in each of them. Where nothing is new, they exchange a single number.
+        """
         from rd_train import distributed  # torch is slow to import, and workers do without
 
-        if distributed.world() > 1:
-            for text in distributed.of_each(json.dumps(self._reasons)):
-                for name, reason in json.loads(text).items():
-                    self.add(name, reason)
+        if distributed.world() == 1:
+            return
+        with self._lock:
+            own = dict(self._reasons)
+        if not distributed.any_process(len(own) > self._agreed):
+            return
+        found = {}
+        for text in distributed.of_each(json.dumps(own)):
+            found |= json.loads(text)
+        self._agreed = len(found)
+        for name, reason in found.items():
+            self.add(name, reason)
 
     def _relative(self, name: str) -> str:
         """The name within the data's folder, so that it is the same where that has moved to."""

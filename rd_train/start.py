@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,17 +59,21 @@ def _arch_of(state: dict[str, Tensor], what: str) -> Arch:
     return parse_arch(f"resnet{known[kind, blocks]}", classes=len(classifier))
 
 
-def from_start(recipe: Recipe) -> Recipe:
-    """The recipe with the architecture of its ``start_weights``; another one asked for is a `UserError`."""
+def from_start(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
+    """The recipe with the architecture of its ``start_weights``; another one asked for is a `UserError`.
+
+    Asked for is what differs from the defaults of `Recipe`, and entries that are ``named`` (by a preset, say).
+    """
     arch = load_start(recipe.start_weights).arch
     kind = "resnet" if arch.shortcuts == "all" else "plain"
     own = {"arch": f"{kind}{arch.depth}", "shortcuts": arch.shortcuts, "stem": arch.stem}
     own |= {"width": float(arch.width), "reparam": arch.reparam}
     for name, value in own.items():
-        if getattr(recipe, name) not in (value, getattr(Recipe, name)):
+        given = getattr(recipe, name)
+        if given is not None and given != value and (name in named or given != getattr(Recipe, name)):
             raise UserError(
-                f"{name}={getattr(recipe, name)}, but the network of {recipe.start_weights} has {name}={value}; "
-                f"leave --{name} away"
+                f"{name}={given}, but the network of {recipe.start_weights} has {name}={value}; leave {name} away "
+                "(the preset finetune names none)"
             )
     return replace(recipe, **own)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from rd_deploy.common import UserError
+from rd_deploy.preprocessing import Preprocessing
 from rd_train import distributed
 from rd_train.checkpoint import load_plain, save_plain
 from rd_train.context import Context
@@ -21,6 +22,7 @@ class State:
         self.path = context.folder / f"{phase}-state.pt"
         self.task, self.optimizer, self.averaged = task, optimizer, averaged
         self.step, self.seconds, self.images = 0, 0.0, context.dataset.counts
+        self.preprocessing = context.dataset.preprocessing
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.counts: dict[str, int] = defaultdict(int)  # of steps; not every kind of step has every term
         self.best: dict = {"epoch": 0, "val_accuracy": -1.0, "val_loss": math.inf}
@@ -66,6 +68,7 @@ class State:
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "step": self.step,
             "images": list(self.images),
+            "preprocessing": self.preprocessing.to_dict(),
             "seconds": self.seconds,
             "sums": dict(self.sums),
             "counts": dict(self.counts),
@@ -103,6 +106,15 @@ class State:
         for parameter, values in self.optimizer.state.items():
             if any(torch.is_tensor(value) and value.shape != parameter.shape for value in values.values()):
                 raise ValueError("momentum")
+
+
+def saved_preprocessing(folder: Path) -> Preprocessing | None:
+    """That of the images of the student whose state is in ``folder``; None without one, or where it lacks that."""
+    path = folder / "student-state.pt"
+    values = load_plain(path, "training state") if path.exists() else None
+    if not isinstance(values, dict) or "preprocessing" not in values:  # earlier versions lack it
+        return None
+    return Preprocessing.from_dict(values["preprocessing"])
 
 
 def check_images(folder: Path, counts: tuple[int, ...]) -> None:

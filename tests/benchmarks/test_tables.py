@@ -86,6 +86,7 @@ def claim(name: str, value: float | None, holds: bool | None) -> dict:
 
 def test_the_claim_of_speed_is_told_for_both_questions():
     bench = {"networks": [{"name": "plain50"}, {"name": "resnet50"}], "path": "benchmarks/results/here/bench.json"}
+    bench["environment"] = {"variables": {}}
     bench["claims"] = [
         claim("native/fp32/batch-1", 9.0, True),  # one engine's is another question
         claim("native-against-others/fp32/batch-1", 1.36, None),
@@ -99,12 +100,15 @@ def test_the_claim_of_speed_is_told_for_both_questions():
         "in fp32 "
     )
     assert cpu_tables._judged(bench) == said + "at batch 1 (1.34x)."
+    bench["environment"]["variables"]["RD_ISA"] = "avx2"
+    assert cpu_tables._judged(bench).startswith("**The claim of 1.4x** on here by avx2: ")
 
 
 def test_a_table_names_the_command_and_what_disturbed_its_run():
     packages = dict.fromkeys(("torch", "onnxruntime", "openvino"), "1")
     bench = {
-        "environment": {"threads": 2, "cpu": {"model": "CPU"}, "date": "2030-01-01T00:00", "packages": packages},
+        "environment": {"threads": 2, "cpu": {"model": "CPU"}, "date": "2030-01-01T00:00", "packages": packages}
+        | {"variables": {"OMP_NUM_THREADS": "2"}},
         "options": {"seconds": 12.0, "precisions": ["fp32"]},
         "warnings": ["native fp32 batch 1: unstable", "load 2.30 on 2 CPUs at the start"],
         "path": "benchmarks/results/here/2030-01-01-bench-plain50.json",
@@ -114,6 +118,8 @@ def test_a_table_names_the_command_and_what_disturbed_its_run():
     assert "Warning of that run: load 2.30 on 2 CPUs at the start." in said
     command = "SECONDS_PER_PAIR=12 PRECISION=fp32 benchmarks/compare_resnet50.sh here"
     assert said.endswith(f"made by `{command}`.")
+    bench["environment"]["variables"]["RD_ISA"] = "amx_bf16x2"
+    assert cpu_tables.provenance(bench).endswith(f"made by `RD_ISA=amx_bf16x2 {command}`.")
 
 
 def test_a_changed_figure_is_noticed(checkout):

@@ -343,16 +343,16 @@ def test_the_default_method_is_ours(tmp_path, capsys):
     assert "audit.png" in (tmp_path / "report.md").read_text()
 
 
-def released(monkeypatch, *arguments: str) -> Recipe:
-    """The recipe that a command would run with --as-released."""
+def asked(monkeypatch, *arguments: str) -> Recipe:
+    """The recipe that a command would run."""
     seen = []
 
-    def start(options):
+    def start(options, named):
         seen.append(_recipe(options))
         return {"folder": "x", "teacher_test_accuracy": None, "test_accuracy": 0.5, "corrupt_images": 0}
 
     monkeypatch.setattr("rd_train.cli._start", start)
-    assert call(*arguments, "--as-released") == 0
+    assert call(*arguments) == 0
     return seen[0]
 
 
@@ -361,7 +361,7 @@ def released(monkeypatch, *arguments: str) -> Recipe:
     [(["imagenet-plain50"], "imagenet"), (["cifar10-plain18"], "small"), (["--arch", "plain34"], "imagenet")],
 )
 def test_as_released_sets_each_entry_and_nothing_else(arguments, stem, monkeypatch, capsys):
-    recipe = released(monkeypatch, *arguments)
+    recipe = asked(monkeypatch, *arguments, "--as-released")
     table = AS_RELEASED | AS_RELEASED_BY_STEM[stem]
     assert {name: getattr(recipe, name) for name in table} == table
     plain34 = {**preset_values("digits"), "arch": "plain34"}
@@ -380,7 +380,7 @@ def test_as_released_sets_each_entry_and_nothing_else(arguments, stem, monkeypat
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_as_released_refuses_what_contradicts_it(stem, monkeypatch, capsys):
-    monkeypatch.setattr("rd_train.cli._start", lambda options: pytest.fail("was started"))
+    monkeypatch.setattr("rd_train.cli._start", lambda options, named: pytest.fail("was started"))
     others = {"method": "rd", "shortcuts": "none", "init": "dirac", "teacher_bn": "batch", "reparam": "dirac",
               "feature_reduction": "mean", "warm_start": "true", "optimizer": "muon"}  # fmt: skip
     for name in AS_RELEASED | AS_RELEASED_BY_STEM[stem]:
@@ -395,3 +395,27 @@ def test_as_released_refuses_a_recipe_that_contradicts_it(tmp_path, monkeypatch,
     (tmp_path / "mine.yaml").write_text("splice_window: 0.3")
     assert call(str(tmp_path / "mine.yaml"), "--as-released") == 2
     assert "sets splice_window=0.5, this run splice_window=0.3" in capsys.readouterr().err
+
+
+def test_the_recipe_of_a_run_by_another_method_has_that_methods_defaults(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    ours = settle(Recipe(clip_norm=0.5, lr=0.02, device="cpu"))
+    path.write_text(dump_yaml(ours))
+    assert asked(monkeypatch, str(path)) == ours
+    assert "note" not in capsys.readouterr().out
+    theirs = asked(monkeypatch, str(path), "--method", "jointrd", "--teacher-bn", "batch")
+    # By hand: what was not rd's default stays, and so does what is given.
+    expected = {"method": "jointrd", "optimizer": "sgd", "splice_weight_end": 0.5, "kd_weight": 0.5}
+    assert theirs == replace(ours, **expected)
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert f"otherwise than in {path}: " in note
+    assert sorted(note.partition(": ")[2].split(", ")) == [
+        "kd_weight=0.5 (0.0 there)", "optimizer=sgd (muon there)", "splice_weight_end=0.5 (0.0 there)",
+    ]  # fmt: skip
+    assert asked(monkeypatch, str(path), "--reparam", "identity").init_noise == 0.3  # goes by that
+    capsys.readouterr()
+    # What a person, or a preset, names is meant, whatever the method.
+    (tmp_path / "mine.yaml").write_text("method: ce\noptimizer: sgd")
+    assert asked(monkeypatch, str(tmp_path / "mine.yaml"), "--method", "rd").optimizer == "sgd"
+    assert asked(monkeypatch, "finetune", "x.pt", "--method", "rd", "--teacher-weights", "y.pt").optimizer == "sgd"
+    assert "note" not in capsys.readouterr().out

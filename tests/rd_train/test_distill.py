@@ -199,6 +199,18 @@ def test_without_splices_and_features_it_is_cross_entropy():
     assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1], strict=True))
 
 
+def test_a_splice_weight_of_0_leaves_the_splices_out_whatever_its_end():
+    options = {"splice_weight": 0.0, "splice_weight_end": 0.5, "feature_weight": 0.0, "weights_sum_to_one": True}
+    images, labels = batch()
+    ordinary = CrossEntropy(tiny("plain20", 1)).train()
+    ordinary(images, labels, PROGRESS)["loss"].backward()
+    for probability in (1.0, None):
+        task = ResidualDistillation(tiny("plain20", 1), tiny("resnet20", 2), splice_probability=probability, **options)
+        assert task.kinds() == [{"splices": ()}]
+        for mine, other in zip(gradients_of(task, {}), ordinary.student.parameters(), strict=True):
+            torch.testing.assert_close(mine, other.grad)
+
+
 @pytest.mark.parametrize("teacher_bn", ["eval", "batch"])
 def test_a_frozen_teacher_gets_no_gradient_and_keeps_its_statistics(teacher_bn):
     student, teacher = tiny("plain20", 1), tiny("resnet20", 2)

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from photographs import write_imagenet
 from processes import environment, flags, run_rd_train, started
 from torch import nn
 
 from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError
-from rd_train import distributed
+from rd_train import distributed, loop
 from rd_train.build import build_task, meta_task, student_arch, teacher_arch
 from rd_train.checkpoint import load_checkpoint
 from rd_train.data import batches, derive_seed, load_dataset
@@ -52,7 +53,8 @@ class Group:
 
     processes: list
     folder: Path
-    store: dist.TCPStore  # by which they find each other; torchrun has one of its own
+    store: dist.TCPStore  # by which they find each other; torchrun has one of its own, for all attempts of a launch
+    restarts: int
 
     def join(self) -> list[int]:
         for process in self.processes:
@@ -63,10 +65,14 @@ class Group:
         return (self.folder / f"{stream}{rank}").read_text()
 
 
-def start(function, folder: Path, *arguments, world: int = 2, restarts: int = 0) -> Group:
-    """Run ``function(*arguments)``, which returns an exit code, in ``world`` processes that can find each other."""
+def start(function, folder: Path, *arguments, world: int = 2, after: Group | None = None) -> Group:
+    """Run ``function(*arguments)``, which returns an exit code, in ``world`` processes that can find each other.
+
+    ``after``: the attempt of the same launch that failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = after.store if after else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    restarts = after.restarts + 1 if after else 0
     common = {
         "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
         "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restarts,
@@ -76,7 +82,7 @@ def start(function, folder: Path, *arguments, world: int = 2, restarts: int = 0)
         values = {**common, "RANK": rank, "LOCAL_RANK": rank}
         out, err = folder / f"out{rank}", folder / f"err{rank}"
         processes.append(started(leaving, out, err, function, *arguments, values=values))
-    return Group(processes, folder, store)
+    return Group(processes, folder, store, restarts)
 
 
 def leaving(function, *arguments) -> NoReturn:
@@ -285,6 +291,54 @@ def test_without_sync_bn_two_processes_equal_one_that_normalises_by_slices(name,
         assert furthest(averaged, average) < TOLERANCE
 
 
+def train_on_corrupt_images(recipe: Recipe, folder: Path) -> int:
+    """Train as often as named below, where each process meets a corrupt image; keep what each says of it."""
+
+    def all_of_them() -> int:
+        for name, limit, every in (("enough", 2, 20), ("at the end", 1, 20), ("early", 1, 1)):
+            steps, loop.CHECK_EVERY = [], every
+            loop.learning_rate = lambda *numbers, steps=steps, **options: (
+                steps.append(numbers[0]) or learning_rate(*numbers, **options)
+            )
+            try:
+                run(replace(recipe, max_corrupt=limit), folder / name)
+                said = ""
+            except UserError as error:
+                said = str(error)
+            (folder / f"{name}-{distributed.rank()}.json").write_text(json.dumps([said, max(steps)]))
+        return 0
+
+    return distributed.run_together("test", all_of_them)
+
+
+def test_corrupt_images_of_all_processes_are_counted_before_anything_of_an_epoch_is_kept(tmp_path):
+    write_imagenet(tmp_path / "data", train=24)
+    recipe = replace(EPOCH, data="folder", data_dir=str(tmp_path / "data"), size=16, train_limit=None, batch_size=8,
+                     workers=0)  # fmt: skip
+    split = load_dataset("folder", tmp_path / "data", size=16).train
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(0, 0)))
+    bad, steps = order[[3, 4]].tolist(), len(split) // 8  # of the first batch, whose halves are the two processes'
+    assert 3 <= steps < 20
+    for index in bad:
+        path = tmp_path / "data" / "train" / split.listing.files[index]
+        path.write_bytes(path.read_bytes()[:200])
+    group = start(train_on_corrupt_images, tmp_path, recipe, tmp_path)
+    assert group.join() == [0, 0], group.text("err", 0) + group.text("err", 1)
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert json.loads((tmp_path / "enough" / "result.json").read_text())["corrupt_images"] == 2
+    assert rows_of(tmp_path / "enough")[0]["corrupt_images"] == 2
+    named = [line.partition("\t")[0] for line in (tmp_path / "enough" / "skipped.txt").read_text().splitlines()]
+    assert set(named) == {f"train/{split.listing.files[index]}" for index in bad}
+    for name in ("at the end", "early"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"recipe.yaml", "skipped.txt"}
+    for rank in range(2):
+        assert found[f"enough-{rank}"] == ["", steps - 1]
+        for name, last in (("at the end", steps - 1), ("early", 0)):
+            said, reached = found[f"{name}-{rank}"]
+            assert "more corrupt images than --max-corrupt 1" in said
+            assert reached == last
+
+
 def test_the_first_process_alone_prints_and_writes(two):
     assert "2 processes, cpu" in (two / "out0").read_text()
     assert (two / "out1").read_text() == ""
@@ -457,13 +511,27 @@ def test_a_mistake_is_one_line_and_exit_2_in_all_processes(arguments, says, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_there_is_refused_at_first_and_gone_on_with_after_a_restart(two):
+def test_a_run_of_another_launch_is_refused_after_a_restart_as_well(two):
     group = train(WHOLE, two / "whole")
     assert group.join() == [2, 2]
     assert "already holds recipe.yaml" in one_line(group)
-    group = train(WHOLE, two / "whole", restarts=1)  # everything was written when a process died
-    assert group.join() == [0, 0]
-    assert "test accuracy" in group.text("out", 0)
+    again = train(WHOLE, two / "whole", after=group)  # as torchrun does after any error
+    assert again.join() == [2, 2]
+    assert "already holds recipe.yaml" in one_line(again)
+
+
+def test_a_restarted_launch_goes_on_with_its_own_run_and_tells_its_result(tmp_path):
+    recipe = replace(SMALL, epochs=2, train_limit=80)
+    group = train(recipe, tmp_path / "run", mishap="SIGKILL")  # in the second epoch
+    assert group.join() == [1, -9]
+    assert not (tmp_path / "run" / "result.json").exists()
+    again = train(recipe, tmp_path / "run", after=group)
+    assert again.join() == [0, 0]
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    last = train(recipe, tmp_path / "run", after=again)  # everything was written when a process died
+    assert last.join() == [0, 0]
+    for attempt in (again, last):
+        assert "test accuracy" in attempt.text("out", 0)
 
 
 def worker(launcher: subprocess.Popen, rank: int) -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from rd_train.build import build_task, meta_task, student_arch
 from rd_train.cli import command
 from rd_train.context import Context
 from rd_train.cost import macs_per_image, mean_step_macs, step_macs, update_macs
-from rd_train.data import load_dataset
+from rd_train.data import MemorySplit, Meter, load_dataset
 from rd_train.distill import CrossEntropy
-from rd_train.estimate import _endless, _timed_steps, report_bytes
+from rd_train.estimate import _endless, _timed_steps, measure, report_bytes
 from rd_train.loop import Step, Stepper
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
@@ -144,7 +145,7 @@ def test_steps_that_differ_are_weighed_by_their_macs(monkeypatch, tmp_path):
     meta = meta_task(recipe, arch)
     take = Take(Stepper(task, 2, context), meta)
     monkeypatch.setattr("rd_train.estimate.monotonic", lambda: take.clock)
-    seconds, macs, timed = _timed_steps(take, meta, _endless(context.dataset.train, recipe))
+    seconds, macs, timed = _timed_steps(take, meta, _endless(context.dataset.train, recipe, Meter()))
     # So that the mean over all steps can be told from these five, whichever kinds they were.
     assert (seconds, timed) == (pytest.approx(1e-6 * macs), 5)
     assert macs != pytest.approx(5 * (mean_step_macs(meta, 8, take.stepper.size_at) + update_macs(recipe, meta)))
@@ -163,10 +164,39 @@ def test_slow_steps_are_timed_until_a_limit(monkeypatch, tmp_path):
         return Step({}, 0.1, 8, {})
 
     take.total, take.context = 8, context
-    assert _timed_steps(take, meta, _endless(context.dataset.train, RECIPE))[::2] == (100, 1)
+    stream = _endless(context.dataset.train, RECIPE, Meter())
+    assert _timed_steps(take, meta, stream)[::2] == (100, 1)
     context.stop.set()
     with pytest.raises(Stopped, match="nothing was written"):
-        _timed_steps(take, meta, _endless(context.dataset.train, RECIPE))
+        _timed_steps(take, meta, stream)
+
+
+class Slow:
+    """A split that makes one batch at a time, however many threads ask, and takes a fifth of a second for it."""
+
+    ahead = 2
+
+    def __init__(self, split: MemorySplit):
+        self.split, self.lock = split, threading.Lock()
+        self.labels, self.images = split.labels, split.images
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def augmented(self, *arguments) -> torch.Tensor:
+        with self.lock:
+            time.sleep(0.2)
+        return self.split.augmented(*arguments)
+
+
+def test_a_loader_that_is_slower_than_the_steps_is_what_takes_the_time(tmp_path):
+    dataset = load_dataset("digits", limit=200)
+    context = Context(RECIPE, replace(dataset, train=Slow(dataset.train)), tmp_path, torch.device("cpu"), False,
+                      threading.Event())  # fmt: skip
+    network = Network(student_arch(RECIPE, 1, 10))
+    with torch.device("meta"):
+        meta = CrossEntropy(Network(network.arch))
+    assert measure("student", CrossEntropy(network), meta, 2, context).step_seconds >= 0.2
 
 
 def test_a_teacher_is_measured_by_its_own_optimiser(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from rd_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rd_train.cli import command
 from rd_train.data import load_dataset
 from rd_train.networks import Network, parse_arch
-from rd_train.recipe import Recipe
+from rd_train.recipe import Recipe, dump_yaml
 from rd_train.run import run, settle
 from rd_train.start import from_start, start_from
 
@@ -124,6 +124,30 @@ def test_resume_is_bit_equal_with_workers_around_corrupt_images(tmp_path, monkey
     assert sum("(1 corrupt images left out)" in line for line in epochs) == 4  # two runs of two epochs
 
 
+def test_it_goes_on_without_what_it_started_from(tmp_path, monkeypatch, capsys):
+    record = Preprocessing(8, 8, 1, (0.25,), (0.5,))
+    write_model(tmp_path / "model.pt", "plain20", record)
+    recipe = settle(
+        Recipe(method="ce", batch_size=25, train_limit=100, epochs=2, lr=0.01, warmup_epochs=0.5, precision="fp32",
+               device="cpu", threads=1, start_weights=str(tmp_path / "model.pt"))
+    )  # fmt: skip
+    run(recipe, tmp_path / "whole")
+    stop_at(monkeypatch, 2)  # no epoch is finished, and there is no model.pt yet
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    (tmp_path / "model.pt").unlink()
+    assert call("--resume", str(tmp_path / "run")) == 0
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "model.pt").preprocessing == record
+    # Where nothing was saved, there is nothing but the start.
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").write_text(dump_yaml(recipe))
+    capsys.readouterr()
+    assert call("--resume", str(tmp_path / "begun")) == 2
+    assert f"start_weights {tmp_path / 'model.pt'} does not exist" in capsys.readouterr().err
+
+
 def test_a_fine_tuned_teacher_teaches_a_fine_tuned_student(data, tmp_path, capsys):
     write_model(tmp_path / "resnet.pt", "resnet18")
     write_model(tmp_path / "plain.pt")
@@ -161,9 +185,29 @@ def test_the_recipe_of_a_fine_tuning_runs_again(tmp_path):
     write_model(tmp_path / "model.pt", "plain18", stem="small")
     recipe = from_start(Recipe(start_weights=str(tmp_path / "model.pt"), method="ce"))
     assert (recipe.arch, recipe.stem, recipe.width, recipe.shortcuts) == ("plain18", "small", 1 / 16, "none")
-    assert from_start(recipe) == recipe
+    assert from_start(recipe) == from_start(recipe, recipe.to_dict()) == recipe
     with pytest.raises(UserError, match=r"arch=plain34, but the network of .* has arch=plain18"):
         from_start(replace(recipe, arch="plain34"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fashion-plain20", "--data", "digits"], "arch=plain20, but the network of"),  # the preset names it
+        (["mine.yaml", "--arch", "plain20"], "arch=plain20, but the network of"),
+        (["mine.yaml", "--width", "1"], "width=1.0, but the network of"),
+    ],
+)
+def test_another_network_than_is_named_is_refused(arguments, says, tmp_path, monkeypatch, capsys):
+    """Even where the name is that of the default."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model.pt", "plain32", Preprocessing(8, 8, 1, (0.5,), (0.5,)))
+    (tmp_path / "mine.yaml").write_text("data: digits\n")
+    assert call(*arguments, "--method", "ce", "--start-weights", "model.pt", "--out", "run") == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

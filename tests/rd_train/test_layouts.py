@@ -72,10 +72,11 @@ def test_imagenets_recipe_runs_on_shards_with_a_corrupt_image(tmp_path, capsys):
     data = shard.read_bytes()
     at = data.index(b"\xff\xd8\xff")
     shard.write_bytes(data[: at + 20] + bytes(400) + data[at + 420 :])
-    flags = ["--data", "webdataset", "--data-dir", str(tmp_path / "shards"), "--method", "ce"]
+    flags = ["--data", "webdataset", "--data-dir", str(tmp_path / "shards"), "--teacher-epochs", "1", "--lr", "0.001"]
     assert call("imagenet-plain50", *TINY, *flags, "--out", str(tmp_path / "run")) == 0
     result = finished(tmp_path / "run")
     assert (result["data"], result["corrupt_images"], result["test_images"]) == ("webdataset", 1, 8)
+    assert result["method"] == "rd"
     assert "imagenet1k-train-0001.tar/" in (tmp_path / "run" / "skipped.txt").read_text()
     printed = capsys.readouterr()
     assert "skipped  image" in printed.err

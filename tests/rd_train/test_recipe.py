@@ -133,6 +133,7 @@ def test_options_without_effect_are_named():
     assert Recipe(method="jointrd", init="kaiming", init_noise=0.2).unused() == ["init_noise"]
     assert Recipe(method="jointrd", teacher_mode="joint", teacher_epochs=3).unused() == ["teacher_epochs"]
     assert Recipe(splice_weight=0.0).unused() == []
+    assert Recipe(splice_weight=0.0, splice_weight_end=0.5).unused() == ["splice_weight_end"]
     assert Recipe(method="kd", audit=True, splice_probability=0.1).unused() == ["splice_probability", "audit"]
     assert Recipe(method="ce", warm_start=True, warm_start_window=0.3).unused() == ["warm_start", "warm_start_window"]
     assert Recipe(method="rd", splice_weight_end=0.1, feature_weight=0.5).unused() == ["feature_weight"]

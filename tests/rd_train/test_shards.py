@@ -133,6 +133,14 @@ def test_names_say_what_a_shard_is_for(shard, role):
     assert role_of(shard) == role
 
 
+def test_folders_with_these_words_are_searched(tmp_path):
+    for seed, folder in enumerate(("training", "valid", "test")):
+        write_tar(tmp_path / folder / "000.tar", {**sample("a", 0, 2 * seed), **sample("b", 1, 2 * seed + 1)})
+    dataset = load(tmp_path)
+    files = [split.listing.files for split in (dataset.train, dataset.val, dataset.test)]
+    assert files == [[f"{folder}/000.tar/{key}.jpg" for key in "ab"] for folder in ("training", "valid", "test")]
+
+
 def test_a_corrupt_member_is_skipped_like_a_file(tmp_path):
     members = {}
     for number in range(60):

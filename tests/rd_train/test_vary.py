@@ -1,9 +1,18 @@
 """Mixing and growing images: what comes out is what the definitions say, of coded images."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from rd_train.build import build_task, student_arch, teacher_arch
+from rd_train.context import Context
+from rd_train.data import batches, derive_seed, load_dataset
+from rd_train.loop import STEP_SEED, Stepper
+from rd_train.networks import Network
+from rd_train.recipe import Recipe
 from rd_train.vary import growing_size, mixed, resized
 
 
@@ -56,6 +65,35 @@ def test_images_grow_from_start_to_full_size_within_the_window():
     assert sizes == sorted(sizes)
     assert all(size % 4 == 0 for size in sizes)
     assert {growing_size(step / 100, 29, 1.0, 0.5) for step in range(101)} == {29}
+
+
+@pytest.mark.parametrize("size", [8, 20, 28, 40])
+def test_resizing_is_pillows_bilinear_one(size):
+    rows, columns = np.mgrid[:32, :32].astype(np.float32) / 31
+    images = np.stack([rows**2 + np.sin(5 * columns), rows * columns, columns])[None]
+    expected = [np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BILINEAR)) for x in images[0]]
+    np.testing.assert_allclose(resized(torch.from_numpy(images), size)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kd", "jointrd", "rd"])
+def test_the_teacher_sees_the_same_mixed_images_as_the_student(tmp_path, method):
+    recipe = Recipe(method=method, mixup=1.0, kd_weight=0.5, width=0.25, batch_size=50, device="cpu", threads=1)
+    dataset, arch = load_dataset("digits", limit=50), student_arch(recipe, 1, 10)
+    task = build_task(recipe, Network(arch), Network(teacher_arch(recipe, arch)))
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    seen = {}
+    for name in ("student", "teacher"):
+        first = getattr(task, name).conv1
+        first.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0].clone()}))
+    images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
+    before = images.clone()
+    Stepper(task.train(), 10, context)(0, images, labels)
+    assert torch.equal(seen["student"], seen["teacher"])
+    # Each is a mixture of itself and of another one of the batch, by the same share.
+    assert not torch.allclose(seen["student"], before)
+    generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, 0))
+    expected, _ = mixed(before, labels, 10, mixup=1.0, cutmix=0.0, generator=generator)
+    torch.testing.assert_close(seen["teacher"], expected)
 
 
 def test_resizing_keeps_a_constant_image_and_the_right_size():
