@@ -146,7 +146,8 @@ def machines() -> str:
     note = (
         f"Ratios are medians over interleaved quads, not quotients. {STAR} Each pair is measured by itself, also where "
         "two columns are of the same engines: they may differ by more than the intervals, which are of one pair. "
-        "Transformed weights: of plain50, for Winograd's convolution or for amx_bf16x2, beside those of the file."
+        "Transformed weights: of plain50, for Winograd's convolution or for amx_bf16x2, beside those of the file. "
+        "amx_bf16x2 computes with two bf16 for each number, which is coarser than fp32; its rivals' times are of fp32."
     )
     return "\n\n".join([markdown(header, rows), *judged, f"{note} {' '.join(sources)}"])
 

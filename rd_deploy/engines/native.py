@@ -37,7 +37,9 @@ class NativeSession(Session):
 
     def _feature_maps(self) -> tuple[Figure, ...]:
         info = self.plan.info
-        weights = f"{info.weight_bytes:,} bytes of weights in the file, {info.packed_bytes:,} transformed besides"
+        weights = (
+            f"{info.weight_bytes:,} bytes of weights in the file, {info.packed_bytes:,} transformed or repacked besides"
+        )
         maps = f"most bytes of feature maps at once, by the plan of its one arena; {weights}"
         arena = f"all memory that a run writes, but for the logits: with the threads' scratch; {weights}"
         small = "the arena of a plan for less memory instead of less time (RD_FLAG_SMALL), which is not the one timed"

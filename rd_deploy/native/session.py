@@ -56,7 +56,7 @@ class PlanInfo:
 
     ``arena_bytes`` is all that a run writes, but for the logits: ``feature_map_bytes``, ``scratch_bytes`` (the threads'
     tiles and transforms) and ``alignment_bytes`` at the peak. ``weight_bytes``: in the file, as packed there;
-    ``packed_bytes``: transformed for this plan, besides. ``macs``: multiply-accumulates per image of direct
+    ``packed_bytes``: transformed or repacked for this plan, besides. ``macs``: multiply-accumulates per image of direct
     convolutions. ``steps``: after fusion.
     """
 
@@ -81,8 +81,9 @@ class PlanInfo:
 class StepInfo:
     """A fused step, for the whole batch.
 
-    ``macs``: multiply-accumulates of direct convolutions. ``flops``: operations really done in matrix products.
-    ``map_bytes``: feature maps read and written, each once. ``live_bytes``: of the arena while it runs.
+    ``macs``: multiply-accumulates of direct convolutions. ``flops``: operations really done in matrix products, of
+    amx_bf16x2's three for each one alone. ``map_bytes``: feature maps read and written, each once. ``live_bytes``: of
+    the arena while it runs.
     """
 
     name: str

@@ -75,8 +75,8 @@ class ProductCase {
           bias_(index(shape_.blocks * kLane)),
           before_(out_format_, shape_.row() * index(shape_.pixels), shape_.row()),
           out_(out_format_, before_.size(), shape_.row()),
-          added_(format_, before_.size(), shape_.row()) {
-        a_.randomise(random);
+          added_(format_, shape_.add_row * index(shape_.pixels), shape_.add_row) {
+        for (std::size_t i = 0; i < a_.size(); i++) a_.set(i, shape_.value(random));
         for (std::size_t i = 0; i < zeros_.size(); i++) zeros_.set(i, 0);
         fill_weights(random);
         for (std::size_t i = 0; i < bias_.size(); i++) bias_[i] = random.value();
@@ -97,7 +97,7 @@ class ProductCase {
         }
         for (const int at : rows_) {
             out.push_back(out_.at(shape_.row() * index(at)));
-            add.push_back(shape_.in_place ? out.back() : added_.at(shape_.row() * index(at)));
+            add.push_back(shape_.in_place ? out.back() : added_.at(shape_.add_row * index(at)));
         }
         p.a = a.data() + pixel / group;
         p.a_pitch = groups;
@@ -112,8 +112,10 @@ class ProductCase {
         p.bias = shape_.bias ? bias_.data() + block * kLane : nullptr;
         p.add = shape_.add ? add.data() + pixel : nullptr;
         p.out = out.data() + pixel;
-        p.offset = p.add_offset = shape_.offset + block * kLane;
-        p.out_pitch = p.add_pitch = static_cast<int>(shape_.row());
+        p.offset = shape_.offset + block * kLane;
+        p.out_pitch = static_cast<int>(shape_.row());
+        p.add_offset = (shape_.in_place ? shape_.offset : shape_.add_offset) + block * kLane;
+        p.add_pitch = static_cast<int>(shape_.in_place ? shape_.row() : shape_.add_row);
         p.relu = shape_.relu;
         p.raw = shape_.raw;
         p.next = shape_.next ? weights() : nullptr;
@@ -132,8 +134,7 @@ class ProductCase {
         for (int pixel = 0; pixel < shape_.pixels; pixel++) {
             const std::size_t row = shape_.row() * index(rows_[index(pixel)]);
             for (int n = 0; n < shape_.blocks * kLane; n++)
-                largest = std::max(largest,
-                                   error(inputs[index(pixel)], weights[index(n)], n, row + index(shape_.offset + n)));
+                largest = std::max(largest, error(inputs[index(pixel)], weights[index(n)], n, rows_[index(pixel)]));
             for (std::size_t i = 0; i < shape_.row(); i++) {
                 const bool output = i >= index(shape_.offset) && i < index(shape_.offset + shape_.blocks * kLane);
                 CHECK(output || out_.is_same(before_, row + i));
@@ -195,15 +196,27 @@ class ProductCase {
               relu(!raw && random.flip()),
               add(!raw && random.flip()),
               in_place(random.flip()),
-              next(random.flip()) {
+              next(random.flip()),
+              after(16 * random.below(2)),
+              add_offset(16 * random.below(3)),
+              add_row(index(add_offset + blocks * kLane + 16 * random.below(2))),
+              ties(random.below(6) == 0) {
             // Pixels of a row of the images overlap; those of a map do not, nor do those whose elements are rearranged.
             step = taps == 3 ? index(random.between(1, 6)) : index(k_pitch + 16 * random.below(3));
             if (format == Format::bf16x2) step = index(k_pitch);
         }
         std::size_t block() const { return index(taps * k_pitch * kLane + gap); }
-        std::size_t row() const { return index(offset + blocks * kLane + 16); }
+        std::size_t row() const { return index(offset + blocks * kLane + after); }
+        // Of an input or a weight: any, or such as lie halfway between two bfloat16, which lose most.
+        float value(Random &random) const {
+            constexpr float halfway[] = {1 + 0x1p-8f, -1 - 0x1p-8f, 1 + 3 * 0x1p-8f, -1 - 3 * 0x1p-8f};
+            return ties ? random.any(halfway) : random.value();
+        }
         int taps, k_pitch, k, pixels, a_pitch, blocks, offset, gap;
         bool bias, raw, relu, add, in_place, next;
+        int after, add_offset;  // elements behind the outputs, and before what is added
+        std::size_t add_row;
+        bool ties;
         std::size_t step;
     };
 
@@ -218,7 +231,7 @@ class ProductCase {
         for (int n = 0; n < shape_.blocks * kLane; n++)
             for (int t = 0; t < shape_.taps; t++)
                 for (int i = 0; i < shape_.k; i++) {
-                    const float value = random.value();
+                    const float value = shape_.value(random);
                     w_.set(weight(n, t, i), table_.pack ? test::upper_part(value) + test::lower_part(value) : value);
                 }
     }
@@ -290,12 +303,14 @@ class ProductCase {
         return values;
     }
 
-    // The error of output n of a pixel, which stands at `at`, as a share of its bound.
-    double error(const Values &input, const Values &weights, int n, std::size_t at) const {
+    // The error of output n of a pixel, which stands in the given row, as a share of its bound.
+    double error(const Values &input, const Values &weights, int n, int number) const {
+        const std::size_t at = shape_.row() * index(number) + index(shape_.offset + n);
         double y = shape_.bias ? static_cast<double>(bias_[index(n)]) : 0, magnitude = std::abs(y);
         add_products(input, weights, y, magnitude);
         if (shape_.add) {
-            const double term = shape_.in_place ? before_.get(at) : added_.get(at);
+            const std::size_t other = shape_.add_row * index(number) + index(shape_.add_offset + n);
+            const double term = shape_.in_place ? before_.get(at) : added_.get(other);
             y += term;
             magnitude += std::abs(term);
         }
@@ -303,7 +318,7 @@ class ProductCase {
         // Terms: the products, each rounded once, the bias and what is added.
         const bool parts = format_ == Format::bf16x2;
         const int terms = shape_.taps * shape_.k * (parts ? 3 : 1) + 3;
-        const double summed = (gamma(terms) * (parts ? 1 + 0x1p-7 : 1) + (parts ? 0x1p-18 : 0)) * magnitude;
+        const double summed = (gamma(terms) * (parts ? 1 + 0x1p-6 : 1) + (parts ? 0x1p-16 : 0)) * magnitude;
         const double bound = summed + roundoff(out_format_) * (std::abs(y) + summed);
         return std::abs(out_.get(at) - y) / std::max(bound, 0x1p-149);
     }

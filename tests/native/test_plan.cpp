@@ -158,15 +158,18 @@ void check_work(const Plan &plan) {
 
 void test_random_networks() {
     constexpr unsigned flags[] = {0, RD_FLAG_SMALL, RD_FLAG_NO_WINOGRAD, RD_FLAG_UNFUSED};
+    constexpr char kBf16x2[] = "amx_bf16x2";  // never the best: fp32 in tiles
+    const bool named = std::string(rd_available_isas()).find(kBf16x2) != std::string::npos;
     for (std::uint64_t seed = 1; seed <= 300; seed++) {
         test::Random random(seed);
         const Network network = test::RandomNetwork(seed, 40).run();
         const Loaded loaded(network);
         for (const unsigned chosen : flags) {
             const int batch = random.any({1, 3, 8}), threads = random.any({1, 2, 5});
-            describe("network %llu, batch %d, threads %d, flags %u", static_cast<unsigned long long>(seed), batch,
-                     threads, chosen);
-            const std::shared_ptr<const Plan> plan = loaded.plan(batch, threads, chosen);
+            const char *const isa = named && !network.bf16() && random.flip() ? kBf16x2 : nullptr;
+            describe("network %llu, batch %d, threads %d, flags %u, %s", static_cast<unsigned long long>(seed), batch,
+                     threads, chosen, isa ? isa : "best");
+            const std::shared_ptr<const Plan> plan = loaded.plan(batch, threads, chosen, isa);
             check_buffers(*plan);
             check_maps(*plan);
             check_scratch(*plan);

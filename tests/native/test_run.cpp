@@ -179,10 +179,15 @@ std::vector<std::string> isas(bool bf16) {
     return found;
 }
 
-// In all plans, on 1, 2 and 5 threads. The number of threads does not change a bit of the logits. `isa` null: the best
-// one, and the one that is never the best.
+// The best one (null), and the one that only its name chooses where it is offered.
+std::vector<const char *> best_and_named(bool bf16) {
+    std::vector<const char *> found = {nullptr};
+    if (isas(bf16).back() == kBf16x2) found.push_back(kBf16x2);
+    return found;
+}
+
+// In all plans, on 1, 2 and 5 threads. The number of threads does not change a bit of the logits.
 void check_plans(const Network &network, std::uint32_t batch, const char *isa) {
-    if (!isa && isas(network.bf16()).back() == kBf16x2) check_plans(network, batch, kBf16x2);
     constexpr std::uint32_t flags[] = {0, RD_FLAG_SMALL, RD_FLAG_NO_WINOGRAD, RD_FLAG_UNFUSED,
                                        RD_FLAG_UNFUSED | RD_FLAG_NO_WINOGRAD};
     const std::string which = test::current;
@@ -200,6 +205,11 @@ void check_plans(const Network &network, std::uint32_t batch, const char *isa) {
         }
         check_logits(network, images, alone, isa && std::strcmp(isa, kBf16x2) == 0);
     }
+    std::snprintf(test::current, sizeof test::current, "%s", which.c_str());
+}
+
+void check_plans(const Network &network, std::uint32_t batch) {
+    for (const char *isa : best_and_named(network.bf16())) check_plans(network, batch, isa);
 }
 
 // However a network is planned, it is the same function.
@@ -222,7 +232,7 @@ void test_sums() {
         Network own(bf16, 2, 9, 7);
         own.pointwise(own.conv({test::kImages, 48}), 48, true, 0);
         own.finish(3);
-        check_plans(own, 3, nullptr);
+        check_plans(own, 3);
 
         describe("two layers of an operation add one map, bf16 %d", bf16);
         Network twice(bf16, 2, 9, 7);
@@ -230,7 +240,7 @@ void test_sums() {
         const int b = twice.pointwise(twice.pointwise(a, 16), 48, true, x);
         twice.conv({b, 48, 3, 3, 1, 1, true, a});
         twice.finish(3);
-        check_plans(twice, 3, nullptr);
+        check_plans(twice, 3);
 
         for (const bool pooled : {false, true}) {
             describe("a convolution of the images adds a map, bf16 %d, pooled %d", bf16, pooled);
@@ -238,7 +248,7 @@ void test_sums() {
             stem.conv({test::kImages, 48, 5, 5, 1, 2, true, stem.conv({test::kImages, 48})});
             if (pooled) stem.max_pool(1, 3, 2, 1);
             stem.finish(3);
-            check_plans(stem, 3, nullptr);
+            check_plans(stem, 3);
         }
     }
 }
@@ -284,42 +294,45 @@ void check_allocations(const Guarded &context, const std::vector<float> &images,
 
 void test_repeated_runs() {
     for (const bool bf16 : {false, true})
-        for (const bool shortcuts : {false, true}) {
-            describe("bottlenecks, bf16 %d, shortcuts %d", bf16, shortcuts);
-            const Network network = bottlenecks(bf16, shortcuts, 40);
-            const Loaded loaded(network);
-            const Planned plan(loaded, options(3, 2));
-            const std::vector<float> images = network.images(3);
-            Guarded one(plan), other(plan);
-            const std::vector<float> logits = one.run(images);
-            check_logits(network, images, logits);
-            CHECK(same_bits(logits, one.run(images)));
-            CHECK(same_bits(logits, other.run(images)));
-            check_own_memory(plan, images, logits);
-            check_allocations(one, images, logits);
-        }
+        for (const bool shortcuts : {false, true})
+            for (const char *isa : best_and_named(bf16)) {
+                describe("bottlenecks, bf16 %d, shortcuts %d, %s", bf16, shortcuts, isa ? isa : "best");
+                const Network network = bottlenecks(bf16, shortcuts, 40);
+                const Loaded loaded(network);
+                const Planned plan(loaded, options(3, 2, 0, isa));
+                const std::vector<float> images = network.images(3);
+                Guarded one(plan), other(plan);
+                const std::vector<float> logits = one.run(images);
+                check_logits(network, images, logits, isa != nullptr);
+                CHECK(same_bits(logits, one.run(images)));
+                CHECK(same_bits(logits, other.run(images)));
+                check_own_memory(plan, images, logits);
+                check_allocations(one, images, logits);
+            }
 }
 
 // Images of another size than the file's.
 void test_image_sizes() {
     const Network small = bottlenecks(false, true, 33), large = bottlenecks(false, true, 57);
     const Loaded loaded(small);
-    rd_options wanted = options(1, 2);
-    wanted.height = wanted.width = 57;
-    const Planned plan(loaded, wanted);
-    CHECK(plan.info.height == 57 && plan.info.width == 57);
-    const std::vector<float> images = large.images(1);
-    check_logits(large, images, Guarded(plan).run(images));
+    for (const char *isa : best_and_named(false)) {
+        rd_options wanted = options(1, 2, 0, isa);
+        wanted.height = wanted.width = 57;
+        const Planned plan(loaded, wanted);
+        CHECK(plan.info.height == 57 && plan.info.width == 57);
+        const std::vector<float> images = large.images(1);
+        check_logits(large, images, Guarded(plan).run(images), isa != nullptr);
+    }
 }
 
 // A network may be freed before its plans, and a plan before its contexts.
-void test_lifetimes() {
+void test_lifetimes(const char *isa) {
     const Network network = bottlenecks(false, false, 32);
     const Array<std::byte> file = network.file();
     rd_network *loaded = nullptr;
     rd_plan *plan = nullptr;
     rd_context *context = nullptr;
-    const rd_options wanted = options(1, 2);
+    const rd_options wanted = options(1, 2, 0, isa);
     succeeded(rd_network_from_memory(file.data(), file.size(), &loaded));
     succeeded(rd_plan_create(loaded, &wanted, &plan));
     rd_network_free(loaded);
@@ -328,7 +341,7 @@ void test_lifetimes() {
     const std::vector<float> images = network.images(1);
     std::vector<float> logits(10);
     succeeded(rd_context_run(context, images.data(), logits.data()));
-    check_logits(network, images, logits);
+    check_logits(network, images, logits, isa != nullptr);
     rd_context_free(context);
 }
 
@@ -461,9 +474,9 @@ Object *make_at_last(const char *what, Make make) {
     }
 }
 
-void test_lack_of_memory() {
+void test_lack_of_memory(const char *isa) {
     const Array<std::byte> file = bottlenecks(false, true, 32).file();
-    const rd_options wanted = options(1, 3);
+    const rd_options wanted = options(1, 3, 0, isa);
     auto *const network = make_at_last<rd_network>(
         "a network", [&](auto made) { return rd_network_from_memory(file.data(), file.size(), made); });
     auto *const plan =
@@ -483,10 +496,10 @@ int main() {
     test_plan_mistakes();
     test_context_mistakes();
     test_other_mistakes();
-    test_lifetimes();
+    for (const char *isa : best_and_named(false)) test_lifetimes(isa);
     test_image_sizes();
     test_repeated_runs();
     test_sums();
     test_random_networks();
-    test_lack_of_memory();
+    for (const char *isa : best_and_named(false)) test_lack_of_memory(isa);
 }

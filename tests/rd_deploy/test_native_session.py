@@ -302,11 +302,24 @@ def test_plans_that_cannot_be(network, options, said):
     assert "\n" not in str(error.value)
 
 
-def test_bf16_tables_do_not_run_fp32(network):
-    if "avx512_bf16" not in available_isas():
-        pytest.skip("this CPU or compiler has no AVX512_BF16")
-    with pytest.raises(Unsupported, match="no fp32 kernels"):
-        network.plan(1, 1, isa="avx512_bf16")
+@pytest.mark.parametrize(("isa", "precision"), [("avx512_bf16", "fp32"), ("amx_bf16", "fp32"), ("amx_bf16x2", "bf16")])
+def test_an_instruction_set_runs_no_precision_that_it_lacks(isa, precision):
+    if isa not in available_isas():
+        pytest.skip(f"this CPU or compiler has no {isa}")
+    with pytest.raises(Unsupported, match=f"{isa} has no {precision} kernels"):
+        Network.from_bytes(to_rdp(CHAIN, precision)).plan(1, 1, isa=isa)
+    with pytest.raises(Unsupported, match=f"{isa} has no {precision} kernels"):
+        measure_product(precision, 1, isa)
+
+
+def test_two_bf16_for_each_number_are_only_taken_by_name(network, monkeypatch):
+    if "amx_bf16x2" not in available_isas():
+        pytest.skip("this CPU or compiler has no amx_bf16x2")
+    monkeypatch.delenv("RD_ISA", raising=False)
+    assert network.plan(1, 1).info.isa != "amx_bf16x2"
+    monkeypatch.setenv("RD_ISA", "amx_bf16x2")
+    assert network.plan(1, 1).info.isa == "amx_bf16x2"
+    assert measure_product("fp32", 1) > 0
 
 
 def test_images_and_outputs_that_do_not_fit(network):

@@ -54,10 +54,11 @@ struct Isa {
     const char *name;
     bool (*runs_here)();
     const Kernels *(*tables)(bool bf16);
+    // Only taken by its name: its results differ from the precision's by more than an order of additions does.
+    bool by_name = false;
 };
 
-// Best first; behind the portable one, which has all tables, what is only taken by name, since its results differ from
-// the precision's by more than an order of additions does. What the compiler could not build is not here.
+// Best first. What the compiler could not build is not here.
 constexpr Isa kIsas[] = {
 #if defined(RD_OFFER_AMX)
     {"amx_bf16", has_amx_bf16, amx_bf16_kernels},
@@ -72,8 +73,8 @@ constexpr Isa kIsas[] = {
     {"avx2", has_avx2, avx2_kernels},
 #endif
     {"portable", always, portable_kernels},
-#if defined(RD_OFFER_AMX)
-    {"amx_bf16x2", has_amx_bf16, amx_bf16x2_kernels},
+#if defined(RD_OFFER_AMX) && defined(RD_HAVE_AMX_BF16X2)
+    {"amx_bf16x2", has_amx_bf16, amx_bf16x2_kernels, true},
 #endif
 };
 
@@ -95,7 +96,7 @@ const Kernels &choose_kernels(const char *name, bool bf16) {
     if (!name || !*name) name = std::getenv("RD_ISA");
     const bool any = !name || !*name;
     for (const Isa &isa : kIsas) {
-        if (!any && std::strcmp(isa.name, name) != 0) continue;
+        if (any ? isa.by_name : std::strcmp(isa.name, name) != 0) continue;
         if (!isa.runs_here()) {
             if (any) continue;
             throw Error(RD_ERROR_UNSUPPORTED, "this CPU cannot run instruction set " + std::string(name) +

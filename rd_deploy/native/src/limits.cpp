@@ -99,10 +99,11 @@ class ProductProbe : public Probe {
         product_.w = weights;
         product_.w_block = kLane * row;
         product_.blocks = kOutputBlocks;
+        product_.out_pitch = kOutputBlocks * kLane;
     }
 
     void prepare() override {
-        // 0.0078 in either precision: neither zeros nor denormals, which some CPUs treat in their own way.
+        // About 0.01 in any precision: neither zeros nor denormals, which some CPUs treat in their own way.
         std::fill(values_.begin(), values_.end(), std::uint16_t{0x3C00});
         if (kernels_.begin) kernels_.begin();
     }

@@ -5,7 +5,7 @@ namespace rd {
 namespace {
 
 struct Plain {
-    static constexpr int fetches = 1;  // per step of k
+    static constexpr int fetches = 2;  // per step of k: spread over its products
 
     template <int Blocks>
     static RD_INLINE void finish(const Ending &ending, Floats (&sums)[1][Blocks]) {
@@ -24,6 +24,7 @@ struct Plain {
                 _tile_loadd(RD_WEIGHTS, w, kRowBytes);
                 _tile_loadd(RD_PIXELS, upper + byte, step);
                 _tile_dpbf16ps(RD_UPPER, RD_PIXELS, RD_WEIGHTS);
+                fetching.step();
                 if constexpr (Lower) {
                     _tile_loadd(RD_PIXELS, lower + byte, step);
                     _tile_dpbf16ps(RD_LOWER, RD_PIXELS, RD_WEIGHTS);
@@ -37,6 +38,7 @@ struct Plain {
                 _tile_loadd(RD_LAST_WEIGHTS, w, kRowBytes);
                 _tile_loadd(RD_LAST_PIXELS, upper + whole, step);
                 _tile_dpbf16ps(RD_UPPER, RD_LAST_PIXELS, RD_LAST_WEIGHTS);
+                fetching.step();
                 if constexpr (Lower) {
                     _tile_loadd(RD_LAST_PIXELS, lower + whole, step);
                     _tile_dpbf16ps(RD_LOWER, RD_LAST_PIXELS, RD_LAST_WEIGHTS);

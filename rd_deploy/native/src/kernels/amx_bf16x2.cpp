@@ -1,9 +1,10 @@
 // AMX for float32 networks: each number is the sum of two bfloat16, and products are summed in float32.
 //
 // x = h + l: h is x rounded to bfloat16, and l what is left, rounded likewise. At most 2^-17 of x is lost, where
-// bfloat16 alone loses 2^-9. Of a product's four parts the smallest, l l', is left out: at most 2^-18 of it (Henry,
+// bfloat16 alone loses 2^-8. Of a product's four parts the smallest, l l', is left out: at most 2^-16 of it (Henry,
 // Tang & Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations";
-// oneMKL calls it float_to_bf16x2). What is not finite, or above the largest bfloat16 (3.39e38), becomes NaN.
+// oneMKL calls it float_to_bf16x2). The instructions take what is below 2^-126 for zero, so that more is lost of an |x|
+// under 3e-36. What is not finite, or becomes infinite when it is rounded (from 3.396e38 on), becomes NaN.
 //
 // A pixel's elements take as many bytes as in float32: of each 32 channels a line with h and then one with l; of 16
 // that are left at the end, half a line each. So a tile is read in place, and packed weights are alike.
@@ -22,7 +23,17 @@ RD_INLINE Halves to_halves(Floats x) {
 #endif
 }
 
-// A block of 16 of a pixel's elements: where its halves are, in bytes.
+// 16 numbers' h and l.
+struct Parts {
+    Halves high, low;
+};
+RD_INLINE Floats widened(Halves x) { return as_floats(__builtin_convertvector(x, Words) << 16); }
+RD_INLINE Parts parts_of(Floats x) {
+    const Halves high = to_halves(x);
+    return {high, to_halves(x - widened(high))};
+}
+
+// A block of 16 of a pixel's elements: where its parts are, in bytes.
 struct Place {
     int high, low;
 
@@ -39,13 +50,13 @@ RD_INLINE Floats read(const void *pixel, Place place) {
 }
 RD_INLINE void write(void *pixel, Place place, Floats x) {
     char *const at = static_cast<char *>(pixel);
-    const Halves high = to_halves(x);
-    store(at + place.high, high);
-    store(at + place.low, to_halves(x - as_floats(__builtin_convertvector(high, Words) << 16)));
+    const Parts parts = parts_of(x);
+    store(at + place.high, parts.high);
+    store(at + place.low, parts.low);
 }
 
 struct Twice {
-    static constexpr int fetches = 3;  // per step of k: after each two products, as in amx_bf16.cpp
+    static constexpr int fetches = 3;  // per step of k: spread over its products
 
     template <int Blocks>
     static RD_INLINE void finish(const Ending &e, Floats (&sums)[1][Blocks]) {
@@ -133,6 +144,10 @@ void place(const float *from, int count, void *to) {
     for (int c = 0; c < count; c += 16) write(to, Place(c, count), load<Floats>(from + c));
 }
 
+RD_INLINE Words pairs(Halves first, Halves second) {
+    return __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
+}
+
 // From [k][16 outputs] to, of each 32 k or the 16 that are left, [k / 2][16 outputs][2 k] of h and then of l.
 void pack(const float *w, int taps, int k_pitch, void *to) {
     char *at = static_cast<char *>(to);
@@ -140,17 +155,9 @@ void pack(const float *w, int taps, int k_pitch, void *to) {
         for (int k = 0; k < k_pitch;) {
             const int depth = k_pitch - k < kDepth ? k_pitch - k : kDepth;
             for (int i = 0; i < depth; i += 2, k += 2, w += 32, at += kRowBytes) {
-                Halves high[2], low[2];
-                for (int j = 0; j < 2; j++) {
-                    const Floats x = load<Floats>(w + 16 * j);
-                    high[j] = to_halves(x);
-                    low[j] = to_halves(x - as_floats(__builtin_convertvector(high[j], Words) << 16));
-                }
-                const auto pairs = [](const Halves(&halves)[2]) {
-                    return __builtin_convertvector(halves[0], Words) | __builtin_convertvector(halves[1], Words) << 16;
-                };
-                store(at, pairs(high));
-                store(at + depth * 32, pairs(low));
+                const Parts first = parts_of(load<Floats>(w)), second = parts_of(load<Floats>(w + 16));
+                store(at, pairs(first.high, second.high));
+                store(at + depth * 32, pairs(first.low, second.low));
             }
             at += depth * 32;
         }

@@ -15,7 +15,8 @@ namespace rd {
 // in float32, summed over t, then i, in ascending order (in tiles 32 of i at a time, and the bias last) whatever the
 // number of pixels, so that a pixel's result does not depend on its neighbours in the list. Elements of a, add and out
 // are of the table's kind. Tables may read up to k_pitch elements of a, where those beyond k meet zero weights: they
-// must be finite.
+// must be finite. Where an element lies may depend on how many its pixel has: with a table that has `place`, pixels of
+// `a` have exactly k_pitch, and those of pools exactly `channels`.
 //
 // Vector units take any pixels: `a` lists each one, and `group` of the table is 1. Tiles are read row by row at a
 // constant distance: `a` lists the first of each `group` pixels, and the others follow `step` bytes apart each. The
@@ -27,7 +28,7 @@ struct Product {
     int taps, k;             // k: elements per tap that count
     int k_pitch;             // elements per tap in the weights, even
     int pixels;              // at least 1
-    const void *w;           // packed as network.h says, the first of `blocks` blocks
+    const void *w;           // packed as network.h says, or by the table's `pack`, the first of `blocks` blocks
     size_t w_block;          // bytes from one block to the next
     int blocks;              // of 16 outputs
     const float *bias;       // 16 * blocks, 64-byte aligned; null: zeros

@@ -1,6 +1,6 @@
 // Matrix products on AMX tiles, 1024 floating-point operations a cycle; amx_bf16.cpp and amx_bf16x2.cpp include this.
 //
-// Everything but the products is AVX-512's, and there is no Winograd: its transforms would take longer than the
+// Everything but the products is vector code, and there is no Winograd: its transforms would take longer than the
 // products that they save. A tile's rows are 16 pixels at a constant distance, read in place. RD_EMULATE_TILES replaces
 // the tile instructions by plain code, so that these files can be tested on any machine.
 //
