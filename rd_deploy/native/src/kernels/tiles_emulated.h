@@ -51,20 +51,32 @@ inline float emulated_bf16(const char *at) {
     memcpy(&value, &bits, 4);
     return value;
 }
+// A row's elements, the even and the odd ones apart.
+struct EmulatedHalves {
+    float of[2][16];
+    EmulatedHalves(const EmulatedTile &tile, int row) {
+        for (int i = 0; i < tile.width / 2; i++) of[i % 2][i / 2] = emulated_bf16(&tile.rows[row][i * 2]);
+    }
+};
 inline void emulated_multiply(int sum, int a, int b) {
     EmulatedTile &sums = emulated_tile(sum);
     const EmulatedTile &left = emulated_tile(a), &right = emulated_tile(b);
     const bool fit = sums.height == left.height && sums.width == right.width && left.width == 4 * right.height;
     if (!fit) __builtin_trap();
+    float halves[16][2][16] = {};  // of a pixel: the sums over even and over odd k, of each output
+    for (int k = 0; k < right.height; k++) {
+        const EmulatedHalves w(right, k);
+        for (int m = 0; m < sums.height; m++)
+            for (int half = 0; half < 2; half++) {
+                const float x = emulated_bf16(&left.rows[m][k * 4 + half * 2]);
+                for (int n = 0; n < sums.width / 4; n++) halves[m][half][n] += x * w.of[half][n];
+            }
+    }
     for (int m = 0; m < sums.height; m++)
         for (int n = 0; n < sums.width / 4; n++) {
-            float total, halves[2] = {0, 0};
+            float total;
             memcpy(&total, &sums.rows[m][n * 4], 4);
-            for (int k = 0; k < right.height; k++)
-                for (int half = 0; half < 2; half++)
-                    halves[half] += emulated_bf16(&left.rows[m][k * 4 + half * 2]) *
-                                    emulated_bf16(&right.rows[k][n * 4 + half * 2]);
-            total += halves[0] + halves[1];
+            total += halves[m][0][n] + halves[m][1][n];
             memcpy(&sums.rows[m][n * 4], &total, 4);
         }
 }
