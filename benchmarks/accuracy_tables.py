@@ -14,12 +14,22 @@ from string import ascii_uppercase
 from committed import command_of, cost_of, find, located, markdown, newest, read
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
-SHORT = ("resnet", "resnet-muon", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
-SHORT_PAIRS = ("resnet", "resnet-muon", "start", "published")  # what it compares ours with
+SHORT = (
+    "resnet",
+    "resnet-muon",
+    "resnet-tuned",
+    "plain",
+    "start",
+    "published",
+    "sgd",
+    "ours",
+)  # rows of the README's table
+SHORT_PAIRS = ("resnet", "resnet-muon", "resnet-tuned", "start", "published")  # what it compares ours with
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
     "resnet-muon": "the ResNet by Muon",
+    "resnet-tuned": "the ResNet by Muon at a rate of its own",
     "resnet-twice": "the ResNet by SGD, twice the epochs",
     "plain": "plain cross-entropy, Kaiming",
     "start": "cross-entropy from the same start by Muon",

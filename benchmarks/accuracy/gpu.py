@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiments import EVERY, MUST, Experiment
+from experiments import DECIDE, EVERY, Experiment
 from runner import INTERRUPTED, Job, asked, check, parser_of, told_to_stop
 from table import report, say, state
 from torch import Tensor
@@ -157,7 +157,7 @@ def digest_of_images(dataset: Dataset) -> str:
 def experiment_of(options: argparse.Namespace) -> Experiment:
     """What the options ask for; data that cannot be read are a `UserError`."""
     if options.dry:
-        return Experiment("a dry run", MUST, (18,), 1, 256, DRY, "-dry", (0, 1))
+        return Experiment("a dry run", DECIDE, (18,), 1, 256, DRY, "-dry", (0, 1))
     path = options.data_dir
     npz = path is not None and path.suffix == ".npz"
     name, label = ("npz", path.name) if npz else ("fashion-mnist", "Fashion-MNIST")

@@ -12,10 +12,10 @@ CONFIDENCE = 0.95
 FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equal by chance, and their interval short
 # What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
 AGAINST = {
-    "ours": ("resnet", "resnet-muon", "resnet-twice", "plain", "start", "published"),
+    "ours": ("resnet", "resnet-muon", "resnet-tuned", "resnet-twice", "plain", "start", "published"),
     "sgd": ("resnet", "start-sgd", "published"),
 }
-JUDGED = ("resnet", "resnet-muon")  # what our method was asked to equal
+JUDGED = ("resnet", "resnet-muon", "resnet-tuned")  # what our method was asked to equal
 
 
 def summary(experiment: Experiment, results: list[dict]) -> list[dict]:

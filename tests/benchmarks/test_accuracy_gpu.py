@@ -95,7 +95,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
 
 
 def jobs_of(out: Path) -> list:
-    return gpu.Experiment("x", gpu.MUST, (18,), 1, 256, gpu.DRY, "-dry").jobs((0, 1), out)
+    return gpu.Experiment("x", gpu.DECIDE, (18,), 1, 256, gpu.DRY, "-dry").jobs((0, 1), out)
 
 
 def finish(job):

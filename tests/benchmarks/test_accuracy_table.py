@@ -121,14 +121,20 @@ def test_names_of_folders_that_results_exist_under():
     folders = {job.folder.name for job in EXPERIMENTS["main"].jobs((0,), OUT)}
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
-    rows += ["resnet{}-muon", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon"]
+    rows += [
+        "resnet{}-muon",
+        "resnet{}-muon02",
+        "plain{}-rd-muon",
+        "plain{}-ce-identity-muon",
+        "plain{}-ce-kaiming-muon",
+    ]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
     assert folders == names | {f"resnet{depth}-twice-n20000-e20-s0" for depth in (20, 56)}
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 36 + [False] * 42
+    assert [job.must for job in jobs] == [True] * 42 + [False] * 42
     for number, job in enumerate(jobs):
         assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
 
@@ -706,7 +712,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 78, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 84, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):
