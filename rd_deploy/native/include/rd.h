@@ -118,8 +118,8 @@ typedef struct rd_step_info {
     const char *name;   /* "layer1.0.conv2+conv3+layer1.1.conv1"; lives as long as the plan */
     const char *kernel; /* how it runs: "rows, max-pooled", "fused winograd 2x2", "direct", ... */
     uint64_t macs;      /* per batch, counted as direct convolutions */
-    /* floating-point operations really done in matrix products per batch, 2 per multiply-accumulate; of amx_bf16x2's three
-     * products for each, one is counted, as by rd_measure_product */
+    /* floating-point operations really done in matrix products per batch, 2 per multiply-accumulate; of amx_bf16x2's
+     * three products for each, one is counted, as by rd_measure_product */
     uint64_t flops;
     uint64_t weight_bytes;
     uint64_t map_bytes;  /* feature maps read and written, each once */
