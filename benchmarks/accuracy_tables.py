@@ -28,7 +28,7 @@ SHORT_PAIRS = ("resnet", "resnet-muon", "resnet-tuned", "start", "published")  #
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
-    "resnet-muon": "the ResNet by Muon",
+    "resnet-muon": "the ResNet by Muon at our rate",
     "resnet-tuned": "the ResNet by Muon at a rate of its own",
     "resnet-twice": "the ResNet by SGD, twice the epochs",
     "plain": "plain cross-entropy, Kaiming",

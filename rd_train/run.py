@@ -274,7 +274,7 @@ def _work(context: Context, plan: _Plan) -> dict[str, float]:
 
 
 def _of_teacher(context: Context) -> Context:
-    """The context of the teacher's own phase: it learns by SGD, since ResNets did not gain from Muon at our rate."""
+    """The context of the teacher's own phase, which is by SGD: at our rate of Muon ResNets do not gain."""
     return replace(context, recipe=replace(context.recipe, optimizer="sgd"))
 
 

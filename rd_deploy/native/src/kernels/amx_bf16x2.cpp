@@ -3,8 +3,8 @@
 // x = h + l: h is x rounded to bfloat16, and l what is left, rounded likewise. At most 2^-17 of x is lost, where
 // bfloat16 alone loses 2^-8. Of a product's four parts the smallest, l l', is left out: at most 2^-16 of it (Henry,
 // Tang & Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations";
-// oneMKL calls it float_to_bf16x2). The instructions take what is below 2^-126 for zero, so that more is lost of an |x|
-// under 3e-36. What is not finite, or becomes infinite when it is rounded (from 3.396e38 on), becomes NaN.
+// oneMKL calls it float_to_bf16x2). The instructions take what is below 2^-126 for zero, so that more may be lost
+// of an |x| under 2^-109. What is not finite, or becomes infinite when it is rounded (from 3.396e38 on), becomes NaN.
 //
 // A pixel's elements take as many bytes as in float32: of each 32 channels a line with h and then one with l; of 16
 // that are left at the end, half a line each. So a tile is read in place, and packed weights are alike.
