@@ -631,7 +631,7 @@ def test_two_seeds_have_no_interval_and_one_is_said_to_be_one():
     pairs[0]["holds"] = {"goal": True, "must": True}
     assert verdicts({"results": results}, pairs) == [
         "| 56 | plain, ours | the ResNet by SGD | +10.50 (two seeds: no interval) | 0: +10.00, 1: +11.00 |",
-        "| 56 | plain, ours | the ResNet by Muon | +5.00 (one seed) | 0: +5.00 |",
+        "| 56 | plain, ours | the ResNet by Muon at our rate | +5.00 (one seed) | 0: +5.00 |",
     ]
 
 
