@@ -172,15 +172,8 @@ RATES = tuple(
     )
 )
 
-MUST = (
-    RESNET,
-    OUR_ROW,
-    RESNET_MUON,
-    RESNET_TUNED,
-    PLAIN_START,
-    PLAIN,
-    PUBLISHED,
-)  # in the order in which their runs come
+# In the order in which their runs come.
+MUST = (RESNET, OUR_ROW, RESNET_MUON, RESNET_TUNED, PLAIN_START, PLAIN, PUBLISHED)
 
 
 def ablations(ours: dict = OURS) -> list[Row]:

@@ -12,6 +12,20 @@ struct Plain {
         rd::finish<Bf16, 1, Blocks>(ending, sums);
     }
 
+// Of 32 k, or of those that are left: of a pixel so many bytes from `at` on. Tiles go by literals, hence a macro.
+#define RD_PRODUCTS(pixels, weights, at, bytes)    \
+    _tile_loadd(weights, w, kRowBytes);            \
+    _tile_loadd(pixels, upper + (at), step);       \
+    _tile_dpbf16ps(RD_UPPER, pixels, weights);     \
+    fetching.step();                               \
+    if constexpr (Lower) {                         \
+        _tile_loadd(pixels, lower + (at), step);   \
+        _tile_dpbf16ps(RD_LOWER, pixels, weights); \
+    }                                              \
+    writing.step();                                \
+    fetching.step();                               \
+    w += kRows * (bytes)
+
     template <bool Lower>
     static RD_INLINE void multiply(const Product &p, int group, const char *w, Writing &writing, Fetching &fetching) {
         const int last = p.k_pitch % kDepth, whole = p.k_pitch / kDepth * kRowBytes;
@@ -20,34 +34,15 @@ struct Plain {
             const void *const *const listed = p.a + static_cast<size_t>(t) * p.a_pitch + group;
             const char *const upper = static_cast<const char *>(listed[0]);
             const char *const lower = Lower ? static_cast<const char *>(listed[1]) : nullptr;
-            for (int byte = 0; byte < whole; byte += kRowBytes, w += kTileBytes) {
-                _tile_loadd(RD_WEIGHTS, w, kRowBytes);
-                _tile_loadd(RD_PIXELS, upper + byte, step);
-                _tile_dpbf16ps(RD_UPPER, RD_PIXELS, RD_WEIGHTS);
-                fetching.step();
-                if constexpr (Lower) {
-                    _tile_loadd(RD_PIXELS, lower + byte, step);
-                    _tile_dpbf16ps(RD_LOWER, RD_PIXELS, RD_WEIGHTS);
-                }
-                writing.step();
-                fetching.step();
+            for (int byte = 0; byte < whole; byte += kRowBytes) {
+                RD_PRODUCTS(RD_PIXELS, RD_WEIGHTS, byte, kRowBytes);
             }
             if (last > 0) {
                 _tile_zero(RD_PIXELS);
                 _tile_zero(RD_WEIGHTS);
-                _tile_loadd(RD_LAST_WEIGHTS, w, kRowBytes);
-                _tile_loadd(RD_LAST_PIXELS, upper + whole, step);
-                _tile_dpbf16ps(RD_UPPER, RD_LAST_PIXELS, RD_LAST_WEIGHTS);
-                fetching.step();
-                if constexpr (Lower) {
-                    _tile_loadd(RD_LAST_PIXELS, lower + whole, step);
-                    _tile_dpbf16ps(RD_LOWER, RD_LAST_PIXELS, RD_LAST_WEIGHTS);
-                }
+                RD_PRODUCTS(RD_LAST_PIXELS, RD_LAST_WEIGHTS, whole, 2 * last);
                 _tile_zero(RD_LAST_PIXELS);
                 _tile_zero(RD_LAST_WEIGHTS);
-                writing.step();
-                fetching.step();
-                w += last * 32;
             }
         }
     }
