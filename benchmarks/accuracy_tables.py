@@ -14,25 +14,16 @@ from string import ascii_uppercase
 from committed import command_of, cost_of, find, located, markdown, newest, read
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
-SHORT = (
-    "resnet",
-    "resnet-muon",
-    "resnet-tuned",
-    "plain",
-    "start",
-    "published",
-    "sgd",
-    "ours",
-)  # rows of the README's table
-SHORT_PAIRS = ("resnet", "resnet-muon", "resnet-tuned", "start", "published")  # what it compares ours with
+SHORT = ("resnet", "resnet-tuned", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
+SHORT_PAIRS = ("resnet", "resnet-tuned", "start", "published")  # what it compares ours with
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
-    "resnet-muon": "the ResNet by Muon at our rate",
-    "resnet-tuned": "the ResNet by Muon at a rate of its own",
+    "resnet-tuned": "the ResNet by Muon",
     "resnet-twice": "the ResNet by SGD, twice the epochs",
     "plain": "plain cross-entropy, Kaiming",
     "start": "cross-entropy from the same start by Muon",
+    "former-start": "cross-entropy from the same start at that rate",
     "start-sgd": "cross-entropy from the same start by SGD",
     "published": "the published loss",
 }
@@ -321,13 +312,12 @@ def _more_threads(document: dict) -> list[str]:
 
 def _other_teachers(document: dict) -> list[str]:
     """Whose teacher scored otherwise than the ResNet in the table, trained or tested elsewhere: a line, or none."""
-    depths = {row["name"]: row["depth"] for row in document["rows"]}
-    resnets = {row["depth"]: row["name"] for row in document["rows"] if row["key"] == "resnet"}
+    teachers = {row["name"]: row["teacher"] for row in document["rows"]}
     scores = {(run["name"], run["seed"]): run["test_accuracy"] for run in document["results"]}
     unlike = []
     for run in document["results"]:
         taught = run.get("teacher_test_accuracy")
-        usual = scores.get((resnets.get(depths.get(run["name"])), run["seed"]))
+        usual = scores.get((teachers.get(run["name"]), run["seed"]))
         if taught is not None and usual is not None and taught != usual:
             unlike.append(f"{run['name']} seed {run['seed']} {100 * (taught - usual):+.2f}")
     if not unlike:

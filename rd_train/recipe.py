@@ -1,5 +1,6 @@
 """The recipe of a run: one frozen dataclass; presets are YAML files that name what differs from its defaults."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -46,7 +47,8 @@ class Recipe:
         init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
         init_noise: Weight of the Kaiming noise in a dirac or identity initialisation, in the kernel; where BN branches
             pass the input on, it is the share of the convolution's own path. 0.3 there, else 0.1, when not given.
-        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1).
+        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1);
+            when not given, identity where a network of depth 38 or more starts by init=identity, else none.
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
             timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
@@ -77,8 +79,8 @@ class Recipe:
         epochs: Passes over the training split.
         save_minutes: Save the state of a training whenever so many minutes have passed, and after each epoch.
         batch_size: Images per step, of all processes together.
-        optimizer: sgd (Nesterov's momentum), or muon for the student's kernels of convolutions and sgd for the rest, a
-            teacher included; muon in rd, else sgd.
+        optimizer: sgd (Nesterov's momentum), or muon for kernels of convolutions and sgd for the rest, a teacher that
+            learns beside the student included; muon in rd, else sgd.
         lr: Peak learning rate of SGD.
         momentum: Momentum, of Muon too.
         muon_lr: Peak learning rate of Muon.
@@ -119,7 +121,7 @@ class Recipe:
     width: float = 1.0
     init: Literal["kaiming", "dirac", "identity"] = "identity"
     init_noise: float | None = None
-    reparam: Literal["none", "dirac", "identity", "branches"] = "none"
+    reparam: Literal["none", "dirac", "identity", "branches"] | None = None
     method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
     teacher_weights: str | None = None
@@ -151,7 +153,7 @@ class Recipe:
     optimizer: Literal["sgd", "muon"] | None = None
     lr: float = 0.1
     momentum: float = 0.9
-    muon_lr: float = 0.004
+    muon_lr: float = 0.02
     muon_decay: float = 0.1
     weight_decay: float = 5e-4
     decay_bn_bias: bool = False
@@ -249,8 +251,7 @@ class Recipe:
         given = self.teacher_weights is not None or "/" in self.teacher
         no_teacher_phase = ce or self.teacher_mode == "joint" or given
         warm, started = self._warm, self.start_weights is not None
-        # No plain blocks.
-        residual = self.shortcuts == "all" or (self.shortcuts is None and self.arch.startswith("resnet"))
+        residual = is_residual(vars(self))
         without = {
             "teacher": ce,
             "teacher_weights": ce,
@@ -319,6 +320,9 @@ BY_METHOD = {
     "clip_norm": (0.0, 1.0),
     "optimizer": ("sgd", "muon"),
 }
+# From this depth on plain networks that start as the identity keep it in branches: 56 needs them at our rate, 20 is
+# better without, and between them nothing was tried (docs/accuracy.md).
+LONG = 38
 # Data sets that are read at once: no files to decode later, by workers.
 IN_MEMORY = ("digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100")
 # Inclusive; the smallest positive values stand for "more than 0".
@@ -366,11 +370,26 @@ BOUNDS = {
 
 
 def when_not_given(values: dict) -> dict:
-    """What entries become that others of these decide: by the method, and the noise by what it is added to."""
-    branches = values["reparam"] in ("identity", "branches")
-    beside = values["init"] == "identity" and branches and values["start_weights"] is None
+    """What entries become that others of these decide: by the method, and how a long chain starts as the identity."""
     by_method = {name: defaults[values["method"] == "rd"] for name, defaults in BY_METHOD.items()}
-    return by_method | {"init_noise": 0.3 if beside else 0.1}  # a path beside the one that passes on, or the kernel
+    from_identity = values["init"] == "identity" and values["start_weights"] is None
+    long = not is_residual(values) and _depth(values) >= LONG
+    own = "identity" if from_identity and long and not values["warm_start"] else "none"
+    reparam = own if values["reparam"] is None else values["reparam"]
+    beside = from_identity and reparam in ("identity", "branches")
+    # The noise is of a path beside the one that passes on, or else in the kernel that does.
+    return by_method | {"reparam": own, "init_noise": 0.3 if beside else 0.1}
+
+
+def _depth(values: dict) -> int:
+    """The depth in the name of the network, 0 where it has none."""
+    found = re.search(r"\d{1,6}", str(values["arch"]))
+    return int(found[0]) if found else 0
+
+
+def is_residual(values: dict) -> bool:
+    """Whether a recipe's network has all its shortcuts, and so no plain blocks."""
+    return values["shortcuts"] == "all" or (values["shortcuts"] is None and str(values["arch"]).startswith("resnet"))
 
 
 def _is_a(value: object, annotation: object) -> bool:

@@ -210,7 +210,7 @@ def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
             teacher = _new_teacher(context, plan.arch)
             if epochs := _teacher_epochs(recipe, plan):
                 task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
-                phases.append(measure("teacher", task, _meta_teacher(teacher.arch), epochs, _of_teacher(context)))
+                phases.append(measure("teacher", task, _meta_teacher(teacher.arch), epochs, context))
         meta = meta_task(recipe, plan.arch, None if teacher is None else teacher.arch)
         task = _student_task(context, replace(plan, teacher=teacher))
         phases.append(measure("student", task, meta, recipe.epochs, context))
@@ -251,7 +251,7 @@ def _phases(context: Context, plan: _Plan, resume: bool) -> dict:
         teacher = _new_teacher(context, plan.arch)
         if epochs := _teacher_epochs(recipe, plan):
             task = CrossEntropy(teacher, label_smoothing=recipe.label_smoothing)
-            best = fit("teacher", task, epochs, _of_teacher(context), resume=resume)
+            best = fit("teacher", task, epochs, context, resume=resume)
             teacher_seconds = best["seconds"]
             teacher = load_checkpoint(folder / "teacher.pt").network()
     plan = replace(plan, teacher=teacher)
@@ -264,18 +264,13 @@ def _work(context: Context, plan: _Plan) -> dict[str, float]:
     recipe, size = context.recipe, context.dataset.preprocessing.size
     sizes, steps = sizes_of(recipe, size), steps_per_epoch(context.dataset.train, recipe.batch_size)
     meta = meta_task(recipe, plan.arch, None if plan.teacher is None else plan.teacher.arch)
-    phases = {"student": (recipe.epochs, meta, context)}
+    phases = {"student": (recipe.epochs, meta)}
     if epochs := _teacher_epochs(recipe, plan):
-        phases["teacher"] = (epochs, _meta_teacher(meta.teacher.arch), _of_teacher(context))
+        phases["teacher"] = (epochs, _meta_teacher(meta.teacher.arch))
     return {
-        name: epochs * steps * (mean_step_macs(task, size, sizes) + update_macs(own.recipe, task))
-        for name, (epochs, task, own) in phases.items()
+        name: epochs * steps * (mean_step_macs(task, size, sizes) + update_macs(recipe, task))
+        for name, (epochs, task) in phases.items()
     }
-
-
-def _of_teacher(context: Context) -> Context:
-    """The context of the teacher's own phase, which is by SGD: at our rate of Muon ResNets do not gain."""
-    return replace(context, recipe=replace(context.recipe, optimizer="sgd"))
 
 
 def _meta_teacher(arch: Arch) -> CrossEntropy:

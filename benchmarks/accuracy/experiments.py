@@ -22,12 +22,15 @@ SHARED = {
 PRESET = "fashion-plain20"
 SEEDS = (0, 1, 2)
 
-# Our method: options of rd-train. The ablation follows from it. What distillation adds is seen against the same start
-# by the same optimiser, which the ResNet is trained with, too.
-MUON = {"optimizer": "muon", "muon_lr": 0.004, "muon_decay": 0.1}
-START = {"init": "identity", "init_noise": 0.1}
-OURS_BY_SGD = {"method": "rd", **START}
-OURS = {**OURS_BY_SGD, **MUON}
+# Our method: options of rd-train, which adds the branches of a long chain by itself. The ablation follows from it. What
+# distillation adds is seen against the same start by the same optimiser, which the ResNet is trained with, too.
+MUON = {"optimizer": "muon", "muon_lr": 0.02, "muon_decay": 0.1}
+START = {"init": "identity"}
+OURS = {"method": "rd", **START, **MUON}
+# What it was before: at a rate that depth 56 bears without branches, and by SGD before that.
+SLOW = MUON | {"muon_lr": 0.004}
+FORMER_START = {"init": "identity", "init_noise": 0.1, "reparam": "none"}
+OURS_BY_SGD = {"method": "rd", **FORMER_START}
 # What a lever is without effect, where that is not the default of rd-train.
 NEUTRAL = {
     "init": "kaiming",
@@ -59,7 +62,8 @@ class Row:
     """A way to train: its name, with {} for the network's depth, what it says in a table, and its settings.
 
     ``must``: its runs come first. ``key``: what comparisons call it. ``base``: the name of the row that it varies, and
-    is compared with. ``times``: so many times the experiment's epochs.
+    is compared with. ``times``: so many times the experiment's epochs. ``teacher``: the row of its teacher, by default
+    the ResNet by SGD.
     """
 
     name: str
@@ -69,21 +73,27 @@ class Row:
     key: str = ""
     base: str = ""
     times: int = 1
+    teacher: "Row | None" = None
 
     @property
     def residual(self) -> bool:
         return self.name.startswith("resnet")
 
     @property
-    def has_teacher(self) -> bool:
-        return self.settings["method"] != "ce"
+    def taught_by(self) -> "Row | None":
+        """The row of its teacher, if its method has one."""
+        return None if self.settings["method"] == "ce" else self.teacher or RESNET
 
 
 SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
 KD = {"method": "kd", **SOME_KD}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
 RESNET_MUON = Row(
-    "resnet{}-muon", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, must=True, key="resnet-muon"
+    "resnet{}-muon", "ResNet, cross-entropy by Muon, rate 0.004", {"method": "ce", **SLOW}, key="resnet-muon"
+)
+# By Muon at the best of the rates that validation has tried for it (`RATES`, seed 0), which ours has, too.
+RESNET_TUNED = Row(
+    "resnet{}-muon02", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, must=True, key="resnet-tuned"
 )
 RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
 # What ours and its teacher cost together buys this, nearly.
@@ -93,23 +103,30 @@ RESNET_TWICE = Row(
 PLAIN = Row(
     "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
 )
-# PLAIN_START differs from it in the start alone.
+# PLAIN_START differs from it in the start alone, with its branches where it has them.
 PLAIN_BY_MUON = Row(
-    "plain{}-ce-kaiming-muon",
-    "plain, cross-entropy, Kaiming, by Muon",
-    {"method": "ce", "init": "kaiming", **MUON},
+    "plain{}-ce-kaiming-muon02", "plain, cross-entropy, Kaiming, by Muon", {"method": "ce", "init": "kaiming", **MUON}
 )
 PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, "init": "kaiming"})
 PLAIN_START = Row(
-    "plain{}-ce-identity-muon",
+    "plain{}-ce-start-muon02",
     "plain, cross-entropy, from our start by Muon",
     {"method": "ce", **START, **MUON},
     must=True,
     key="start",
     base=PLAIN_BY_MUON.name,
 )
+PLAIN_FORMER_START = Row(
+    "plain{}-ce-identity-muon",
+    "plain, cross-entropy, from the former start by Muon, rate 0.004",
+    {"method": "ce", **FORMER_START, **SLOW},
+    key="former-start",
+)
 PLAIN_START_BY_SGD = Row(
-    "plain{}-ce-identity", "plain, cross-entropy, from our start by SGD", {"method": "ce", **START}, key="start-sgd"
+    "plain{}-ce-identity",
+    "plain, cross-entropy, from the former start by SGD",
+    {"method": "ce", **FORMER_START},
+    key="start-sgd",
 )
 # Initialisation, feature term and BN as in the authors' code; without the shortcuts that it keeps, and clipped as all.
 PUBLISHED = Row(
@@ -131,7 +148,14 @@ PUBLISHED_OPTIONS = Row(
     },
 )
 BY_SGD = Row("plain{}-rd", "plain, ours by SGD", OURS_BY_SGD, key="sgd")
-OUR_ROW = Row("plain{}-rd-muon", "plain, ours", OURS, must=True, key="ours", base=BY_SGD.name)
+FORMER = Row(
+    "plain{}-rd-muon",
+    "plain, ours at rate 0.004 from the former start, taught by the ResNet by SGD",
+    {"method": "rd", **FORMER_START, **SLOW},
+    key="former",
+    base=BY_SGD.name,
+)
+OUR_ROW = Row("plain{}-rd-tuned", "plain, ours", OURS, must=True, key="ours", base=FORMER.name, teacher=RESNET_TUNED)
 
 
 def _more(name: str, what: str, **settings) -> Row:
@@ -154,16 +178,15 @@ MORE = (
 
 
 def _at_rate(row: Row, tag: str, name: str, rate: float) -> Row:
-    """A row at another rate of its optimiser than `SHARED`'s or `MUON`'s."""
-    return Row(f"{row.name}{tag}", f"{row.label}, rate {rate}", row.settings | {name: rate})
+    """A row at another rate of its optimiser."""
+    label = row.label.removesuffix(f", rate {SLOW['muon_lr']}")
+    return Row(f"{row.name}{tag}", f"{label}, rate {rate}", row.settings | {name: rate})
 
 
-# The ResNet by Muon at the best of the rates that validation has tried for it (`RATES`, seed 0); `MUON`'s is ours.
-RESNET_TUNED = replace(_at_rate(RESNET_MUON, "02", "muon_lr", 0.02), must=True, key="resnet-tuned")
 # What the rates of each optimiser give, for the ResNet and for ours alike.
 RATES = tuple(
     RESNET_TUNED if varied.name == RESNET_TUNED.name else varied
-    for by_sgd, by_muon in ((RESNET, RESNET_MUON), (BY_SGD, OUR_ROW))
+    for by_sgd, by_muon in ((RESNET, RESNET_MUON), (BY_SGD, FORMER))
     for varied in (
         by_sgd,
         *(_at_rate(by_sgd, f"-lr{tag}", "lr", rate) for tag, rate in (("2", 0.2), ("05", 0.05))),
@@ -172,35 +195,46 @@ RATES = tuple(
     )
 )
 
+# As much of it as keeps the cost at 1.2.
+OURS_KD = Row(
+    f"{OUR_ROW.name}-kd",
+    f"{OUR_ROW.label}, with logit distillation in two thirds of the steps of the second half",
+    OURS | SOME_KD | {"kd_start": 0.5, "kd_probability": 0.66},
+    base=OUR_ROW.name,
+    teacher=RESNET_TUNED,
+)
+
 # In the order in which their runs come.
-MUST = (RESNET, OUR_ROW, RESNET_MUON, RESNET_TUNED, PLAIN_START, PLAIN, PUBLISHED)
+MUST = (RESNET, RESNET_TUNED, OUR_ROW, PLAIN_START, PLAIN, PUBLISHED)
+
+
+ABLATED = 56  # the depth of the ablation
 
 
 def ablations(ours: dict = OURS) -> list[Row]:
-    """Our row with one lever out at a time: each that ``ours`` names or that its method turns on by default.
+    """Our row with one lever out at a time: each that ``ours`` names or that rd-train turns on by default.
 
     A lever takes its neutral value or, if it has none in `NEUTRAL`, the default of rd-train. What then has no effect
     any more goes too.
     """
-    recipe = Recipe(**SHARED | ours)
+    shared = SHARED | {"arch": f"plain{ABLATED}"}
+    recipe = Recipe(**shared | ours)
     rows = []
     for name in dict.fromkeys([*ours, *NEUTRAL]):
         settings = {key: value for key, value in ours.items() if key != name}
         if name in NEUTRAL:
             settings[name] = NEUTRAL[name]
-        while idle := [key for key in Recipe(**SHARED | settings).unused() if key in settings and key != name]:
+        while idle := [key for key in Recipe(**shared | settings).unused() if key in settings and key != name]:
             settings = {key: value for key, value in settings.items() if key not in idle}
-        without = Recipe(**SHARED | settings)
+        without = Recipe(**shared | settings)
         if name in PARAMETERS or without == recipe or name in without.unused():
-            continue
-        if without == Recipe(**SHARED | OURS_BY_SGD):
-            rows.append(replace(BY_SGD, base=OUR_ROW.name))
             continue
         if name == "splice_weight" and settings == OURS | {"splice_weight": 0.0}:  # cross-entropy from the same start
             rows.append(replace(PLAIN_START, label=f"without splices: {PLAIN_START.label}", key="", base=OUR_ROW.name))
             continue
         label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
-        rows.append(Row(f"{OUR_ROW.name}-without-{name.replace('_', '-')}", label, settings, base=OUR_ROW.name))
+        tag = f"-without-{name.replace('_', '-')}"
+        rows.append(Row(f"{OUR_ROW.name}{tag}", label, settings, base=OUR_ROW.name, teacher=OUR_ROW.teacher))
     return rows
 
 
@@ -240,7 +274,7 @@ class Experiment:
         kind = "resnet" if row.residual else "plain"
         shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs * row.times, "seed": seed}
         settings = shared | {"arch": f"{kind}{depth}"} | self.settings | row.settings
-        teacher = folder(RESNET) if row.has_teacher else None
+        teacher = None if row.taught_by is None else folder(row.taught_by)
         return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.must)
 
     def jobs(self, seeds: tuple[int, ...], out: Path) -> list[Job]:
@@ -259,14 +293,14 @@ class Experiment:
 FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
 MAIN = (
-    *(RESNET, RESNET_TWICE, RESNET_MUON, RESNET_TUNED, RESNET_KD),
-    *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_START),
+    *(RESNET, RESNET_TWICE, RESNET_TUNED, RESNET_KD),
+    *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_FORMER_START, PLAIN_START),
     *(PUBLISHED, PUBLISHED_OPTIONS),
-    *(BY_SGD, OUR_ROW),
+    *(BY_SGD, FORMER, OUR_ROW),
 )
-CONTROLS = (RESNET_TWICE, RESNET_TUNED, PLAIN_BY_MUON)  # of main alone
+CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_FORMER_START, FORMER)  # of main alone
 EVERY = tuple(row for row in MAIN if row not in CONTROLS)
-DECIDE = (RESNET, RESNET_MUON, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
+DECIDE = (RESNET, RESNET_TUNED, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
 
 
 def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
@@ -276,22 +310,24 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         "main": Experiment(SUBSET, MAIN, (20, 56), more_seeds=(3, 4)),
         "full": Experiment(
             FASHION.format("all 55,000 training images"),
-            (RESNET, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW),
+            DECIDE,
             (20, 56),
             train_images=55_000,
             seeds=SEEDS[:1],
             more_seeds=SEEDS[1:],
         ),
         "ablation": Experiment(
-            f"{SUBSET}; ours with one lever out", (RESNET, replace(OUR_ROW, base=""), *ablations()), (56,)
+            f"{SUBSET}; ours with one lever out", (RESNET_TUNED, replace(OUR_ROW, base=""), *ablations()), (ABLATED,)
         ),
         "levers": Experiment(
-            f"{SUBSET}; ours by SGD with one lever more", (RESNET, RESNET_MUON, BY_SGD, *MORE, OUR_ROW), (56,)
+            f"{SUBSET}; ours by SGD, or as it is, with one lever more",
+            (RESNET, RESNET_TUNED, BY_SGD, *MORE, FORMER, OUR_ROW, OURS_KD),
+            (56,),
         ),
         "rates": Experiment(f"{SUBSET}; rates of both optimisers", RATES, (56,), seeds=SEEDS[:1]),
         "fp32": Experiment(
             SUBSET,
-            (RESNET, PLAIN, OUR_ROW),
+            (RESNET, PLAIN, FORMER),
             (20,),
             settings={"precision": "fp32"},
             tag="-fp32",
@@ -300,7 +336,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         ),
         "depth": Experiment(
             f"{SUBSET}; by depth",
-            (RESNET, PLAIN, OUR_ROW),
+            (RESNET, RESNET_TUNED, PLAIN, FORMER, OUR_ROW),
             (20, 32, 44, 56, 110),
             seeds=SEEDS[:1],
             more_seeds=SEEDS[1:],

@@ -23,13 +23,14 @@ from committed import cost_of, find
 from rd_deploy.common import UserError, atomic_path, check_file, run_command
 
 COLOURS = {
-    **{"resnet": "#555555", "resnet-muon": "#AAAAAA", "plain": "#D55E00", "ours": "#0072B2"},
-    **{"published": "#CC79A7", "start": "#009E73"},
+    **{"resnet": "#555555", "resnet-tuned": "#AAAAAA", "plain": "#D55E00", "ours": "#0072B2"},
+    **{"published": "#CC79A7", "start": "#009E73", "former": "#56B4E9"},
 }
-NAMES = {"resnet": "ResNet", "resnet-muon": "ResNet by Muon", "plain": "plain, cross-entropy"}
+NAMES = {"resnet": "ResNet", "resnet-tuned": "ResNet by Muon", "plain": "plain, cross-entropy"}
 NAMES |= {"published": "plain, the published loss"}
 NAMES |= {"start": "plain, cross-entropy, from our start by Muon", "ours": "plain, ours"}
-OTHER_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#9467BD", "#BCBD22")
+NAMES |= {"former": "plain, ours without branches, rate 0.004"}
+OTHER_COLOURS = ("#E69F00", "#000000", "#8C564B", "#9467BD", "#BCBD22")
 
 
 def read(path: Path | None, name: str) -> dict | None:

@@ -5,23 +5,25 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 
-from experiments import RESNET, SHARED, Experiment, Row
+from experiments import SHARED, Experiment, Row
 
 WITHIN = 0.003  # of the ResNet's accuracy: what our method must reach; its goal is to equal it
 CONFIDENCE = 0.95
 FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equal by chance, and their interval short
 # What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
 AGAINST = {
-    "ours": ("resnet", "resnet-muon", "resnet-tuned", "resnet-twice", "plain", "start", "published"),
+    "ours": ("resnet", "resnet-tuned", "resnet-twice", "plain", "start", "published"),
+    "former": ("resnet", "resnet-tuned", "former-start"),
     "sgd": ("resnet", "start-sgd", "published"),
 }
-JUDGED = ("resnet", "resnet-muon", "resnet-tuned")  # what our method was asked to equal
+JUDGED = ("resnet", "resnet-tuned")  # what our method was asked to equal
 
 
 def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     """A line for each row and depth that has results: accuracy over seeds, cost, seconds.
 
-    ``std`` is that of the sample (n - 1). ``validation``: mean accuracy of the epoch that was chosen; ``training``:
+    ``std`` is that of the sample (n - 1). ``teacher``: the name of the row that taught it, if any.
+    ``validation``: mean accuracy of the epoch that was chosen; ``training``:
     that of the last epoch, None where a result does not say it. ``precisions``: of each seed (`precision`);
     ``other_precision``: those in words where they are not all the experiment's usual one, else empty. ``step_cost``:
     multiply-accumulates of a step in units of a cross-entropy step of the plain network; ``plain_steps``: of the whole
@@ -37,7 +39,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
             accuracies = [run["test_accuracy"] for run in runs]
             precisions = [precision(run) for run in runs]
             training = [run.get("last_train_accuracy") for run in runs]
-            teachers = _runs(experiment, RESNET, depth, results) if row.has_teacher else []
+            teachers = [] if row.taught_by is None else _runs(experiment, row.taught_by, depth, results)
             plain, teacher = (_plain_steps(run[0], experiment) if run else None for run in (runs, teachers))
             cost = runs[0]["step_cost"] * row.times
             lines.append(
@@ -45,6 +47,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
                     "name": experiment.name(row, depth),
                     "label": row.label,
                     "key": row.key,
+                    "teacher": row.taught_by and experiment.name(row.taught_by, depth),
                     "base": row.base and experiment.name(replace(row, name=row.base), depth),
                     "depth": depth,
                     "residual": row.residual,

@@ -27,7 +27,7 @@ import fashion
 import runner
 import summary
 import table
-from experiments import OUR_ROW, PLAIN, RESNET, SEEDS, Experiment, ablations
+from experiments import FORMER, PLAIN, RESNET, SEEDS, Experiment, ablations
 
 from rd_deploy.common import UserError
 from rd_train.checkpoint import load_checkpoint
@@ -37,7 +37,7 @@ from rd_train.run import run
 
 OUT = Path("runs/table")
 EXPERIMENTS = experiments.experiments()
-TINY = Experiment("digits", (RESNET, OUR_ROW), (20,), epochs=2, train_images=256, tag="-tiny")
+TINY = Experiment("digits", (RESNET, FORMER), (20,), epochs=2, train_images=256, tag="-tiny")
 TINY = replace(TINY, settings={"width": 0.25, "data": "digits", "size": 8, "warmup_epochs": 0.2})
 
 # Stands for rd-train: writes what a run writes, saves its state and ends with 130 on SIGTERM.
@@ -121,13 +121,8 @@ def test_names_of_folders_that_results_exist_under():
     folders = {job.folder.name for job in EXPERIMENTS["main"].jobs((0,), OUT)}
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
-    rows += [
-        "resnet{}-muon",
-        "resnet{}-muon02",
-        "plain{}-rd-muon",
-        "plain{}-ce-identity-muon",
-        "plain{}-ce-kaiming-muon",
-    ]
+    rows += ["resnet{}-muon02", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon02"]
+    rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned"]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
     assert folders == names | {f"resnet{depth}-twice-n20000-e20-s0" for depth in (20, 56)}
 
@@ -142,7 +137,7 @@ def test_rows_that_decide_come_first_and_after_their_teacher():
 def test_an_ablation_takes_one_lever_out_each():
     ours = {"method": "rd", "init": "identity", "init_noise": 0.2, "kd_weight": 0.5, "kd_temperature": 2.0}
     ours |= {"weight_decay": 1e-4}
-    found = {row.name.removeprefix("plain{}-rd-muon-without-"): row.settings for row in ablations(ours)}
+    found = {row.name.removeprefix("plain{}-rd-tuned-without-"): row.settings for row in ablations(ours)}
     assert set(found) == {
         *(
             "init",
@@ -163,9 +158,8 @@ def test_an_ablation_takes_one_lever_out_each():
 
 def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
     names = [row.name for row in ablations()]
-    assert experiments.BY_SGD.name in names  # without Muon
-    covered = {name.removeprefix("plain{}-rd-muon-without-").replace("-", "_") for name in names}
-    assert set(experiments.OURS) <= covered | experiments.PARAMETERS | {"optimizer"}
+    covered = {name.removeprefix("plain{}-rd-tuned-without-").replace("-", "_") for name in names}
+    assert set(experiments.OURS) <= covered | experiments.PARAMETERS
 
 
 def test_ours_without_splices_is_cross_entropy_from_the_same_start(tmp_path):
@@ -202,7 +196,7 @@ def test_the_older_benchmark_of_one_seed():
 
 
 def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
-    jobs = replace(EXPERIMENTS["depth"], depths=(20,)).jobs((0, 1), fake)
+    jobs = replace(EXPERIMENTS["depth"], rows=(RESNET, PLAIN, FORMER), depths=(20,)).jobs((0, 1), fake)
     jobs = [jobs[1], *jobs[:1], *jobs[2:]]  # a student first
     seen = []
     assert runner.run_all(jobs, 3, finished=lambda missing: seen.append(dict(missing))) == {}
@@ -220,7 +214,7 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
 
 
 def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
-    jobs = replace(EXPERIMENTS["depth"], depths=(32, 44)).jobs((0,), fake)
+    jobs = replace(EXPERIMENTS["depth"], rows=(RESNET, PLAIN, FORMER), depths=(32, 44)).jobs((0,), fake)
     missing = runner.run_all(jobs, 2)
     plain = [job.folder for job in jobs if "plain32" in job.name]
     assert missing == dict.fromkeys(plain, "ended with 1: student: loss became NaN; try a lower --lr")
@@ -229,13 +223,13 @@ def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
 
 
 def test_a_student_without_its_teacher_is_said(fake):
-    job = TINY.job(OUR_ROW, 20, 0, fake)
+    job = TINY.job(FORMER, 20, 0, fake)
     assert runner.run_all([job], 1) == {job.folder: "its teacher resnet20-tiny-n256-e2-s0 has no result"}
 
 
 def resnet_plain_ours(out: Path) -> list[runner.Job]:
     """At depth 110, whose plain network the stand-in trains for a minute."""
-    return [EXPERIMENTS["depth"].job(row, 110, 0, out) for row in (RESNET, PLAIN, OUR_ROW)]
+    return [EXPERIMENTS["depth"].job(row, 110, 0, out) for row in (RESNET, PLAIN, FORMER)]
 
 
 def assert_goes_on(jobs: list[runner.Job]) -> None:
@@ -264,7 +258,7 @@ sys.path += folders
 import experiments, runner
 runner.RD_TRAIN = (sys.executable, "-S", script)
 jobs = [experiments.experiments()["depth"].job(row, 110, 0, Path(out))
-        for row in (experiments.RESNET, experiments.PLAIN, experiments.OUR_ROW)]
+        for row in (experiments.RESNET, experiments.PLAIN, experiments.FORMER)]
 missing = runner.run_all(jobs, 1)
 print([missing.get(job.folder) for job in jobs])
 """
@@ -286,7 +280,7 @@ def test_a_signal_stops_runs_that_go_on(fake):
 
 
 def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_trained_again(fake, tmp_path, capsys):
-    rows = [RESNET, PLAIN, OUR_ROW]
+    rows = [RESNET, PLAIN, FORMER]
     jobs = [EXPERIMENTS["depth"].job(row, 20, 0, fake) for row in rows]
     assert runner.run_all(jobs[:2], 1) == {}
     options = Namespace(out=fake, seeds=(0,), epochs=None, only=None, note="", workers=1, earlier=[])
@@ -458,7 +452,7 @@ def test_a_run_that_another_process_trains_is_left_alone(fake):
 
 
 def test_a_folder_of_other_settings_is_refused(fake):
-    job = TINY.job(OUR_ROW, 20, 0, fake)
+    job = TINY.job(FORMER, 20, 0, fake)
     job.folder.mkdir(parents=True)
     same = replace(job.recipe(), device="cpu", precision="bf16", threads=1, data_dir="/elsewhere")
     (job.folder / "recipe.yaml").write_text(dump_yaml(same), encoding="utf-8")
@@ -756,7 +750,7 @@ def test_seeds_that_an_experiment_does_without_count_where_they_are_there(fake, 
 
 def test_a_run_that_was_begun_is_not_called_one_that_was_not(fake, monkeypatch):
     monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
-    begun = TINY.job(OUR_ROW, 20, 1, fake).folder
+    begun = TINY.job(FORMER, 20, 1, fake).folder
     begun.mkdir(parents=True)
     (begun / "student-state.pt").touch()
     assert call(monkeypatch, "--out", fake, "--results", fake / "NAME.json", "--seeds", "0") == 0
