@@ -19,6 +19,7 @@ SHORT_PAIRS = ("resnet", "resnet-tuned", "start", "published")  # what it compar
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
+    "resnet-muon": "the ResNet by Muon at 0.004",  # of older files
     "resnet-tuned": "the ResNet by Muon",
     "resnet-twice": "the ResNet by SGD, twice the epochs",
     "plain": "plain cross-entropy, Kaiming",
@@ -60,6 +61,31 @@ def experiment(name: str) -> Callable[[], str]:
         return _joined(made, _unfinished(document), _verdicts(document, pairs), line, "\n".join(notes))
 
     return table
+
+
+def choice() -> str:
+    """What a recipe was chosen by: accuracy on training images that no run was trained on."""
+    document = _newest("choice")
+    if document is None:
+        return "Not measured yet: `python benchmarks/accuracy/choice.py`."
+    runs = sorted(document["results"], key=lambda run: (run["arch"], run["seed"], -run["left_out_accuracy"]))
+    lines = [
+        [
+            run["arch"],
+            ", ".join(f"`{name}={value}`" for name, value in run["options"].items()) or "-",
+            "-" if run["teacher"] is None else re.sub(r"-n\d.*", "", run["teacher"]),
+            str(run["seed"]),
+            *(f"{100 * run[f'{key}_accuracy']:.2f}" for key in ("left_out", "val", "test")),
+        ]
+        for run in runs
+    ]
+    images = [" or ".join(sorted({f"{run[f'{key}_images']:,}" for run in runs})) for key in ("left_out", "val")]
+    header = [
+        *("network", "otherwise than by default", "teacher", "seed"),
+        *(f"left out ({images[0]}), %", f"validation ({images[1]}), %", "test, %"),
+    ]
+    line = f"Accuracy on {images[0]} training images that these runs left out · [JSON](../{document['path']})"
+    return _joined(markdown(header, lines, texts=4), line)
 
 
 def _newest(name: str) -> dict | None:

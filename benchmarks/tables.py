@@ -11,7 +11,7 @@ import sys
 import cpu_tables
 import gpu_tables
 import quantization_tables
-from accuracy_tables import EXPERIMENTS, experiment, short, sources
+from accuracy_tables import EXPERIMENTS, choice, experiment, short, sources
 from committed import ROOT, find
 
 PAGES = {
@@ -40,6 +40,7 @@ PAGES = {
     },
     "docs/accuracy.md": {
         **{f"accuracy-{name}": experiment(name) for name in EXPERIMENTS},
+        "accuracy-choice": choice,
         "accuracy-sources": sources,
     },
     "docs/training-reference.md": {"loader": cpu_tables.loader},

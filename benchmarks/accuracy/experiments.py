@@ -150,7 +150,7 @@ PUBLISHED_OPTIONS = Row(
 BY_SGD = Row("plain{}-rd", "plain, ours by SGD", OURS_BY_SGD, key="sgd")
 FORMER = Row(
     "plain{}-rd-muon",
-    "plain, ours at rate 0.004 from the former start, taught by the ResNet by SGD",
+    "plain, ours from the former start, taught by the ResNet by SGD, rate 0.004",
     {"method": "rd", **FORMER_START, **SLOW},
     key="former",
     base=BY_SGD.name,
@@ -185,7 +185,7 @@ def _at_rate(row: Row, tag: str, name: str, rate: float) -> Row:
 
 # What the rates of each optimiser give, for the ResNet and for ours alike.
 RATES = tuple(
-    RESNET_TUNED if varied.name == RESNET_TUNED.name else varied
+    replace(RESNET_TUNED, label=varied.label) if varied.name == RESNET_TUNED.name else varied
     for by_sgd, by_muon in ((RESNET, RESNET_MUON), (BY_SGD, FORMER))
     for varied in (
         by_sgd,
@@ -343,7 +343,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         ),
         "bottleneck": Experiment(
             f"{SUBSET}; bottlenecks, a quarter of the width, 3x3 stem",
-            EVERY,
+            (*EVERY, PLAIN_FORMER_START, FORMER),
             (50,),
             settings={"stem": "small", "width": 0.25},
             tag="-small-w0.25",

@@ -199,7 +199,7 @@ def test_a_loader_that_is_slower_than_the_steps_is_what_takes_the_time(tmp_path)
     assert measure("student", CrossEntropy(network), meta, 2, context).step_seconds >= 0.2
 
 
-def test_a_teacher_is_measured_by_its_own_optimiser(monkeypatch, tmp_path):
+def test_a_teacher_is_measured_by_the_optimiser_of_the_run(monkeypatch, tmp_path):
     optimizers = {}
 
     def noted(name, task, meta, epochs, context):
@@ -208,7 +208,7 @@ def test_a_teacher_is_measured_by_its_own_optimiser(monkeypatch, tmp_path):
     monkeypatch.setattr("rd_train.run.measure", noted)
     monkeypatch.setattr("rd_train.run.print_estimate", lambda phases, context: None)
     dry_run(replace(RECIPE, optimizer="muon"), tmp_path)
-    assert optimizers == {"teacher": "sgd", "student": "muon"}
+    assert optimizers == {"teacher": "muon", "student": "muon"}
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -174,6 +174,30 @@ def test_the_noise_goes_by_what_it_is_added_to(values, noise):
     assert replace(recipe) == recipe
 
 
+@pytest.mark.parametrize(
+    ("values", "reparam", "noise"),
+    [
+        ({"arch": "plain34"}, "none", 0.1),
+        ({"arch": "plain44"}, "identity", 0.3),
+        ({"arch": "plain50", "method": "ce"}, "identity", 0.3),
+        ({"arch": "plain56", "reparam": "none"}, "none", 0.1),
+        ({"arch": "plain56", "init_noise": 0.2}, "identity", 0.2),
+        ({"arch": "plain56", "init": "kaiming"}, "none", 0.1),
+        ({"arch": "plain56", "warm_start": True}, "none", 0.1),
+        ({"arch": "plain56", "method": "ce", "start_weights": "x.pt"}, "none", 0.1),
+        ({"arch": "resnet56"}, "none", 0.1),
+        ({"arch": "resnet56", "shortcuts": "none"}, "identity", 0.3),
+        ({"arch": "plain56", "shortcuts": "all"}, "none", 0.1),
+        ({"arch": "no network"}, "none", 0.1),
+    ],
+)
+def test_a_long_chain_that_starts_as_the_identity_keeps_it_in_branches(values, reparam, noise):
+    recipe = Recipe(**values)
+    assert (recipe.reparam, recipe.init_noise) == (reparam, noise)
+    assert not {"reparam", "init_noise"} & {*recipe.unused()}
+    assert replace(recipe) == recipe
+
+
 def test_a_warm_start_goes_with_branches_only_where_there_is_none():
     with pytest.raises(UserError, match="nor with reparam"):
         Recipe(warm_start=True, reparam="identity")
