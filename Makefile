@@ -35,8 +35,9 @@ demo: setup  ## train a small plain network, export it, bench it (under 4 minute
 		"  $(DEMO)/model.pt, model.onnx       the network without shortcuts: checkpoint, and folded for deployment" \
 		"  $(DEMO)/bench/bench.png, bench.json, memory.png   speed and memory against the ResNet it came from"
 
+# Files in their order: those with the fewest tests, which xdist would run last, are the longest ones here.
 test: lint  ## everything that CI runs: lint, then the tests, those of the C++ engine among them
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --max-worker-restart=0 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(PYTEST_FLAGS)
 
 lint: setup  ## ruff, clang-format, hadolint on the Dockerfiles, and the C++ engine without a warning
 	$(BIN)/ruff check .

@@ -361,7 +361,7 @@ def _on_glyphs(path: Path) -> Experiment:
     """The second data set."""
     what = f"coloured glyphs of fonts that training has not seen, 32x32 ({path.name}, {digest_of(path)})"
     settings = {"data": "npz", "data_dir": str(path)}
-    return Experiment(what, DECIDE, (20, 56), settings=settings, tag=f"-glyphs-{digest_of(path)}")
+    return Experiment(what, (*DECIDE, RESNET_MUON, PLAIN_FORMER_START, FORMER), (20, 56), settings=settings, tag=f"-glyphs-{digest_of(path)}")
 
 
 def digest_of(path: Path) -> str:

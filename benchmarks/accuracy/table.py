@@ -7,7 +7,7 @@
 
 main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
 fp32         the ResNet, the plain network by cross-entropy and ours in fp32, depth 20: does the precision matter?
-full         the rows that decide but for the ResNet by Muon, on all 55,000 training images
+full         the rows that decide, on all 55,000 training images
 ablation     our method with one lever out at a time, depth 56
 rates        the ResNet and our method by both optimisers at several rates, depth 56, one seed
 levers       our method with one lever more, depth 56: what was tried to make it better

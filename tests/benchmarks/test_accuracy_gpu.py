@@ -78,14 +78,14 @@ def call(monkeypatch, *arguments) -> int:
 def test_dry_run(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     flags = ["--dry", "--out", tmp_path / "runs", "--results", tmp_path / "gpu.json"]
-    flags += ["--only", "resnet18-dry,plain18-dry-rd-muon"]
+    flags += ["--only", "resnet18-dry-muon02,plain18-dry-rd-tuned"]
     assert call(monkeypatch, *flags) == 0
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert (found["complete"], found["card"], len(found["results"])) == (False, "no GPU, a dry run", 4)
     assert {each["precision"] for each in found["results"]} <= {"bf16", "bf16-emulated"}  # autocast, as on a GPU
-    assert [row["name"] for row in found["rows"]] == ["resnet18-dry", "plain18-dry-rd-muon"]
-    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-muon-n256-e1-s1" / "model.pt")
+    assert [row["name"] for row in found["rows"]] == ["resnet18-dry-muon02", "plain18-dry-rd-tuned"]
+    checkpoint = load_checkpoint(tmp_path / "runs" / "plain18-dry-rd-tuned-n256-e1-s1" / "model.pt")
     assert (checkpoint.arch.name, checkpoint.preprocessing.size) == ("plain18", 8)
     monkeypatch.setattr(gpu, "train", lambda job: pytest.fail("nothing is left to train"))
     assert call(monkeypatch, *flags) == 0
@@ -178,21 +178,28 @@ def test_a_stop_while_a_run_does_not_look_is_not_lost(tmp_path, monkeypatch, mom
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried"),
     ],
 )
-def test_a_run_that_fails_costs_its_own_row_and_its_students(tmp_path, monkeypatch, capsys, error, why):
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("resnet18-dry", "plain18-dry-jointrd-published"), ("resnet18-dry-muon02", "plain18-dry-rd-tuned")],
+)
+def test_a_run_that_fails_costs_its_own_row_and_its_students(
+    tmp_path, monkeypatch, capsys, error, why, teacher, student
+):
     def fails(job):
-        if job.name == "resnet18-dry" and job.seed == 0:
+        if job.name == teacher and job.seed == 0:
             raise error
         finish(job)
 
     monkeypatch.setattr(gpu, "train", fails)
     flags = ["--dry", "--out", tmp_path / "runs", "--results", tmp_path / "gpu.json"]
     assert call(monkeypatch, *flags) == 1
-    assert f"resnet18-dry, seed 0: {why}\n" in capsys.readouterr().out
+    assert f"{teacher}, seed 0: {why}\n" in capsys.readouterr().out
     missing = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["missing"]
-    assert missing[0] == {"name": "resnet18-dry", "seed": 0, "why": why}
-    students = [job.name for job in jobs_of(tmp_path) if job.seed == 0 and job.teacher]
-    assert [each["name"] for each in missing[1:]] == students
-    assert {each["why"] for each in missing[1:]} == {"its teacher resnet18-dry-n256-e1-s0 has no result"}
+    assert missing[0] == {"name": teacher, "seed": 0, "why": why}
+    folder = f"{teacher}-n256-e1-s0"
+    students = [job.name for job in jobs_of(tmp_path) if job.teacher == tmp_path / folder]
+    assert [each["name"] for each in missing[1:]] == students == [student]
+    assert {each["why"] for each in missing[1:]} == {f"its teacher {folder} has no result"}
 
 
 def test_what_a_run_that_fails_has_compiled_does_not_count_for_the_next(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ import fashion
 import runner
 import summary
 import table
-from experiments import FORMER, PLAIN, RESNET, SEEDS, Experiment, ablations
+from experiments import OUR_ROW, PLAIN, RESNET, RESNET_TUNED, SEEDS, Experiment, ablations
 
 from rd_deploy.common import UserError
 from rd_train.checkpoint import load_checkpoint
@@ -37,7 +37,7 @@ from rd_train.run import run
 
 OUT = Path("runs/table")
 EXPERIMENTS = experiments.experiments()
-TINY = Experiment("digits", (RESNET, FORMER), (20,), epochs=2, train_images=256, tag="-tiny")
+TINY = Experiment("digits", (RESNET_TUNED, OUR_ROW), (20,), epochs=2, train_images=256, tag="-tiny")
 TINY = replace(TINY, settings={"width": 0.25, "data": "digits", "size": 8, "warmup_epochs": 0.2})
 
 # Stands for rd-train: writes what a run writes, saves its state and ends with 130 on SIGTERM.
@@ -114,7 +114,7 @@ def test_experiments_share_folders_only_where_they_share_everything():
         for job in experiment.jobs((0,), OUT):
             assert found.setdefault(job.folder, job.recipe()) == job.recipe()
     counts = Counter(job.folder for name in ("main", "depth") for job in EXPERIMENTS[name].jobs((0,), OUT))
-    assert sum(count == 2 for count in counts.values()) == 6  # ResNets, plain, ours at 20 and 56
+    assert sum(count == 2 for count in counts.values()) == 10  # both ResNets, plain, ours and the former at 20 and 56
 
 
 def test_names_of_folders_that_results_exist_under():
@@ -129,9 +129,20 @@ def test_names_of_folders_that_results_exist_under():
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 42 + [False] * 42
-    for number, job in enumerate(jobs):
-        assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 54
+    for each in EXPERIMENTS.values():
+        jobs = each.jobs((0, 1, 2), OUT)
+        for number, job in enumerate(jobs):
+            assert job.teacher is None or job.teacher in [other.folder for other in jobs[:number]]
+
+
+def test_ours_is_taught_by_the_resnet_of_its_own_optimiser_and_others_by_that_of_sgd():
+    for experiment in EXPERIMENTS.values():
+        for row, depth in itertools.product(experiment.rows, experiment.depths):
+            resnet = RESNET_TUNED if row.name.startswith(OUR_ROW.name) else RESNET
+            teacher = None if row.settings["method"] == "ce" else experiment.job(resnet, depth, 1, OUT).folder
+            assert experiment.job(row, depth, 1, OUT).teacher == teacher, row.name
+    assert all(OUR_ROW.settings[name] == RESNET_TUNED.settings[name] for name in experiments.MUON)
 
 
 def test_an_ablation_takes_one_lever_out_each():
@@ -146,6 +157,7 @@ def test_an_ablation_takes_one_lever_out_each():
             "splice-weight",
             "splice-weight-end",
             "clip-norm",
+            "reparam",
             "kd-weight",
             "weight-decay",
         )
@@ -154,21 +166,26 @@ def test_an_ablation_takes_one_lever_out_each():
     assert found["kd-weight"] == {key: ours[key] for key in ours if key != "kd_temperature"} | {"kd_weight": 0.0}
     assert found["weight-decay"] == {key: ours[key] for key in ours if key != "weight_decay"}
     assert found["teacher-bn"] == ours | {"teacher_bn": "eval"}
+    assert found["reparam"] == ours | {"reparam": "none"}  # rd-train adds branches at this depth
+    assert all(row.teacher == RESNET_TUNED for row in ablations(ours))
 
 
 def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
     names = [row.name for row in ablations()]
     covered = {name.removeprefix("plain{}-rd-tuned-without-").replace("-", "_") for name in names}
     assert set(experiments.OURS) <= covered | experiments.PARAMETERS
+    assert {"optimizer", "reparam"} <= covered  # without Muon; without the branches that rd-train adds
 
 
-def test_ours_without_splices_is_cross_entropy_from_the_same_start(tmp_path):
-    shared = {**experiments.SHARED, **experiments.OURS, "arch": "plain20", "width": 0.25, "epochs": 1, "batch_size": 50}
+@pytest.mark.parametrize("arch", ["plain20", "plain44"])  # without branches and with them
+def test_ours_without_splices_is_cross_entropy_from_the_same_start(tmp_path, arch):
+    shared = {**experiments.SHARED, **experiments.OURS, "arch": arch, "width": 0.25, "epochs": 1, "batch_size": 50}
     shared |= {"train_limit": 100, "size": 8, "precision": "fp32", "device": "cpu", "warmup_epochs": 0.5}
     weights = []
     for method in ({"splice_weight": 0.0}, {"method": "ce"}):
         run(Recipe(**shared | method), tmp_path / str(len(weights)))
         weights.append(load_checkpoint(tmp_path / str(len(weights)) / "model.pt").state_dict)
+    assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert experiments.PLAIN_START.name in [row.name for row in ablations()]
 
@@ -196,15 +213,16 @@ def test_the_older_benchmark_of_one_seed():
 
 
 def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
-    jobs = replace(EXPERIMENTS["depth"], rows=(RESNET, PLAIN, FORMER), depths=(20,)).jobs((0, 1), fake)
+    jobs = replace(EXPERIMENTS["depth"], rows=(RESNET_TUNED, PLAIN, OUR_ROW), depths=(20,)).jobs((0, 1), fake)
     jobs = [jobs[1], *jobs[:1], *jobs[2:]]  # a student first
+    assert jobs[0].teacher == jobs[1].folder
     seen = []
     assert runner.run_all(jobs, 3, finished=lambda missing: seen.append(dict(missing))) == {}
     assert runner.run_all(jobs, 3) == {}
     assert all(starts(job.folder) == ["fashion-plain20"] for job in jobs)
     assert len(seen) == 6
     assert seen[-1] == {}
-    found = {"name": "plain20-rd-muon", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
+    found = {"name": "plain20-rd-tuned", "test_accuracy": 0.9, "seconds": 1.0, "seed": 0}
     found |= {"step_cost": 1.0, "epochs": 2, "train_images": 256, "precision": "fp32", "val_accuracy": 0.8}
     found |= {"last_train_accuracy": 0.7, "device": None}
     (start,) = jobs[0].result()["trained"]
@@ -214,22 +232,22 @@ def test_students_wait_for_their_teacher_and_nothing_runs_twice(fake):
 
 
 def test_a_run_that_fails_is_said_and_stops_no_other(fake, capsys):
-    jobs = replace(EXPERIMENTS["depth"], rows=(RESNET, PLAIN, FORMER), depths=(32, 44)).jobs((0,), fake)
+    jobs = replace(EXPERIMENTS["depth"], depths=(32, 44)).jobs((0,), fake)
     missing = runner.run_all(jobs, 2)
     plain = [job.folder for job in jobs if "plain32" in job.name]
     assert missing == dict.fromkeys(plain, "ended with 1: student: loss became NaN; try a lower --lr")
-    assert "plain32-rd-muon, seed 0: ended with 1" in capsys.readouterr().out
+    assert "plain32-rd-tuned, seed 0: ended with 1" in capsys.readouterr().out
     assert all(job.result() for job in jobs if job.folder not in missing)
 
 
 def test_a_student_without_its_teacher_is_said(fake):
-    job = TINY.job(FORMER, 20, 0, fake)
-    assert runner.run_all([job], 1) == {job.folder: "its teacher resnet20-tiny-n256-e2-s0 has no result"}
+    job = TINY.job(OUR_ROW, 20, 0, fake)
+    assert runner.run_all([job], 1) == {job.folder: "its teacher resnet20-tiny-muon02-n256-e2-s0 has no result"}
 
 
 def resnet_plain_ours(out: Path) -> list[runner.Job]:
     """At depth 110, whose plain network the stand-in trains for a minute."""
-    return [EXPERIMENTS["depth"].job(row, 110, 0, out) for row in (RESNET, PLAIN, FORMER)]
+    return [EXPERIMENTS["depth"].job(row, 110, 0, out) for row in (RESNET_TUNED, PLAIN, OUR_ROW)]
 
 
 def assert_goes_on(jobs: list[runner.Job]) -> None:
@@ -258,7 +276,7 @@ sys.path += folders
 import experiments, runner
 runner.RD_TRAIN = (sys.executable, "-S", script)
 jobs = [experiments.experiments()["depth"].job(row, 110, 0, Path(out))
-        for row in (experiments.RESNET, experiments.PLAIN, experiments.FORMER)]
+        for row in (experiments.RESNET_TUNED, experiments.PLAIN, experiments.OUR_ROW)]
 missing = runner.run_all(jobs, 1)
 print([missing.get(job.folder) for job in jobs])
 """
@@ -280,7 +298,7 @@ def test_a_signal_stops_runs_that_go_on(fake):
 
 
 def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_trained_again(fake, tmp_path, capsys):
-    rows = [RESNET, PLAIN, FORMER]
+    rows = [RESNET_TUNED, PLAIN, OUR_ROW]
     jobs = [EXPERIMENTS["depth"].job(row, 20, 0, fake) for row in rows]
     assert runner.run_all(jobs[:2], 1) == {}
     options = Namespace(out=fake, seeds=(0,), epochs=None, only=None, note="", workers=1, earlier=[])
@@ -307,7 +325,7 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     assert [[start["commit"] for start in run["trained"]] for run in found["results"]] == [[runner.git_commit()]] * 3
     found["results"][2]["teacher_test_accuracy"] = 0.9  # of a ResNet with 0.8 in the table
     (said,) = accuracy_tables._other_teachers(found)
-    assert said.endswith("that of the ResNet in the table, and by how many points: plain20-rd-muon seed 0 +10.00.")
+    assert said.endswith("that of the ResNet in the table, and by how many points: plain20-rd-tuned seed 0 +10.00.")
     # A third machine keeps where each comes from; a run of other settings, given or by default, is not taken.
     (tmp_path / "third.json").write_text(json.dumps(found))
     third = table.with_earlier(jobs, table.read_earlier([tmp_path / "third.json"]))
@@ -321,6 +339,19 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     both = table.with_earlier(jobs[:1], table.read_earlier([tmp_path / "third.json", path]))
     assert both[0].earlier["from"]["file"] == "depth.json"
     assert table.with_earlier(here[:1], table.read_earlier([path]))[0].earlier is None
+
+
+def test_a_teacher_is_held_against_the_resnet_that_taught_the_row():
+    scores = {"resnet20": 0.8, "resnet20-muon02": 0.9}
+    taught = {"plain20-rd-muon": "resnet20", "plain20-rd-tuned": "resnet20-muon02"}
+    results = [result(name, 0, score) for name, score in scores.items()]
+    results += [result(name, 0, 0.7, teacher_test_accuracy=scores[teacher]) for name, teacher in taught.items()]
+    document = {"results": results, "rows": summary.summary(EXPERIMENTS["main"], results)}
+    assert accuracy_tables._other_teachers(document) == []
+    for student in results[2:]:
+        student["teacher_test_accuracy"] += 0.01
+    (said,) = accuracy_tables._other_teachers(document)
+    assert said.endswith(" points: plain20-rd-muon seed 0 +1.00, plain20-rd-tuned seed 0 +1.00.")
 
 
 @pytest.mark.parametrize("text", ["{", "\xff", "[]", "[" * 100_000, '{"results": 1}'])
@@ -379,20 +410,22 @@ def test_the_cost_of_a_row_that_is_not_at_the_deepest_says_of_which_depth_it_is(
 
 
 def test_a_row_of_twice_the_epochs_costs_twice():
-    (ours,) = accuracies("plain56-rd-muon", 0.8)
+    (ours,) = accuracies("plain56-rd-tuned", 0.8)
     twice = result("resnet56-twice", 0, 0.8, epochs=4, step_cost=1.01)
-    rows = summary.summary(EXPERIMENTS["main"], [ours, twice, result("resnet56", 0, 0.8, step_cost=1.01)])
+    resnets = [result("resnet56", 0, 0.8, step_cost=1.01), result("resnet56-muon02", 0, 0.8, step_cost=1.03)]
+    rows = summary.summary(EXPERIMENTS["main"], [ours, twice, *resnets])
     lines = accuracy_tables._by_depth([row | {"took": "1"} for row in rows]).splitlines()[2:]
     assert lines == [
         "| ResNet, cross-entropy | 80.00 (1) | 1.01 | - |",
         "| ResNet, cross-entropy, twice the epochs | 80.00 (1) | 2.02 | - |",
-        "| plain, ours | 80.00 (1) | 1.50 | 1.01 |",
+        "| ResNet, cross-entropy by Muon | 80.00 (1) | 1.03 | - |",
+        "| plain, ours | 80.00 (1) | 1.50 | 1.03 |",
     ]
     (pair,) = (pair for pair in summary.comparisons(rows) if pair["against"] == "resnet-twice")
-    assert (pair["ours"], pair["holds"]) == ("plain56-rd-muon", {})  # nothing was asked against it
+    assert (pair["ours"], pair["holds"]) == ("plain56-rd-tuned", {})  # nothing was asked against it
     assert committed.cost_of(rows[1]) == 2.02
-    del rows[2]["cost"]  # as in files of before
-    assert committed.cost_of(rows[2]) == 1.50
+    del rows[3]["cost"]  # as in files of before
+    assert committed.cost_of(rows[3]) == 1.50
 
 
 def test_an_error_in_between_leaves_no_training_behind(fake):
@@ -437,7 +470,7 @@ def test_no_time_means_no_training(fake):
 
 
 def test_a_run_that_another_process_trains_is_left_alone(fake):
-    job = TINY.job(RESNET, 20, 0, fake)
+    job = TINY.job(RESNET_TUNED, 20, 0, fake)
     job.folder.mkdir(parents=True)
     holder = (
         "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(); time.sleep(60)"
@@ -452,7 +485,7 @@ def test_a_run_that_another_process_trains_is_left_alone(fake):
 
 
 def test_a_folder_of_other_settings_is_refused(fake):
-    job = TINY.job(FORMER, 20, 0, fake)
+    job = TINY.job(OUR_ROW, 20, 0, fake)
     job.folder.mkdir(parents=True)
     same = replace(job.recipe(), device="cpu", precision="bf16", threads=1, data_dir="/elsewhere")
     (job.folder / "recipe.yaml").write_text(dump_yaml(same), encoding="utf-8")
@@ -464,7 +497,7 @@ def test_a_folder_of_other_settings_is_refused(fake):
         runner.run_all([job], 1)
     (job.folder / "recipe.yaml").write_text(dump_yaml(replace(same, init="kaiming")), encoding="utf-8")
     with pytest.raises(
-        UserError, match="a run with init=kaiming, not init=identity as plain20-tiny-rd-muon has now: move"
+        UserError, match="a run with init=kaiming, not init=identity as plain20-tiny-rd-tuned has now: move"
     ):
         runner.run_all([job], 1)
     older = "".join(line for line in dump_yaml(same).splitlines(True) if not line.startswith("init_noise"))
@@ -486,25 +519,35 @@ def accuracies(name, *values):
     return [result(name, seed, value) for seed, value in enumerate(values)]
 
 
+RESNETS = {"resnet20": 1.01, "resnet20-muon02": 1.03}  # what a step of each costs
+
+
 def test_the_summary_is_mean_and_deviation_over_seeds():
-    results = [*accuracies("plain20-rd-muon", 0.80, 0.82, 0.81), result("resnet20", 0, 0.5, epochs=4, step_cost=1.01)]
-    single, row = summary.summary(EXPERIMENTS["depth"], results)
+    resnets = [result(name, 0, 0.5, epochs=4, step_cost=cost) for name, cost in RESNETS.items()]
+    results = [*accuracies("plain20-rd-tuned", 0.80, 0.82, 0.81), *resnets, *accuracies("plain20-rd-muon", 0.7)]
+    _, single, former, row = summary.summary(EXPERIMENTS["depth"], results)
     assert (row["mean"], row["std"]) == pytest.approx((0.81, 0.01))
     assert (row["seeds"], row["plain_steps"], single["std"]) == ([0, 1, 2], 30.0, None)
-    assert (row["teacher_cost"], single["teacher_cost"]) == (2.02, None)  # twice the student's epochs
+    teachers = [(each["teacher"], each["teacher_cost"]) for each in (row, former, single)]  # of twice their epochs
+    assert teachers == [("resnet20-muon02", 2.06), ("resnet20", 2.02), (None, None)]
     assert (row["depth"], row["key"], row["label"]) == (20, "ours", "plain, ours")
     assert row["validation"] == pytest.approx(0.80)
     assert row["training"] is None
 
 
 def test_the_table_of_rates_shows_what_chose_and_the_fit():
-    ours = [("plain56-rd-muon", 0.91), ("plain56-rd-muon002", 0.92)]
-    results = [result(name, 0, accuracy, last_train_accuracy=0.95) for name, accuracy in ours]
+    by_muon = [("resnet56-muon", 0.88), ("resnet56-muon02", 0.89), ("resnet56-muon008", 0.87)]
+    by_muon += [("plain56-rd-muon", 0.91), ("plain56-rd-muon002", 0.92)]
+    results = [result(name, 0, accuracy, last_train_accuracy=0.95) for name, accuracy in by_muon]
     rows = summary.summary(EXPERIMENTS["rates"], [result("resnet56", 0, 0.9), *results])
+    former = "plain, ours from the former start, taught by the ResNet by SGD"
     assert accuracy_tables._rates(rows).splitlines()[2:] == [
         "| ResNet, cross-entropy | 89.00 | 90.00 | - |",
-        "| plain, ours | 90.00 | 91.00 | 95.00 |",
-        "| plain, ours, rate 0.002 | 91.00 | 92.00 | 95.00 |",
+        "| ResNet, cross-entropy by Muon, rate 0.004 | 87.00 | 88.00 | 95.00 |",
+        "| ResNet, cross-entropy by Muon, rate 0.02 | 88.00 | 89.00 | 95.00 |",
+        "| ResNet, cross-entropy by Muon, rate 0.008 | 86.00 | 87.00 | 95.00 |",
+        f"| {former}, rate 0.004 | 90.00 | 91.00 | 95.00 |",
+        f"| {former}, rate 0.002 | 91.00 | 92.00 | 95.00 |",
     ]
     assert EXPERIMENTS["rates"].seeds == (0,)
 
@@ -516,10 +559,11 @@ def test_the_interval_is_students():
 
 
 def compared(ours, resnet, published):
-    results = accuracies("plain56-rd-muon", *ours) + accuracies("resnet56", *resnet)
+    results = accuracies("plain56-rd-tuned", *ours) + accuracies("resnet56", *resnet)
+    results += accuracies("resnet56-muon02", *resnet)
     results += accuracies("plain56-jointrd-published", *published)
     pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], results))
-    assert all(pair["ours"] == "plain56-rd-muon" for pair in pairs)
+    assert all(pair["ours"] == "plain56-rd-tuned" for pair in pairs)
     return {pair["against"]: pair for pair in pairs}
 
 
@@ -528,9 +572,10 @@ def compared(ours, resnet, published):
     [((0.90, 0.91, 0.9), True, True), ((0.898, 0.908, 0.9), False, True), ((0.896, 0.906, 0.896), False, False)],
 )
 def test_what_is_asked_of_ours_against_the_resnet(ours, goal, must):
-    pair = compared(ours, (0.90, 0.91, ours[2] + 0.90 - ours[0]), (0.5, 0.5, 0.5))["resnet"]
-    assert pair["holds"] == {"goal": goal, "must": must}
-    assert pair["mean"] == pytest.approx(ours[0] - 0.90)
+    pairs = compared(ours, (0.90, 0.91, ours[2] + 0.90 - ours[0]), (0.5, 0.5, 0.5))
+    for pair in (pairs["resnet"], pairs["resnet-tuned"]):
+        assert pair["holds"] == {"goal": goal, "must": must}
+        assert pair["mean"] == pytest.approx(ours[0] - 0.90)
 
 
 def test_ours_must_be_above_the_published_by_more_than_the_spread():
@@ -544,7 +589,7 @@ def test_ours_must_be_above_the_published_by_more_than_the_spread():
 
 
 def test_unlike_precisions_are_said_and_not_judged():
-    ours = accuracies("plain56-rd-muon", 0.90, 0.91)
+    ours = accuracies("plain56-rd-tuned", 0.90, 0.91)
     fp32 = [found | {"precision": "fp32"} for found in accuracies("resnet56", 0.8, 0.8)]
     rows = summary.summary(EXPERIMENTS["main"], [*ours, *fp32])
     (pair,) = pairs = summary.comparisons(rows)
@@ -562,7 +607,7 @@ def test_unlike_precisions_are_said_and_not_judged():
 
 
 def test_a_gpu_is_another_precision():
-    ours = [found | {"device": "cuda"} for found in accuracies("plain56-rd-muon", 0.9, 0.91, 0.9)]
+    ours = [found | {"device": "cuda"} for found in accuracies("plain56-rd-tuned", 0.9, 0.91, 0.9)]
     resnet = [found | {"device": "cpu"} for found in accuracies("resnet56", 0.8, 0.8, 0.8)]
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
     assert (pair["holds"], pair["precisions"]) == ({}, [["bf16 on a GPU"], ["bf16"]])
@@ -573,7 +618,7 @@ def test_a_gpu_is_another_precision():
 
 
 def test_emulated_bf16_is_bf16_and_is_counted():
-    ours = [found | {"precision": "bf16-emulated"} for found in accuracies("plain56-rd-muon", 0.9, 0.91, 0.9)]
+    ours = [found | {"precision": "bf16-emulated"} for found in accuracies("plain56-rd-tuned", 0.9, 0.91, 0.9)]
     resnet = accuracies("resnet56", 0.8, 0.8, 0.8)
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
     assert (pair["precisions"], bool(pair["holds"])) == (None, True)
@@ -593,7 +638,7 @@ def verdicts(document: dict, pairs: list[dict]) -> list[str]:
 
 
 def test_seeds_of_which_one_side_is_emulated_are_marked_and_so_is_what_they_decide():
-    ours, resnet = accuracies("plain56-rd-muon", 0.9, 0.91, 0.9), accuracies("resnet56", 0.8, 0.8, 0.8)
+    ours, resnet = accuracies("plain56-rd-tuned", 0.9, 0.91, 0.9), accuracies("resnet56", 0.8, 0.8, 0.8)
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
     for number, each in ((0, ours), (1, ours), (1, resnet)):  # of seed 1 both
         each[number]["precision"] = "bf16-emulated"
@@ -613,26 +658,27 @@ def test_seeds_of_which_one_side_is_emulated_are_marked_and_so_is_what_they_deci
     ],
 )  # fmt: skip
 def test_a_verdict_says_whether_it_is_sure(ours, said):
-    results = accuracies("plain56-rd-muon", *ours) + accuracies("resnet56", 0.9, 0.9, 0.9)
+    results = accuracies("plain56-rd-tuned", *ours) + accuracies("resnet56", 0.9, 0.9, 0.9)
     (line,) = verdicts({"results": results}, summary.comparisons(summary.summary(EXPERIMENTS["main"], results)))
     assert [cell.strip() for cell in line.strip("|").split("|")][5:] == said
 
 
 def test_two_seeds_have_no_interval_and_one_is_said_to_be_one():
-    results = accuracies("plain56-rd-muon", 0.90, 0.91) + accuracies("resnet56", 0.8, 0.8, 0.8)
-    pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, *accuracies("resnet56-muon", 0.85)]))
+    results = accuracies("plain56-rd-tuned", 0.90, 0.91) + accuracies("resnet56", 0.8, 0.8, 0.8)
+    pairs = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, *accuracies("resnet56-muon02", 0.85)]))
     assert pairs[0]["interval"] is not None  # it is in the JSON, also of older files with a verdict
     pairs[0]["holds"] = {"goal": True, "must": True}
     assert verdicts({"results": results}, pairs) == [
         "| 56 | plain, ours | the ResNet by SGD | +10.50 (two seeds: no interval) | 0: +10.00, 1: +11.00 |",
-        "| 56 | plain, ours | the ResNet by Muon at our rate | +5.00 (one seed) | 0: +5.00 |",
+        "| 56 | plain, ours | the ResNet by Muon | +5.00 (one seed) | 0: +5.00 |",
     ]
 
 
 def test_every_row_that_ours_is_compared_with_has_a_name():
-    assert {*itertools.chain(*summary.AGAINST.values())} == {*accuracy_tables.OTHERS}
+    named = {*accuracy_tables.OTHERS} - {"resnet-muon"}  # of older files
+    assert {*itertools.chain(*summary.AGAINST.values())} == named
     keys = {row.key for row in experiments.MAIN}
-    assert {*accuracy_tables.OTHERS, *summary.AGAINST, *accuracy_tables.SHORT} <= keys
+    assert {*named, *summary.AGAINST, *summary.JUDGED, *accuracy_tables.SHORT, *accuracy_tables.SHORT_PAIRS} <= keys
 
 
 def test_an_earlier_file_is_named_with_its_machine_where_it_is_a_committed_one(tmp_path):
@@ -648,7 +694,7 @@ def test_an_earlier_file_is_named_with_its_machine_where_it_is_a_committed_one(t
 
 
 def test_what_is_compared_is_the_precision_of_each_pair():
-    ours, resnet = accuracies("plain56-rd-muon", 0.9, 0.91, 0.9, 0.9), accuracies("resnet56", 0.8, 0.8, 0.8)
+    ours, resnet = accuracies("plain56-rd-tuned", 0.9, 0.91, 0.9, 0.9), accuracies("resnet56", 0.8, 0.8, 0.8)
     for found in (ours[0], ours[3], resnet[0]):  # the last seed has no pair
         found["precision"] = "fp32"
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], ours + resnet))
@@ -659,24 +705,39 @@ def test_what_is_compared_is_the_precision_of_each_pair():
 
 
 def test_pairs_are_of_the_same_seed_and_one_pair_decides_nothing():
-    results = [result("plain56-rd-muon", 1, 0.9), result("plain56-rd-muon", 2, 0.8), result("resnet56", 0, 0.1)]
+    results = [result("plain56-rd-tuned", 1, 0.9), result("plain56-rd-tuned", 2, 0.8), result("resnet56", 0, 0.1)]
     (pair,) = summary.comparisons(summary.summary(EXPERIMENTS["main"], [*results, result("resnet56", 2, 0.7)]))
     assert (pair["seeds"], pair["interval"], pair["holds"]) == ([2], None, {})
     assert pair["mean"] == pytest.approx(0.1)
 
 
-def test_ours_by_sgd_is_judged_against_what_is_by_sgd_and_no_pair_comes_twice():
+def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice():
     for name in ("main", "ablation", "levers"):
         experiment = EXPERIMENTS[name]
         results = [result(experiment.name(row, 56), 0, 0.9) for row in experiment.rows]
         pairs = summary.comparisons(summary.summary(experiment, results))
         named = [frozenset((pair["ours"], pair["other"])) for pair in pairs]
         assert len(set(named)) == len(named)
-        others = {pair["against"] for pair in pairs if pair["ours"] == "plain56-rd"} - {"lever"}
-        main = {"resnet", "start-sgd", "published"}
-        assert others == {"main": main, "ablation": {"resnet"}, "levers": {"resnet"}}[name]
-        if name == "main":
-            assert frozenset(("plain56-ce-identity-muon", "plain56-ce-kaiming-muon")) in named  # the start alone
+        others = {key: set() for key in summary.AGAINST}
+        keys = {"plain56-rd-tuned": "ours", "plain56-rd-muon": "former", "plain56-rd": "sgd"}
+        for pair in [pair for pair in pairs if pair["ours"] in keys and pair["against"] != "lever"]:
+            others[keys[pair["ours"]]].add(pair["against"])
+        resnets = {"resnet", "resnet-tuned"}
+        main = {
+            "ours": resnets | {"resnet-twice", "plain", "start", "published"},
+            "former": resnets | {"former-start"},
+            "sgd": {"resnet", "start-sgd", "published"},
+        }
+        levers = {"ours": resnets, "former": resnets, "sgd": {"resnet"}}
+        ablation = {"ours": {"resnet-tuned"}, "former": set(), "sgd": set()}
+        assert others == {"main": main, "ablation": ablation, "levers": levers}[name]
+        ours = [("rd-tuned", "rd-muon"), ("rd-muon", "rd")]  # each against what it was before
+        varied = {
+            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02")],  # the start alone
+            "ablation": [("ce-start-muon02", "rd-tuned"), ("rd-tuned-without-reparam", "rd-tuned")],
+            "levers": [*ours, ("rd-tuned-kd", "rd-tuned")],
+        }
+        assert {frozenset(f"plain56-{each}" for each in pair) for pair in varied[name]} <= {*named}
 
 
 def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
@@ -706,7 +767,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 84, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 90, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):
@@ -720,22 +781,22 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
 def test_what_was_not_asked_for_is_not_trained_and_counts_where_it_is_there(fake, monkeypatch):
     monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
     flags = ["--out", fake, "--results", fake / "NAME.json"]
-    asked = [("resnet20-tiny", "0"), ("plain20-tiny-rd-muon", "1")]
+    asked = [("resnet20-tiny-muon02", "0"), ("plain20-tiny-rd-tuned", "1")]
     codes = [call(monkeypatch, *flags, "--only", only, "--seeds", seeds) for only, seeds in asked]
     assert codes == [0, 0]
     found = json.loads((fake / "main.json").read_text(encoding="utf-8"))
     there = {(each["name"], each["seed"]) for each in found["results"]}
     # Seed 1 is ours with the teacher that it needs.
-    assert there == {("resnet20-tiny", 0), ("resnet20-tiny", 1), ("plain20-tiny-rd-muon", 1)}
+    assert there == {("resnet20-tiny-muon02", 0), ("resnet20-tiny-muon02", 1), ("plain20-tiny-rd-tuned", 1)}
     lost = {(each["name"], each["seed"]) for each in found["missing"]}
-    assert lost == {("resnet20-tiny", 2), ("plain20-tiny-rd-muon", 0), ("plain20-tiny-rd-muon", 2)}
+    assert lost == {("resnet20-tiny-muon02", 2), ("plain20-tiny-rd-tuned", 0), ("plain20-tiny-rd-tuned", 2)}
     with pytest.raises(SystemExit):
         call(monkeypatch, *flags, "--seeds", "5")
     # A folder that nobody asked for would pass for what is reported.
-    recipe = fake / "resnet20-tiny-n256-e2-s0" / "recipe.yaml"
+    recipe = fake / "resnet20-tiny-muon02-n256-e2-s0" / "recipe.yaml"
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("epochs: 2", "epochs: 3"), encoding="utf-8")
-    with pytest.raises(UserError, match="holds a run with epochs=3, not epochs=2 as resnet20-tiny"):
-        call(monkeypatch, *flags, "--only", "plain20-tiny-rd-muon", "--seeds", "1")
+    with pytest.raises(UserError, match="holds a run with epochs=3, not epochs=2 as resnet20-tiny-muon02"):
+        call(monkeypatch, *flags, "--only", "plain20-tiny-rd-tuned", "--seeds", "1")
 
 
 def test_seeds_that_an_experiment_does_without_count_where_they_are_there(fake, monkeypatch):
@@ -750,14 +811,14 @@ def test_seeds_that_an_experiment_does_without_count_where_they_are_there(fake, 
 
 def test_a_run_that_was_begun_is_not_called_one_that_was_not(fake, monkeypatch):
     monkeypatch.setattr(table, "experiments", lambda glyphs: {"main": TINY})
-    begun = TINY.job(FORMER, 20, 1, fake).folder
+    begun = TINY.job(OUR_ROW, 20, 1, fake).folder
     begun.mkdir(parents=True)
     (begun / "student-state.pt").touch()
     assert call(monkeypatch, "--out", fake, "--results", fake / "NAME.json", "--seeds", "0") == 0
     missing = json.loads((fake / "main.json").read_text(encoding="utf-8"))["missing"]
     why = {(each["name"], each["seed"]): each["why"] for each in missing}
-    assert why["plain20-tiny-rd-muon", 1] == runner.INTERRUPTED
-    assert why["plain20-tiny-rd-muon", 2] == "not begun"
+    assert why["plain20-tiny-rd-tuned", 1] == runner.INTERRUPTED
+    assert why["plain20-tiny-rd-tuned", 2] == "not begun"
 
 
 def test_trained_for_real(tmp_path, monkeypatch, capsys):
@@ -767,7 +828,7 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *flags) == 0
     found = json.loads((tmp_path / "main.json").read_text(encoding="utf-8"))
     assert (found["complete"], {each["seed"] for each in found["missing"]}) == (False, {1, 2})
-    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny", "plain20-tiny-rd-muon"]
+    assert [row["name"] for row in found["rows"]] == ["resnet20-tiny-muon02", "plain20-tiny-rd-tuned"]
     assert found["rows"][1]["step_cost"] > 1.05
     assert found["rows"][1]["teacher_cost"] == pytest.approx(found["rows"][0]["step_cost"])
     assert "(n=1)" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def tables(root: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def results(missing: int = 0) -> dict:
     """A main table of three seeds in which ours is 0.2 points below the ResNet and 3 above the published method."""
-    mean = {"resnet": 0.9, "resnet-muon": 0.9, "ours": 0.898, "published": 0.868, "plain": 0.8}
+    mean = {"resnet": 0.9, "resnet-tuned": 0.9, "ours": 0.898, "published": 0.868, "plain": 0.8}
     runs = [
         {
             **{"name": MAIN.name(row, depth), "seed": seed, "test_accuracy": mean.get(row.key, 0.85) + 0.001 * seed},
@@ -173,10 +173,12 @@ def test_the_page_of_accuracy_comes_with_its_results(checkout):
     assert all(line in written for line in lines for written in (text, readme))
     assert "| 56 | plain, ours by SGD | the ResNet by SGD |" in text
     assert "| plain, ours by SGD | the ResNet by SGD |" not in readme
+    assert "| 56 | plain, ours | plain, ours from the former start, " in text
+    assert "the former start" not in readme.partition("<!-- accuracy -->")[2].partition("<!-- /accuracy -->")[0]
     file = "benchmarks/results/here/2030-01-01-accuracy-main.json"
-    assert f"What was trained; 10 or 20 epochs, bf16 · 84 results · source A · [JSON](../{file}) · [how" in text
+    assert f"What was trained; 10 or 20 epochs, bf16 · 90 results · source A · [JSON](../{file}) · [how" in text
     linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
-    assert f"What was trained; 10 epochs, bf16 · 48 results · {linked}" in readme
+    assert f"What was trained; 10 epochs, bf16 · 42 results · {linked}" in readme
     assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in text
     assert "Unfinished" not in text
     assert tables(checkout, "--check").returncode == 0
@@ -188,13 +190,13 @@ def test_an_unfinished_table_says_so(checkout):
     commit(checkout, results(missing=7))
     assert tables(checkout).returncode == 0
     text = (checkout / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    assert "**Unfinished: 7 of 84 runs are missing.** plain56-rd, seed 2 (not begun); " in text
+    assert "**Unfinished: 7 of 90 runs are missing.** plain56-rd-muon, seed 2 (not begun); " in text
     assert text.count("; and 2 more.") == 1
 
 
 def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
     document = results()
-    kept = [run for run in document["results"] if run["name"] not in ("resnet56-kd", "resnet56-muon")]
+    kept = [run for run in document["results"] if run["name"] not in ("resnet56-kd", "resnet56-muon02")]
     rows = summary.summary(MAIN, kept)
     missing = [run | {"why": "not begun"} for run in document["results"] if run not in kept]
     document |= {"results": kept, "missing": missing, "rows": rows, "comparisons": summary.comparisons(rows)}
@@ -202,8 +204,8 @@ def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
     assert tables(checkout).returncode == 0
     readme, text = ((checkout / name).read_text(encoding="utf-8") for name in ("README.md", "docs/accuracy.md"))
     # A row that has results at another depth is one of the README's.
-    assert "**Unfinished: 3 of 48 runs are missing.** resnet56-muon, seed 0 (not begun)" in readme
-    assert "**Unfinished: 6 of 84 runs are missing.** resnet56-muon" in text
+    assert "**Unfinished: 3 of 42 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
+    assert "**Unfinished: 6 of 90 runs are missing.** resnet56-muon02, " in text
     assert text.index("| test accuracy, %") < text.index("**Unfinished")
 
 
@@ -240,11 +242,11 @@ def test_each_result_is_counted_at_the_file_that_held_it_first(repository):
     name = "2030-01-01-accuracy-main-first.json"
     first = repository("a", name, [run_of("resnet20", seed) for seed in range(3)])
     trained = [{"commit": "t"}]
-    second = repository("b", name, [run_of("plain20-rd-muon", seed, trained=trained) for seed in range(2)])
+    second = repository("b", name, [run_of("plain20-rd-tuned", seed, trained=trained) for seed in range(2)])
     gone = first | {"file": "2030-01-01-gone.json", "commit": "g"}
     taken = [run_of("resnet20", seed) | {"from": first} for seed in range(3)]
-    taken += [run_of("plain20-rd-muon", seed, trained=trained) | {"from": second} for seed in range(2)]
-    taken += [run_of("resnet20-muon", 0) | {"from": gone}, run_of("resnet20-muon", 1)]
+    taken += [run_of("plain20-rd-tuned", seed, trained=trained) | {"from": second} for seed in range(2)]
+    taken += [run_of("resnet20-muon02", 0) | {"from": gone}, run_of("resnet20-muon02", 1)]
     command = f"table.py --earlier {name}"
     repository("b", "2030-01-02-accuracy-main.json", taken, commit="c", command=command)
     repository("b", "2030-01-02-accuracy-levers.json", taken[:4], commit="c", command="other", note="")
@@ -295,7 +297,8 @@ def test_commands_name_files_with_their_folders(repository):
 
 def test_what_main_compares_is_not_compared_again(repository):
     levers = experiments()["levers"]
-    runs = [run_of(name, seed) for name in ("resnet56", "plain56-rd", "plain56-rd-muon") for seed in range(3)]
+    names = ("resnet56", "plain56-rd", "plain56-rd-muon", "plain56-rd-tuned")
+    runs = [run_of(name, seed) for name in names for seed in range(3)]
     more = [*runs, run_of("plain56-rd-kd", 0)]
     rows = summary.summary(levers, more)
     repository("a", "2030-01-01-accuracy-levers.json", more, comparisons=summary.comparisons(rows))
@@ -317,6 +320,6 @@ def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "accuracy.png").size == (1950, 660)
     curves = plot.series(results())
     assert [(row["depth"], round(row["mean"], 3)) for row in curves["ours"]] == [(20, 0.899), (56, 0.899)]
-    assert set(curves) == {"resnet", "resnet-muon", "plain", "published", "start", "ours"}
+    assert set(curves) == {"resnet", "resnet-tuned", "plain", "published", "start", "former", "ours"}
     assert {row["depth"] for row in plot.costs(results())} == {56}
     assert {row["depth"] for row in plot.costs(results(missing=4))} == {20}
