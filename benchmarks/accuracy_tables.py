@@ -338,7 +338,7 @@ def _more_threads(document: dict) -> list[str]:
 
 def _other_teachers(document: dict) -> list[str]:
     """Whose teacher scored otherwise than the ResNet in the table, trained or tested elsewhere: a line, or none."""
-    teachers = {row["name"]: row["teacher"] for row in document["rows"]}
+    teachers = {row["name"]: row.get("teacher") for row in document["rows"]}  # older files lack it
     scores = {(run["name"], run["seed"]): run["test_accuracy"] for run in document["results"]}
     unlike = []
     for run in document["results"]:

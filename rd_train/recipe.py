@@ -48,7 +48,8 @@ class Recipe:
         init_noise: Weight of the Kaiming noise in a dirac or identity initialisation, in the kernel; where BN branches
             pass the input on, it is the share of the convolution's own path. 0.3 there, else 0.1, when not given.
         reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1);
-            when not given, identity where a network of depth 38 or more starts by init=identity, else none.
+            when not given, identity where a network of depth 38 or more starts by init=identity and learns by Muon,
+            else none.
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
             timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
@@ -320,8 +321,8 @@ BY_METHOD = {
     "clip_norm": (0.0, 1.0),
     "optimizer": ("sgd", "muon"),
 }
-# From this depth on plain networks that start as the identity keep it in branches: 56 needs them at our rate, 20 is
-# better without, and between them nothing was tried (docs/accuracy.md).
+# From this depth on plain networks that start as the identity and learn by Muon keep it in branches: 56 was better with
+# them at our rate, 20 without, and between them nothing was tried (docs/accuracy.md).
 LONG = 38
 # Data sets that are read at once: no files to decode later, by workers.
 IN_MEMORY = ("digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100")
@@ -372,9 +373,11 @@ BOUNDS = {
 def when_not_given(values: dict) -> dict:
     """What entries become that others of these decide: by the method, and how a long chain starts as the identity."""
     by_method = {name: defaults[values["method"] == "rd"] for name, defaults in BY_METHOD.items()}
-    from_identity = values["init"] == "identity" and values["start_weights"] is None
+    warm = values["warm_start"] and values["method"] != "ce"
+    from_identity = values["init"] == "identity" and values["start_weights"] is None and not warm
+    by_muon = (values["optimizer"] or by_method["optimizer"]) == "muon"
     long = not is_residual(values) and _depth(values) >= LONG
-    own = "identity" if from_identity and long and not values["warm_start"] else "none"
+    own = "identity" if from_identity and by_muon and long else "none"
     reparam = own if values["reparam"] is None else values["reparam"]
     beside = from_identity and reparam in ("identity", "branches")
     # The noise is of a path beside the one that passes on, or else in the kernel that does.
@@ -383,7 +386,7 @@ def when_not_given(values: dict) -> dict:
 
 def _depth(values: dict) -> int:
     """The depth in the name of the network, 0 where it has none."""
-    found = re.search(r"\d{1,6}", str(values["arch"]))
+    found = re.search(r"\d{1,6}$", str(values["arch"]))
     return int(found[0]) if found else 0
 
 

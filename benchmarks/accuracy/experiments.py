@@ -219,6 +219,7 @@ def ablations(ours: dict = OURS) -> list[Row]:
     """
     shared = SHARED | {"arch": f"plain{ABLATED}"}
     recipe = Recipe(**shared | ours)
+    given, ours = ours, ours | {"reparam": recipe.reparam}  # which would go with the start or the optimiser
     rows = []
     for name in dict.fromkeys([*ours, *NEUTRAL]):
         settings = {key: value for key, value in ours.items() if key != name}
@@ -229,7 +230,7 @@ def ablations(ours: dict = OURS) -> list[Row]:
         without = Recipe(**shared | settings)
         if name in PARAMETERS or without == recipe or name in without.unused():
             continue
-        if name == "splice_weight" and settings == OURS | {"splice_weight": 0.0}:  # cross-entropy from the same start
+        if name == "splice_weight" and given == OURS:  # cross-entropy from the same start
             rows.append(replace(PLAIN_START, label=f"without splices: {PLAIN_START.label}", key="", base=OUR_ROW.name))
             continue
         label = f"without {name.replace('_', ' ')} ({getattr(without, name)} instead of {getattr(recipe, name)})"
@@ -361,7 +362,13 @@ def _on_glyphs(path: Path) -> Experiment:
     """The second data set."""
     what = f"coloured glyphs of fonts that training has not seen, 32x32 ({path.name}, {digest_of(path)})"
     settings = {"data": "npz", "data_dir": str(path)}
-    return Experiment(what, (*DECIDE, RESNET_MUON, PLAIN_FORMER_START, FORMER), (20, 56), settings=settings, tag=f"-glyphs-{digest_of(path)}")
+    return Experiment(
+        what,
+        (*DECIDE, RESNET_MUON, PLAIN_FORMER_START, FORMER),
+        (20, 56),
+        settings=settings,
+        tag=f"-glyphs-{digest_of(path)}",
+    )
 
 
 def digest_of(path: Path) -> str:

@@ -80,6 +80,8 @@ class Job:
         found = {key: value for key, value in found.items() if key != "teacher_weights"}
         recipe = read_values(self.folder / "recipe.yaml")
         settings = {name: value for name, value in recipe.items() if name not in OF_THE_MACHINE}
+        if self.teacher:
+            settings["teacher_weights"] = "/".join(Path(recipe["teacher_weights"]).parts[-2:])
         metrics = self.folder / "metrics.jsonl"
         rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         fit = json.loads(rows[-1])["train_accuracy"] if rows else None
@@ -138,6 +140,10 @@ class Job:
         does bf16).
         """
         theirs, ours = Recipe(**settings), self.recipe()
+        if self.teacher and theirs.teacher_weights:  # which older results do not say
+            taught = Path(theirs.teacher_weights).parent.name
+            if taught != self.teacher.name:
+                return f"taught by {taught}, not {self.teacher.name}"
         inert = {*theirs.unused(), *ours.unused()}
         for name in [field.name for field in fields(Recipe) if field.name not in OF_THE_MACHINE]:
             found, wanted = getattr(theirs, name), getattr(ours, name)

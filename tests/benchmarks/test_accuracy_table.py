@@ -147,26 +147,17 @@ def test_ours_is_taught_by_the_resnet_of_its_own_optimiser_and_others_by_that_of
 
 def test_an_ablation_takes_one_lever_out_each():
     ours = {"method": "rd", "init": "identity", "init_noise": 0.2, "kd_weight": 0.5, "kd_temperature": 2.0}
-    ours |= {"weight_decay": 1e-4}
+    ours |= {"weight_decay": 1e-4, "optimizer": "muon"}
     found = {row.name.removeprefix("plain{}-rd-tuned-without-"): row.settings for row in ablations(ours)}
-    assert set(found) == {
-        *(
-            "init",
-            "teacher-bn",
-            "splices",
-            "splice-weight",
-            "splice-weight-end",
-            "clip-norm",
-            "reparam",
-            "kd-weight",
-            "weight-decay",
-        )
-    }
+    losses = {"teacher-bn", "splices", "splice-weight", "splice-weight-end", "kd-weight"}
+    assert set(found) == losses | {"init", "clip-norm", "optimizer", "reparam", "weight-decay"}
+    ours |= {"reparam": "identity"}  # rd-train adds it at this depth, and would not without the start or Muon
     assert found["init"] == {key: ours[key] for key in ours if key != "init_noise"} | {"init": "kaiming"}
+    assert found["optimizer"] == ours | {"optimizer": "sgd"}
     assert found["kd-weight"] == {key: ours[key] for key in ours if key != "kd_temperature"} | {"kd_weight": 0.0}
     assert found["weight-decay"] == {key: ours[key] for key in ours if key != "weight_decay"}
     assert found["teacher-bn"] == ours | {"teacher_bn": "eval"}
-    assert found["reparam"] == ours | {"reparam": "none"}  # rd-train adds branches at this depth
+    assert found["reparam"] == ours | {"reparam": "none"}
     assert all(row.teacher == RESNET_TUNED for row in ablations(ours))
 
 
@@ -482,6 +473,23 @@ def test_a_run_that_another_process_trains_is_left_alone(fake):
         other.kill()
     assert not (job.folder / "starts").exists()
     assert runner.run_all([job], 1) == {}
+
+
+def test_a_run_by_another_teacher_is_another_run(fake):
+    """What one row differs from another in may be its teacher alone."""
+    job = TINY.job(OUR_ROW, 20, 0, fake)
+    for row in (RESNET, experiments.RESNET_TUNED, OUR_ROW):
+        assert runner.run_all([TINY.job(row, 20, 0, fake)], 1) == {}
+    settings = job.result()["settings"]
+    assert settings["teacher_weights"] == f"{job.teacher.name}/model.pt"  # no path of this machine
+    assert job.difference(settings) is None
+    other = replace(job, teacher=TINY.job(RESNET, 20, 0, fake).folder)
+    said = "taught by resnet20-tiny-muon02-n256-e2-s0, not resnet20-tiny-n256-e2-s0"
+    assert other.difference(settings) == said
+    with pytest.raises(UserError, match=f"holds a run {said}"):
+        other.check_folder()
+    del settings["teacher_weights"]  # as results had it before
+    assert other.difference(settings) is None
 
 
 def test_a_folder_of_other_settings_is_refused(fake):

@@ -295,6 +295,27 @@ def test_commands_name_files_with_their_folders(repository):
         assert said == f"python x --earlier {full} {both} none.json benchmarks/results/b/both.json"
 
 
+def test_the_table_of_the_choice_has_the_best_of_a_network_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(committed, "RESULTS", tmp_path)
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    assert accuracy_tables.choice() == "Not measured yet: `python benchmarks/accuracy/choice.py`."
+    run = {"arch": "plain20", "seed": 0, "options": {}, "teacher": "resnet20-n20000-e10-s0", "left_out_accuracy": 0.93}
+    run |= {"val_accuracy": 0.92, "test_accuracy": 0.91, "left_out_images": 35_000, "val_images": 5_000}
+    better = run | {"teacher": "resnet20-muon02-n20000-e10-s0", "left_out_accuracy": 0.94}
+    other = run | {"arch": "resnet20", "teacher": None, "options": {"muon_lr": 0.02, "reparam": "none"}}
+    (tmp_path / "a").mkdir()
+    document = {"results": [other, run, better, run | {"seed": 1}]}
+    (tmp_path / "a" / "2030-01-01-accuracy-choice.json").write_text(json.dumps(document))
+    lines = accuracy_tables.choice().splitlines()
+    assert "left out (35,000), % | validation (5,000), %" in lines[0]
+    assert lines[2:6] == [
+        "| plain20 | - | resnet20-muon02 | 0 | 94.00 | 92.00 | 91.00 |",
+        "| plain20 | - | resnet20 | 0 | 93.00 | 92.00 | 91.00 |",
+        "| plain20 | - | resnet20 | 1 | 93.00 | 92.00 | 91.00 |",
+        "| resnet20 | `muon_lr=0.02`, `reparam=none` | - | 0 | 93.00 | 92.00 | 91.00 |",
+    ]
+
+
 def test_what_main_compares_is_not_compared_again(repository):
     levers = experiments()["levers"]
     names = ("resnet56", "plain56-rd", "plain56-rd-muon", "plain56-rd-tuned")

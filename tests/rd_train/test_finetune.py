@@ -49,6 +49,7 @@ def data(tmp_path_factory):
         ("mit67", "plain18", {}),
         ("caltech101", "resnet18", {"stem": "small"}),
         ("folder", "plain20", {"reparam": "branches"}),
+        ("folder", "plain44", {"reparam": "identity"}),  # as the default trains it
     ],
 )
 def test_each_transfer_recipe_runs(data, tmp_path, kind, name, options, capsys):

@@ -179,12 +179,15 @@ def test_the_noise_goes_by_what_it_is_added_to(values, noise):
     [
         ({"arch": "plain34"}, "none", 0.1),
         ({"arch": "plain44"}, "identity", 0.3),
-        ({"arch": "plain50", "method": "ce"}, "identity", 0.3),
+        ({"arch": "plain50", "method": "ce", "optimizer": "muon"}, "identity", 0.3),
+        ({"arch": "plain50", "method": "ce"}, "none", 0.1),
+        ({"arch": "plain56", "method": "jointrd"}, "none", 0.1),
+        ({"arch": "plain56", "optimizer": "sgd"}, "none", 0.1),
         ({"arch": "plain56", "reparam": "none"}, "none", 0.1),
         ({"arch": "plain56", "init_noise": 0.2}, "identity", 0.2),
         ({"arch": "plain56", "init": "kaiming"}, "none", 0.1),
         ({"arch": "plain56", "warm_start": True}, "none", 0.1),
-        ({"arch": "plain56", "method": "ce", "start_weights": "x.pt"}, "none", 0.1),
+        ({"arch": "plain56", "method": "ce", "optimizer": "muon", "start_weights": "x.pt"}, "none", 0.1),
         ({"arch": "resnet56"}, "none", 0.1),
         ({"arch": "resnet56", "shortcuts": "none"}, "identity", 0.3),
         ({"arch": "plain56", "shortcuts": "all"}, "none", 0.1),
@@ -196,6 +199,12 @@ def test_a_long_chain_that_starts_as_the_identity_keeps_it_in_branches(values, r
     assert (recipe.reparam, recipe.init_noise) == (reparam, noise)
     assert not {"reparam", "init_noise"} & {*recipe.unused()}
     assert replace(recipe) == recipe
+
+
+def test_a_warm_start_without_effect_has_none_on_the_branches():
+    recipe = Recipe(arch="plain56", method="ce", optimizer="muon", warm_start=True)
+    assert recipe.reparam == "identity"
+    assert recipe.unused() == ["warm_start"]
 
 
 def test_a_warm_start_goes_with_branches_only_where_there_is_none():
