@@ -6,12 +6,12 @@
     python benchmarks/accuracy/table.py main --earlier JSON ...   go on where another machine stopped
 
 main         Fashion-MNIST padded to 32x32, a fixed subset of 20,000 training images, depth 20 and 56, every row
-fp32         the ResNet, the plain network by cross-entropy and ours in fp32, depth 20: does the precision matter?
+fp32         the ResNet, the plain network by cross-entropy and our former method in fp32, depth 20: does it matter?
 full         the rows that decide, on all 55,000 training images
 ablation     our method with one lever out at a time, depth 56
-rates        the ResNet and our method by both optimisers at several rates, depth 56, one seed
-levers       our method with one lever more, depth 56: what was tried to make it better
-depth        20, 32, 44, 56, 110: ResNet, plain by cross-entropy, ours
+rates        the ResNet and our former method, without branches, by both optimisers at several rates, depth 56, one seed
+levers       our method, by SGD or as it is, with one lever more, depth 56: what was tried to make it better
+depth        20, 32, 44, 56, 110: ResNets, plain by cross-entropy, ours and the former
 bottleneck   plain-50 at a quarter of its width, every row
 glyphs       coloured glyphs of unseen fonts (--glyphs FILE, which benchmarks/accuracy/glyphs.py makes)
 

@@ -419,3 +419,20 @@ def test_the_recipe_of_a_run_by_another_method_has_that_methods_defaults(tmp_pat
     assert asked(monkeypatch, str(tmp_path / "mine.yaml"), "--method", "rd").optimizer == "sgd"
     assert asked(monkeypatch, "finetune", "x.pt", "--method", "rd", "--teacher-weights", "y.pt").optimizer == "sgd"
     assert "note" not in capsys.readouterr().out
+
+
+def test_branches_of_a_deep_run_go_with_what_asked_for_them(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    ours = settle(Recipe(arch="plain56", device="cpu"))
+    path.write_text(dump_yaml(ours))
+    assert (ours.reparam, ours.init_noise) == ("identity", 0.3)
+    for options in (["--arch", "plain20"], ["--method", "ce"], ["--optimizer", "sgd"], ["--reparam", "none"]):
+        other = asked(monkeypatch, str(path), *options)
+        assert (other.reparam, other.init_noise) == ("none", 0.1), options
+    assert asked(monkeypatch, str(path), "--arch", "plain110").reparam == "identity"
+    capsys.readouterr()
+    # Of a run from before there were any: it meant none, and its rate.
+    path.write_text(dump_yaml(replace(ours, reparam="none", init_noise=0.1, muon_lr=0.004)))
+    former = asked(monkeypatch, str(path))
+    assert (former.reparam, former.init_noise, former.muon_lr) == ("none", 0.1, 0.004)
+    assert "note" not in capsys.readouterr().out
