@@ -196,7 +196,7 @@ class Recipe:
     @property
     def _warm(self) -> bool:
         """Whether the network starts as its teacher."""
-        return self.warm_start and self.method != "ce"
+        return is_warm(vars(self))
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Combinations that make no sense: (whether this recipe has it, what to say)."""
@@ -281,9 +281,8 @@ class Recipe:
             "workers": self.data in IN_MEMORY,
             "max_corrupt": self.data in IN_MEMORY,
         }
-        settled = when_not_given(vars(self))
-        defaults = {name: settled.get(name, getattr(Recipe, name)) for name in without}
-        return [name for name, unused in without.items() if unused and getattr(self, name) != defaults[name]]
+        usual = defaults(vars(self))
+        return [name for name, unused in without.items() if unused and getattr(self, name) != usual[name]]
 
     def to_dict(self) -> dict:
         """Plain containers for YAML and the checkpoint."""
@@ -373,8 +372,7 @@ BOUNDS = {
 def when_not_given(values: dict) -> dict:
     """What entries become that others of these decide: by the method, and how a long chain starts as the identity."""
     by_method = {name: defaults[values["method"] == "rd"] for name, defaults in BY_METHOD.items()}
-    warm = values["warm_start"] and values["method"] != "ce"
-    from_identity = values["init"] == "identity" and values["start_weights"] is None and not warm
+    from_identity = values["init"] == "identity" and values["start_weights"] is None and not is_warm(values)
     by_muon = (values["optimizer"] or by_method["optimizer"]) == "muon"
     long = not is_residual(values) and _depth(values) >= LONG
     own = "identity" if from_identity and by_muon and long else "none"
@@ -382,6 +380,16 @@ def when_not_given(values: dict) -> dict:
     beside = from_identity and reparam in ("identity", "branches")
     # The noise is of a path beside the one that passes on, or else in the kernel that does.
     return by_method | {"reparam": own, "init_noise": 0.3 if beside else 0.1}
+
+
+def defaults(values: dict) -> dict:
+    """Every entry's default beside the others."""
+    return {field.name: field.default for field in fields(Recipe)} | when_not_given(values)
+
+
+def is_warm(values: dict) -> bool:
+    """Whether a recipe's network starts as its teacher."""
+    return values["warm_start"] and values["method"] != "ce"
 
 
 def _depth(values: dict) -> int:

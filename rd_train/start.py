@@ -14,7 +14,7 @@ from rd_train.checkpoint import Checkpoint, check_state, load_checkpoint, load_p
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD, encoded_preprocessing
 from rd_train.names import is_name
 from rd_train.networks import IMAGENET_DEPTHS, Arch, Network, parse_arch
-from rd_train.recipe import Recipe, when_not_given
+from rd_train.recipe import Recipe, defaults
 from rd_train.teachers import checked_state, fetch, look_up, parse_published, read_state, with_counters
 
 
@@ -68,10 +68,10 @@ def from_start(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
     kind = "resnet" if arch.shortcuts == "all" else "plain"
     own = {"arch": f"{kind}{arch.depth}", "shortcuts": arch.shortcuts, "stem": arch.stem}
     own |= {"width": float(arch.width), "reparam": arch.reparam}
-    usual = when_not_given(vars(recipe))
+    usual = defaults(vars(recipe))
     for name, value in own.items():
         given = getattr(recipe, name)
-        if given is not None and given != value and (name in named or given != usual.get(name, getattr(Recipe, name))):
+        if given is not None and given != value and (name in named or given != usual[name]):
             raise UserError(
                 f"{name}={given}, but the network of {recipe.start_weights} has {name}={value}; leave {name} away "
                 "(the preset finetune names none)"

@@ -26,11 +26,21 @@ from rd_train.checkpoint import load_checkpoint
 from rd_train.context import Context
 from rd_train.data import Dataset, MemorySplit, load_dataset
 from rd_train.evaluation import evaluate
-from rd_train.recipe import IN_MEMORY, Recipe, read_values, when_not_given
+from rd_train.recipe import IN_MEMORY, Recipe, defaults, read_values
 from rd_train.splits import limited
 
-# Of a recipe what all runs that are compared share, and what another column says.
-SHARED = {"arch", "seed", "size", "train_limit", "epochs", "precision", "teacher_weights"} | OF_THE_MACHINE
+# Of a recipe what all runs that are compared share, and what another column or the run's name says.
+SHARED = {
+    "arch",
+    "data",
+    "method",
+    "seed",
+    "size",
+    "train_limit",
+    "epochs",
+    "precision",
+    "teacher_weights",
+} | OF_THE_MACHINE
 
 
 def read_run(folder: Path) -> tuple[Recipe, dict]:
@@ -45,8 +55,7 @@ def read_run(folder: Path) -> tuple[Recipe, dict]:
 
 def left_out(recipe: Recipe) -> Dataset:
     """The run's data set with the images that it left out as its training split."""
-    where = None if recipe.data_dir is None else Path(recipe.data_dir)
-    every = load_dataset(recipe.data, where, size=recipe.size)
+    every = load_dataset(recipe.data, recipe.data_dir, size=recipe.size)
     split, chosen = every.train, limited(every.train.labels.numpy(), recipe.train_limit)
     rest = np.setdiff1d(np.arange(len(split)), chosen)
     kept = MemorySplit(split.pixels[rest], split.labels[torch.from_numpy(rest)], split.preprocessing, split.augment)
@@ -78,7 +87,7 @@ def measured(folder: Path, recipe: Recipe, result: dict, dataset: Dataset) -> di
 
 def differences(recipe: Recipe) -> dict:
     """The entries that have an effect and are not what they are by default beside the others."""
-    usual = vars(Recipe(arch=recipe.arch, data=recipe.data, method=recipe.method)) | when_not_given(vars(recipe))
+    usual = defaults(vars(recipe))
     names = {field.name for field in fields(Recipe)} - SHARED - {*recipe.unused()}
     return {name: getattr(recipe, name) for name in sorted(names) if getattr(recipe, name) != usual[name]}
 
@@ -92,6 +101,8 @@ def command() -> None:
     parser.set_defaults(earlier=[], workers=1)
     options = parser.parse_args()
     runs = {folder: read_run(folder) for folder in options.runs}
+    what = "accuracy on training images that runs were not trained on"
+    script = f"python {Path(__file__).relative_to(ROOT).as_posix()} {' '.join(folder.name for folder in runs)}"
     datasets, found = {}, []
     for folder, (recipe, result) in runs.items():
         torch.set_num_threads(recipe.threads)
@@ -100,8 +111,6 @@ def command() -> None:
             datasets[key] = left_out(recipe)
         found.append(each := measured(folder, recipe, result, datasets[key]))
         print(f"{each['name']:48} left out {each['left_out_accuracy']:.2%}, validation {each['val_accuracy']:.2%}")
-        what = "accuracy on training images that runs were not trained on"
-        script = f"python {Path(__file__).relative_to(ROOT).as_posix()} {' '.join(folder.name for folder in runs)}"
         write_json(options.results, {**document(what, script, options), "results": found})
     print(f"wrote {options.results}")
 

@@ -88,9 +88,7 @@ class Row:
 SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
 KD = {"method": "kd", **SOME_KD}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
-RESNET_MUON = Row(
-    "resnet{}-muon", "ResNet, cross-entropy by Muon, rate 0.004", {"method": "ce", **SLOW}, key="resnet-muon"
-)
+RESNET_MUON = Row("resnet{}-muon", "ResNet, cross-entropy by Muon, rate 0.004", {"method": "ce", **SLOW})
 # By Muon at the best of the rates that validation has tried for it (`RATES`, seed 0), which ours has, too.
 RESNET_TUNED = Row(
     "resnet{}-muon02", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, must=True, key="resnet-tuned"
