@@ -130,6 +130,8 @@ def _side_kernels(name: str, weight: Tensor, sides: Sides | None) -> list[tuple[
         return []
     identity = weight.new_zeros(sides.passed, sides.passed, 1, 1)
     add_dirac(identity, sides.passed)
+    if isinstance(sides.identity, nn.Identity):
+        return [(identity, weight.new_zeros(sides.passed))]
     found = [_fused(f"{name}'s branch", identity, sides.identity)]
     if sides.pointwise is not None:
         conv, bn = sides.pointwise

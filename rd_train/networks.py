@@ -6,7 +6,7 @@ ResNet v1.5 (stride on the 3x3), and the parameter names are torchvision's too, 
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from rd_deploy.common import UserError, nearest
 Shortcuts = Literal["all", "projection", "none"]
 Stem = Literal["imagenet", "small"]
 Init = Literal["kaiming", "dirac", "identity"]
-Reparam = Literal["none", "dirac", "identity", "branches"]
+Reparam = Literal["none", "dirac", "skip", "identity", "branches"]
+
+BESIDE = ("skip", "identity", "branches")  # of these, those that stand beside each convolution
 
 # depth: (block, blocks per stage). He et al. 2016, tables 1 (ImageNet) and 6 (CIFAR: 3 stages of n = (depth - 2) / 6).
 IMAGENET_DEPTHS = {
@@ -39,7 +41,8 @@ class Arch:
     ``shortcuts``: ``all`` is the ResNet, ``none`` the plain network, ``projection`` keeps only the strided
     shortcuts at the start of stages 2-4, which is what the method's authors released as their plain network.
     ``reparam``: what plain blocks have in training only, and export folds away: ``dirac`` (kernels α·δ + β·W),
-    ``identity`` (a BN of each convolution's input beside it), ``branches`` (a 1x1 convolution + BN besides).
+    ``skip`` (each convolution's input is added to its BN's output), ``identity`` (a BN of the input instead),
+    ``branches`` (a 1x1 convolution + BN besides).
     """
 
     depth: int
@@ -60,8 +63,8 @@ class Arch:
         )
         _check(self.stem in ("imagenet", "small"), f"stem '{self.stem}' is unknown (known: imagenet, small)")
         _check(
-            self.reparam in ("none", "dirac", "identity", "branches"),
-            f"reparam '{self.reparam}' is unknown (known: none, dirac, identity, branches)",
+            self.reparam in get_args(Reparam),
+            f"reparam '{self.reparam}' is unknown (known: {', '.join(get_args(Reparam))})",
         )
         _check(isinstance(self.width, int | float) and 1 / 64 <= self.width <= 16, "width must be from 1/64 to 16")
         _check(isinstance(self.in_channels, int) and 1 <= self.in_channels <= 64, "in_channels must be from 1 to 64")
@@ -153,24 +156,25 @@ class DiracConv2d(nn.Conv2d):
 class Sides(nn.Module):
     """Train-time branches beside a convolution + BN, which export folds into it (Ding et al. 2021, RepVGG).
 
-    BN of the convolution's input, for the first ``passed`` channels, and with ``pointwise`` a 1x1 convolution + BN,
-    unless the convolution is one itself.
+    The first ``passed`` channels of the convolution's input, by ``reparam`` as they are (``skip``) or through a BN of
+    their own (``identity``); with ``branches`` a 1x1 convolution + BN besides, unless the convolution is one itself.
     """
 
-    def __init__(self, conv: nn.Conv2d, passed: int, pointwise: bool):
+    def __init__(self, conv: nn.Conv2d, passed: int, reparam: Reparam):
         super().__init__()
         self.stride, self.passed = conv.stride[0], passed
-        self.identity = nn.BatchNorm2d(passed)
+        self.identity = nn.Identity() if reparam == "skip" else nn.BatchNorm2d(passed)
         self.pointwise = None
-        if pointwise and conv.kernel_size[0] > 1:
+        if reparam == "branches" and conv.kernel_size[0] > 1:
             one = _conv(conv.in_channels, conv.out_channels, 1, self.stride)
             self.pointwise = nn.Sequential(one, nn.BatchNorm2d(conv.out_channels))
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The convolution's input (N, C_in, H, W) and its BN's output (N, C_out, H', W') to the sum of all branches."""
         same = self.identity(x[:, : self.passed, :: self.stride, :: self.stride])
-        out = out + (F.pad(same, (0, 0, 0, 0, 0, out.shape[1] - self.passed)) if self.passed < out.shape[1] else same)
-        return out if self.pointwise is None else out + self.pointwise(x)
+        # In place, as a BN's backward does without its output: a copy of each map less to write and to keep.
+        out += F.pad(same, (0, 0, 0, 0, 0, out.shape[1] - self.passed)) if self.passed < out.shape[1] else same
+        return out if self.pointwise is None else out.add_(self.pointwise(x))
 
 
 def has_shortcut(arch: Arch, stride: int) -> bool:
@@ -201,8 +205,8 @@ class Block(nn.Module):
             self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
             self.conv3, self.bn3 = conv(width, c_out, 1, 1), nn.BatchNorm2d(c_out)
         self.sides = None
-        if reparam in ("identity", "branches"):
-            self.sides = nn.ModuleList(Sides(conv, self.passed, reparam == "branches") for conv, _ in self.convs)
+        if reparam in BESIDE:
+            self.sides = nn.ModuleList(Sides(conv, self.passed, reparam) for conv, _ in self.convs)
         self.downsample = None
         if self.has_shortcut and (stride != 1 or c_in != c_out):
             self.downsample = nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
@@ -364,10 +368,10 @@ def start_as_identity(network: Network, images: Tensor, noise: float) -> None:
 
     A BN of γ = 1 and β = 0 centres what its Dirac passes on, and the next ReLU cuts half of it off. Here a BN gives
     each channel that is passed on the mean and deviation it had before the convolution: γ = √(σ² + ε), β = μ over
-    ``images`` (N, in_channels, H, W). Where branches stand beside a convolution, the BN of its input is the one that
-    passes on, and the convolution, then without a Dirac, comes with ``noise`` times that deviation; elsewhere the
-    noise is in the kernel already (`initialise`). Without noise, ``block(x) == relu(x)`` there for the batch, strides
-    apart. Running statistics are those of a fresh network.
+    ``images`` (N, in_channels, H, W). Where branches stand beside a convolution, its input passes by a skip, or by a
+    BN of that γ and β, and the convolution, then without a Dirac, comes with ``noise`` times that deviation; elsewhere
+    the noise is in the kernel already (`initialise`). Without noise, ``block(x) == relu(x)`` there for the batch,
+    strides apart. Running statistics are those of a fresh network.
     """
     modes = {module: module.training for module in network.modules()}
     x = network.train().stem(images)
@@ -392,7 +396,8 @@ def _pass_statistics(block: Block, x: Tensor, noise: float) -> None:
             for other in [bn] if side.pointwise is None else [bn, side.pointwise[1]]:
                 other.weight[:passed], other.bias[:passed] = noise * deviation, 0.0
             bn = side.identity
-        bn.weight[:passed], bn.bias[:passed] = deviation, mean
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.weight[:passed], bn.bias[:passed] = deviation, mean
         x = block.layer(number, x)
 
 

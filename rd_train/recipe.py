@@ -45,11 +45,11 @@ class Recipe:
         stem: Override the stem of arch: imagenet (7x7/2 and max-pool) or small (3x3).
         width: Multiplier of all widths.
         init: Initialisation of blocks without shortcut: kaiming, dirac (identity plus noise) or identity (BN too).
-        init_noise: Weight of the Kaiming noise in a dirac or identity initialisation, in the kernel; where BN branches
+        init_noise: Weight of the Kaiming noise in a dirac or identity initialisation, in the kernel; where branches
             pass the input on, it is the share of the convolution's own path. 0.3 there, else 0.1, when not given.
-        reparam: Training form of plain blocks, folded at export: none, dirac, identity (BN branch), branches (and 1x1);
-            when not given, identity where a network of depth 38 or more starts by init=identity and learns by Muon,
-            else none.
+        reparam: Training form of plain blocks, folded at export: none, dirac, skip (each convolution's input beside
+            it), identity (a BN of it), branches (and a 1x1 convolution); when not given, identity where a network of
+            depth 38 or more starts by init=identity and learns by Muon, else none.
         method: ce (ordinary), kd (logit distillation), jointrd (residual distillation, the paper's) or rd (ours).
         teacher: Teacher network; auto is the ResNet of arch's depth. torchvision/resnet50.IMAGENET1K_V2 or
             timm/resnet50.a1_in1k, say, is a published one, which is not trained but fetched.
@@ -122,7 +122,7 @@ class Recipe:
     width: float = 1.0
     init: Literal["kaiming", "dirac", "identity"] = "identity"
     init_noise: float | None = None
-    reparam: Literal["none", "dirac", "identity", "branches"] | None = None
+    reparam: Literal["none", "dirac", "skip", "identity", "branches"] | None = None
     method: Literal["ce", "kd", "jointrd", "rd"] = "rd"
     teacher: str = "auto"
     teacher_weights: str | None = None
@@ -377,7 +377,7 @@ def when_not_given(values: dict) -> dict:
     long = not is_residual(values) and _depth(values) >= LONG
     own = "identity" if from_identity and by_muon and long else "none"
     reparam = own if values["reparam"] is None else values["reparam"]
-    beside = from_identity and reparam in ("identity", "branches")
+    beside = from_identity and reparam in ("skip", "identity", "branches")
     # The noise is of a path beside the one that passes on, or else in the kernel that does.
     return by_method | {"reparam": own, "init_noise": 0.3 if beside else 0.1}
 

@@ -61,15 +61,13 @@ PARAMETERS = {
 class Row:
     """A way to train: its name, with {} for the network's depth, what it says in a table, and its settings.
 
-    ``must``: its runs come first. ``key``: what comparisons call it. ``base``: the name of the row that it varies, and
-    is compared with. ``times``: so many times the experiment's epochs. ``teacher``: the row of its teacher, by default
-    the ResNet by SGD.
+    ``key``: what comparisons call it. ``base``: the name of the row that it varies, and is compared with. ``times``: so
+    many times the experiment's epochs. ``teacher``: the row of its teacher, by default the ResNet by SGD.
     """
 
     name: str
     label: str
     settings: dict
-    must: bool = False
     key: str = ""
     base: str = ""
     times: int = 1
@@ -87,20 +85,16 @@ class Row:
 
 SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
 KD = {"method": "kd", **SOME_KD}
-RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, must=True, key="resnet")
+RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, key="resnet")
 RESNET_MUON = Row("resnet{}-muon", "ResNet, cross-entropy by Muon, rate 0.004", {"method": "ce", **SLOW})
 # By Muon at the best of the rates that validation has tried for it (`RATES`, seed 0), which ours has, too.
-RESNET_TUNED = Row(
-    "resnet{}-muon02", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, must=True, key="resnet-tuned"
-)
+RESNET_TUNED = Row("resnet{}-muon02", "ResNet, cross-entropy by Muon", {"method": "ce", **MUON}, key="resnet-tuned")
 RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
 # What ours and its teacher cost together buys this, nearly.
 RESNET_TWICE = Row(
     "resnet{}-twice", "ResNet, cross-entropy, twice the epochs", {"method": "ce"}, key="resnet-twice", times=2
 )
-PLAIN = Row(
-    "plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, must=True, key="plain"
-)
+PLAIN = Row("plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, key="plain")
 # PLAIN_START differs from it in the start alone, with its branches where it has them.
 PLAIN_BY_MUON = Row(
     "plain{}-ce-kaiming-muon02", "plain, cross-entropy, Kaiming, by Muon", {"method": "ce", "init": "kaiming", **MUON}
@@ -110,7 +104,6 @@ PLAIN_START = Row(
     "plain{}-ce-start-muon02",
     "plain, cross-entropy, from our start by Muon",
     {"method": "ce", **START, **MUON},
-    must=True,
     key="start",
     base=PLAIN_BY_MUON.name,
 )
@@ -134,7 +127,6 @@ PUBLISHED = Row(
         **{"method": "jointrd", "init": "kaiming", "feature_weight": 0.001, "feature_reduction": "sum"},
         "teacher_bn": "eval",
     },
-    must=True,
     key="published",
 )
 PUBLISHED_OPTIONS = Row(
@@ -153,7 +145,7 @@ FORMER = Row(
     key="former",
     base=BY_SGD.name,
 )
-OUR_ROW = Row("plain{}-rd-tuned", "plain, ours", OURS, must=True, key="ours", base=FORMER.name, teacher=RESNET_TUNED)
+OUR_ROW = Row("plain{}-rd-tuned", "plain, ours", OURS, key="ours", base=FORMER.name, teacher=RESNET_TUNED)
 
 
 def _more(name: str, what: str, **settings) -> Row:
@@ -202,8 +194,8 @@ OURS_KD = Row(
     teacher=RESNET_TUNED,
 )
 
-# In the order in which their runs come.
-MUST = (RESNET, RESNET_TUNED, OUR_ROW, PLAIN_START, PLAIN, PUBLISHED)
+# Rows whose runs come first, in this order.
+MUST = [row.name for row in (RESNET, RESNET_TUNED, OUR_ROW, PLAIN_START, PLAIN, PUBLISHED)]
 
 
 ABLATED = 56  # the depth of the ablation
@@ -274,11 +266,11 @@ class Experiment:
         shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs * row.times, "seed": seed}
         settings = shared | {"arch": f"{kind}{depth}"} | self.settings | row.settings
         teacher = None if row.taught_by is None else folder(row.taught_by)
-        return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.must)
+        return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.name in MUST)
 
     def jobs(self, seeds: tuple[int, ...], out: Path) -> list[Job]:
         """All runs, those that the comparisons need first, and of these a seed after the other."""
-        first = [row for row in MUST if row in self.rows]
+        first = sorted((row for row in self.rows if row.name in MUST), key=lambda row: MUST.index(row.name))
         others = [row for row in self.rows if row not in first]
         return [
             self.job(row, depth, seed, out)

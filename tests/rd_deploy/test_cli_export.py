@@ -70,7 +70,7 @@ def test_the_model_classifies_test_images_as_the_network_does(rd_export, model, 
     np.testing.assert_allclose(logits, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("reparam", ["dirac", "identity", "branches"])
+@pytest.mark.parametrize("reparam", ["dirac", "skip", "identity", "branches"])
 def test_what_a_network_has_in_training_only_is_folded_away(rd_export, model, digits, reparam):
     assert rd_export(model)[0] == 0
     nodes = [node.op_type for node in onnx.load(model.with_suffix(".onnx")).graph.node]

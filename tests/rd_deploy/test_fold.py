@@ -47,7 +47,7 @@ def test_the_chain_computes_what_the_network_does(shortcuts, stem, depth, width)
     np.testing.assert_allclose(chain_logits(chain, images), expected, rtol=1e-6, atol=1e-8 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("reparam", ["dirac", "identity", "branches"])
+@pytest.mark.parametrize("reparam", ["dirac", "skip", "identity", "branches"])
 @pytest.mark.parametrize(("depth", "stem"), [(20, "small"), (18, "imagenet"), (50, "imagenet")])
 def test_what_training_has_besides_folds_into_the_same_plain_chain(reparam, depth, stem):
     network = awkward_network(depth=depth, width=1 / 8, stem=stem, reparam=reparam)

@@ -146,7 +146,7 @@ def test_names_and_bad_values():
         Arch.from_dict({"depth": 20})
 
 
-@pytest.mark.parametrize("reparam", ["none", "dirac", "identity", "branches"])
+@pytest.mark.parametrize("reparam", ["none", "dirac", "skip", "identity", "branches"])
 @pytest.mark.parametrize("name", ["plain20", "plain18", "plain50"])
 def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam):
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_an_identity_start_passes_its_input_on_through_bn_and_relu(name, reparam
         torch.testing.assert_close(x[:, : block.passed], expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("reparam", ["identity", "branches"])
+@pytest.mark.parametrize("reparam", ["skip", "identity", "branches"])
 @pytest.mark.parametrize("name", ["plain20", "plain50"])
 def test_each_path_beside_an_identity_comes_with_the_noise_of_its_input(name, reparam):
     """Of a channel that is passed on: each other path has ``noise`` times its deviation, strides and widenings too."""
@@ -209,7 +209,7 @@ def test_a_dirac_reparameterisation_starts_as_the_dirac_initialisation():
 
 
 def test_blocks_with_a_shortcut_have_nothing_to_fold():
-    for reparam in ("dirac", "identity", "branches"):
+    for reparam in ("dirac", "skip", "identity", "branches"):
         state = Network(parse_arch("resnet20", width=0.25, reparam=reparam)).state_dict()
         assert set(state) == set(Network(parse_arch("resnet20", width=0.25)).state_dict())
 

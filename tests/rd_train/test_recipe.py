@@ -160,6 +160,7 @@ def test_options_without_effect_are_named():
         ({}, 0.1),
         ({"init": "dirac", "reparam": "identity"}, 0.1),
         ({"reparam": "dirac"}, 0.1),
+        ({"reparam": "skip"}, 0.3),
         ({"reparam": "identity"}, 0.3),
         ({"reparam": "branches"}, 0.3),
         ({"reparam": "branches", "init_noise": 0.2}, 0.2),
