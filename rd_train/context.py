@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rd_train import distributed
+from rd_train import bf16, distributed
 from rd_train.checkpoint import Checkpoint
 from rd_train.data import Dataset
 from rd_train.live import View
@@ -26,7 +26,6 @@ class Context:
     dataset: Dataset
     folder: Path
     device: torch.device
-    autocast: bool
     stop: threading.Event
     writer: object | None = None  # TensorBoard's SummaryWriter
     view: View = field(default_factory=View)
@@ -42,7 +41,9 @@ class Context:
         return what.to(self.device, memory_format=layout)
 
     def cast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+        """bf16 where the recipe says so; the precision ``auto`` must have been settled before."""
+        enabled = self.recipe.precision in ("bf16", bf16.EMULATED)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager

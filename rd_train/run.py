@@ -197,8 +197,7 @@ def _one_run_in(folder: Path) -> Iterator[None]:
 
 
 def _context(recipe: Recipe, plan: _Plan, folder: Path, stop: threading.Event, **options) -> Context:
-    device = distributed.device(recipe.device)
-    return Context(recipe, plan.dataset, folder, device, recipe.precision in ("bf16", bf16.EMULATED), stop, **options)
+    return Context(recipe, plan.dataset, folder, distributed.device(recipe.device), stop, **options)
 
 
 def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:

@@ -65,8 +65,7 @@ def left_out(recipe: Recipe) -> Dataset:
 def measured(folder: Path, recipe: Recipe, result: dict, dataset: Dataset) -> dict:
     """What there is to say of a run."""
     device = torch.device(recipe.device)
-    autocast = recipe.precision in ("bf16", bf16.EMULATED)
-    context = Context(recipe, dataset, folder, device, autocast, Event())
+    context = Context(recipe, dataset, folder, device, Event())
     with bf16.products(emulated=recipe.precision == bf16.EMULATED):
         network = context.place(load_checkpoint(folder / "model.pt").network())
         accuracy, _ = evaluate(network, dataset.train, context)

@@ -18,7 +18,7 @@ def stepped(recipe: Recipe, folder: Path) -> Stepper:
     dataset = load_dataset("digits", limit=200)
     images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
     network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
-    context = Context(recipe, dataset, folder, torch.device("cpu"), False, threading.Event())
+    context = Context(recipe, dataset, folder, torch.device("cpu"), threading.Event())
     take = Stepper(CrossEntropy(network).train(), 2, context)
     take(0, images, labels)
     return take

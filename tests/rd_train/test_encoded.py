@@ -192,7 +192,7 @@ def test_a_class_of_corrupt_images_cannot_be_trained_on(tmp_path):
 def test_evaluation_leaves_corrupt_images_out(tmp_path):
     write_imagenet(tmp_path, val=4)
     context = Context(Recipe(batch_size=2), load_dataset("folder", tmp_path, size=16), tmp_path, torch.device("cpu"),
-                      False, None)  # fmt: skip
+                      None)  # fmt: skip
     network = Network(parse_arch("plain20", width=1 / 16, classes=2)).eval()
     split = context.dataset.test
     with torch.no_grad():

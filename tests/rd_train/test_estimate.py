@@ -58,7 +58,7 @@ def test_the_disk_is_that_of_the_files(both):
         files = [folder / f"{phase.name}-state.pt", folder / networks]
         assert phase.disk == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
     rest = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".pt")
-    context = Context(RECIPE, load_dataset("digits", limit=200), folder, torch.device("cpu"), False, None)
+    context = Context(RECIPE, load_dataset("digits", limit=200), folder, torch.device("cpu"), None)
     assert rest < report_bytes(phases, context) < 3 * rest
 
 
@@ -83,7 +83,7 @@ def phase(batch_size):
         arch="plain20", splices="all", size=32, batch_size=batch_size, epochs=2, device="cpu", precision="fp32"
     )
     dataset = load_dataset("digits", size=32)
-    context = Context(recipe, dataset, None, torch.device("cpu"), False, threading.Event())
+    context = Context(recipe, dataset, None, torch.device("cpu"), threading.Event())
     plain, resnet = (parse_arch(name, in_channels=1, classes=10) for name in ("plain20", "resnet20"))
     task = build_task(recipe, context.place(Network(plain)), context.place(Network(resnet)))
     indices = torch.arange(batch_size)
@@ -137,9 +137,7 @@ class Take:
 
 def test_steps_that_differ_are_weighed_by_their_macs(monkeypatch, tmp_path):
     recipe = replace(RECIPE, splices="one", splice_probability=0.5, resize_start=0.5, ema=0.0)
-    context = Context(
-        recipe, load_dataset("digits", limit=200), tmp_path, torch.device("cpu"), False, threading.Event()
-    )
+    context = Context(recipe, load_dataset("digits", limit=200), tmp_path, torch.device("cpu"), threading.Event())
     arch = student_arch(recipe, 1, 10)
     task = build_task(recipe, Network(arch), Network(replace(arch, shortcuts="all")))
     meta = meta_task(recipe, arch)
@@ -152,9 +150,7 @@ def test_steps_that_differ_are_weighed_by_their_macs(monkeypatch, tmp_path):
 
 
 def test_slow_steps_are_timed_until_a_limit(monkeypatch, tmp_path):
-    context = Context(
-        RECIPE, load_dataset("digits", limit=200), tmp_path, torch.device("cpu"), False, threading.Event()
-    )
+    context = Context(RECIPE, load_dataset("digits", limit=200), tmp_path, torch.device("cpu"), threading.Event())
     with torch.device("meta"):
         meta = CrossEntropy(Network(student_arch(RECIPE, 1, 10)))
     clock = itertools.count(0, 100)
@@ -191,7 +187,7 @@ class Slow:
 
 def test_a_loader_that_is_slower_than_the_steps_is_what_takes_the_time(tmp_path):
     dataset = load_dataset("digits", limit=200)
-    context = Context(RECIPE, replace(dataset, train=Slow(dataset.train)), tmp_path, torch.device("cpu"), False,
+    context = Context(RECIPE, replace(dataset, train=Slow(dataset.train)), tmp_path, torch.device("cpu"),
                       threading.Event())  # fmt: skip
     network = Network(student_arch(RECIPE, 1, 10))
     with torch.device("meta"):

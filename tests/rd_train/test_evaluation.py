@@ -18,7 +18,7 @@ def test_predictions_are_those_of_the_network(tmp_path):
     dataset = load_dataset("digits")
     torch.manual_seed(0)
     network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
-    seen = predict(network, dataset.val, Context(RECIPE, dataset, tmp_path, torch.device("cpu"), False, None))
+    seen = predict(network, dataset.val, Context(RECIPE, dataset, tmp_path, torch.device("cpu"), None))
     with torch.no_grad():
         logits = network.eval()(dataset.val.images(torch.arange(len(dataset.val)))).double()
     assert torch.equal(seen.predicted, logits.argmax(1))
@@ -33,7 +33,7 @@ def test_predictions_are_those_of_the_network(tmp_path):
 def test_recalibration_takes_the_statistics_of_clean_training_images(tmp_path):
     recipe = replace(RECIPE, recalibrate=100, mixup=1.0)
     dataset = load_dataset("digits", limit=100)
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, None)
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), None)
     torch.manual_seed(0)
     network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10), "dirac")
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -51,7 +51,7 @@ def test_recalibration_takes_the_statistics_of_clean_training_images(tmp_path):
 def test_all_recalibrated_batches_weigh_the_same(tmp_path):
     recipe = replace(RECIPE, recalibrate=52, batch_size=50)  # not 50 images and 2, of which each would count 25 times
     dataset = load_dataset("digits", limit=100)
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, None)
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), None)
     torch.manual_seed(0)
     copy = recalibrated(Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10), "dirac"), context)
     images = dataset.train.images(fixed_sample(dataset.train, 52))

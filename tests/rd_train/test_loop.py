@@ -286,7 +286,7 @@ def test_shortcuts_fade_and_images_grow_with_the_steps(tmp_path):
     arch = student_arch(recipe, 1, 10)
     teacher = Network(replace(arch, shortcuts="all"))
     task = build_task(recipe, build_student(recipe, arch, teacher), teacher).train()
-    take = Stepper(task, 2, Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event()))
+    take = Stepper(task, 2, Context(recipe, dataset, tmp_path, torch.device("cpu"), threading.Event()))
     sizes, weights = [], []
     task.student.conv1.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
     for number in (0, 2, 4, 7):  # of 8
@@ -313,7 +313,7 @@ def test_every_kind_of_step_is_compiled(tmp_path, monkeypatch):
     images, labels = next(batches(dataset.train, 50, seed=0, epoch=0))
     arch = student_arch(recipe, 1, 10)
     task = build_task(recipe, Network(arch), Network(replace(arch, shortcuts="all"))).train()
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), threading.Event())
     # Traced but not built by Inductor, which would take minutes; an uncompiled step is an error.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     # What a run sets ends here.
@@ -335,7 +335,7 @@ def test_the_norm_of_the_gradient_is_that_before_clipping(tmp_path):
     other = copy.deepcopy(network).double()
     torch.nn.functional.cross_entropy(other(images.double()), labels).backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in other.parameters()))
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), threading.Event())
     step = Stepper(CrossEntropy(network), 1, context)(0, images, labels)
     assert float(step.result["terms"]["gradient_norm"]) == pytest.approx(norm, rel=1e-3)
     clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in network.parameters()))

@@ -80,7 +80,7 @@ def test_the_teacher_sees_the_same_mixed_images_as_the_student(tmp_path, method)
     recipe = Recipe(method=method, mixup=1.0, kd_weight=0.5, width=0.25, batch_size=50, device="cpu", threads=1)
     dataset, arch = load_dataset("digits", limit=50), student_arch(recipe, 1, 10)
     task = build_task(recipe, Network(arch), Network(teacher_arch(recipe, arch)))
-    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), False, threading.Event())
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), threading.Event())
     seen = {}
     for name in ("student", "teacher"):
         first = getattr(task, name).conv1
