@@ -6,7 +6,8 @@ The experiments train on 20,000 of the 55,000 training images of Fashion-MNIST. 
 the 5,000 validation images do not (a standard error of 0.13 points instead of 0.36 at 93%), without a look at the test
 images. Each folder is of a run of rd-train by ``--train-limit`` on images that are read at once; its ``model.pt``, the
 epoch that validation chose, is run as the run's recipe says. Written are, for each run, both accuracies, that of the
-test and what its recipe has otherwise than rd-train's default for its network.
+test and what its recipe has otherwise than rd-train's default for its network. ``--earlier`` takes over what such files
+hold of other runs, whose folders need not be there.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from runner import OF_THE_MACHINE, ROOT, document
 
-from rd_deploy.common import UserError, run_command, write_json
+from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
 from rd_train import bf16
 from rd_train.checkpoint import load_checkpoint
 from rd_train.context import Context
@@ -91,18 +92,42 @@ def differences(recipe: Recipe) -> dict:
     return {name: getattr(recipe, name) for name in sorted(names) if getattr(recipe, name) != usual[name]}
 
 
+def read_earlier(path: Path) -> list[dict]:
+    """The results in a file that this script wrote, checked for what their table is made of."""
+    text = check_file(path, "file of results", 16 << 20).read_bytes()
+    try:
+        results = json.loads(text)["results"]
+        for each in results:
+            if type(each["options"]) is not dict or type(each["seed"]) is not int:
+                raise ValueError("options are no object, or the seed is no number")
+            if not all(type(value) is str for value in (each["name"], each["arch"], each["teacher"] or "")):
+                raise ValueError("name, network or teacher is no text")
+            for part in ("left_out", "val"):
+                if type(each[f"{part}_images"]) is not int:
+                    raise ValueError(f"{part}_images is no number")
+            for part in ("left_out", "val", "test"):
+                if not 0 <= each[f"{part}_accuracy"] <= 1:
+                    raise ValueError(f"{part}_accuracy is not from 0 to 1")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: {one_line(error)[:100]}; --earlier takes what choice.py wrote") from error
+    return results
+
+
 def command() -> None:
     """Read the runs, then measure each and write what there is after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="FOLDER", help="finished runs")
     parser.add_argument("--results", type=Path, default=Path("runs/accuracy-choice.json"))
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
-    parser.set_defaults(earlier=[], workers=1)
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], metavar="JSON", help="take their results over")
+    parser.set_defaults(workers=1)
     options = parser.parse_args()
     runs = {folder: read_run(folder) for folder in options.runs}
     what = "accuracy on training images that runs were not trained on"
     script = f"python {Path(__file__).relative_to(ROOT).as_posix()} {' '.join(folder.name for folder in runs)}"
-    datasets, found = {}, []
+    names = {folder.name for folder in runs}
+    found = [each for path in options.earlier for each in read_earlier(path) if each["name"] not in names]
+    datasets = {}
     for folder, (recipe, result) in runs.items():
         torch.set_num_threads(recipe.threads)
         key = (recipe.data, recipe.data_dir, recipe.size, recipe.train_limit)

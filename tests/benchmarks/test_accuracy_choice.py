@@ -83,3 +83,31 @@ def test_runs_without_left_out_images_are_refused_before_anything_is_measured(
     with pytest.raises(UserError, match=reason):
         call(monkeypatch, finished, other, "--results", tmp_path / "choice.json")
     assert not (tmp_path / "choice.json").exists()
+
+
+def test_earlier_results_of_other_runs_are_taken_over(finished, tmp_path, monkeypatch):
+    call(monkeypatch, finished, "--results", tmp_path / "first.json")
+    document = json.loads((tmp_path / "first.json").read_text())
+    [first] = document["results"]
+    stale, other = first | {"test_accuracy": 0.5}, first | {"name": "plain20-other-s0"}
+    (tmp_path / "first.json").write_text(json.dumps({"results": [stale, other]}))
+    call(monkeypatch, finished, "--earlier", tmp_path / "first.json", "--results", tmp_path / "second.json")
+    second = json.loads((tmp_path / "second.json").read_text())
+    assert second["results"] == [other, first]
+    assert second["command"].endswith("first.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"test_accuracy": 92.0}, "test_accuracy is not from 0 to 1"), ({"options": []}, "no object"), ({"arch": 3}, "")],
+)
+def test_a_damaged_file_of_earlier_results_is_refused(finished, tmp_path, monkeypatch, change, reason):
+    call(monkeypatch, finished, "--results", tmp_path / "first.json")
+    [first] = json.loads((tmp_path / "first.json").read_text())["results"]
+    (tmp_path / "damaged.json").write_text(json.dumps({"results": [first | change]}))
+    with pytest.raises(UserError, match=rf"{reason}.*takes what choice\.py wrote"):
+        call(monkeypatch, finished, "--earlier", tmp_path / "damaged.json", "--results", tmp_path / "choice.json")
+    (tmp_path / "damaged.json").write_text("[]")
+    with pytest.raises(UserError, match=r"takes what choice\.py wrote"):
+        call(monkeypatch, finished, "--earlier", tmp_path / "damaged.json", "--results", tmp_path / "choice.json")
+    assert not (tmp_path / "choice.json").exists()
