@@ -175,7 +175,7 @@ def _at_rate(row: Row, tag: str, name: str, rate: float) -> Row:
 
 # What the rates of each optimiser give, for the ResNet and for ours alike.
 RATES = tuple(
-    replace(RESNET_TUNED, label=varied.label) if varied.name == RESNET_TUNED.name else varied
+    varied
     for by_sgd, by_muon in ((RESNET, RESNET_MUON), (BY_SGD, FORMER))
     for varied in (
         by_sgd,
