@@ -14,8 +14,17 @@ from string import ascii_uppercase
 from committed import command_of, cost_of, find, located, markdown, newest, read
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
-SHORT = ("resnet", "resnet-tuned", "plain", "start", "published", "sgd", "ours")  # rows of the README's table
-SHORT_PAIRS = ("resnet", "resnet-tuned", "start", "published")  # what it compares ours with
+SHORT = (
+    "resnet",
+    "resnet-tuned",
+    "plain",
+    "plain-muon",
+    "start",
+    "published",
+    "sgd",
+    "ours",
+)  # rows of the README's table
+SHORT_PAIRS = ("resnet", "resnet-tuned", "plain-muon", "start", "published")  # what it compares ours with
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
@@ -23,6 +32,7 @@ OTHERS = {
     "resnet-tuned": "the ResNet by Muon",
     "resnet-twice": "the ResNet by SGD, twice the epochs",
     "plain": "plain cross-entropy, Kaiming",
+    "plain-muon": "plain cross-entropy, Kaiming, by Muon",
     "start": "cross-entropy from the same start by Muon",
     "former-start": "cross-entropy from the same start at that rate",
     "start-sgd": "cross-entropy from the same start by SGD",

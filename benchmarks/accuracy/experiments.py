@@ -97,7 +97,10 @@ RESNET_TWICE = Row(
 PLAIN = Row("plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, key="plain")
 # PLAIN_START differs from it in the start alone, with its branches where it has them.
 PLAIN_BY_MUON = Row(
-    "plain{}-ce-kaiming-muon02", "plain, cross-entropy, Kaiming, by Muon", {"method": "ce", "init": "kaiming", **MUON}
+    "plain{}-ce-kaiming-muon02",
+    "plain, cross-entropy, Kaiming, by Muon",
+    {"method": "ce", "init": "kaiming", **MUON},
+    key="plain-muon",
 )
 PLAIN_KD = Row("plain{}-kd", "plain, logit distillation, Kaiming", {**KD, "init": "kaiming"})
 PLAIN_START = Row(

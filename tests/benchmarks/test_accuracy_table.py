@@ -732,7 +732,7 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
             others[keys[pair["ours"]]].add(pair["against"])
         resnets = {"resnet", "resnet-tuned"}
         main = {
-            "ours": resnets | {"resnet-twice", "plain", "start", "published"},
+            "ours": resnets | {"resnet-twice", "plain", "plain-muon", "start", "published"},
             "former": resnets | {"former-start"},
             "sgd": {"resnet", "start-sgd", "published"},
         }

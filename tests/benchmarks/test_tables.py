@@ -178,7 +178,7 @@ def test_the_page_of_accuracy_comes_with_its_results(checkout):
     file = "benchmarks/results/here/2030-01-01-accuracy-main.json"
     assert f"What was trained; 10 or 20 epochs, bf16 · 90 results · source A · [JSON](../{file}) · [how" in text
     linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
-    assert f"What was trained; 10 epochs, bf16 · 42 results · {linked}" in readme
+    assert f"What was trained; 10 epochs, bf16 · 48 results · {linked}" in readme
     assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in text
     assert "Unfinished" not in text
     assert tables(checkout, "--check").returncode == 0
@@ -204,7 +204,7 @@ def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
     assert tables(checkout).returncode == 0
     readme, text = ((checkout / name).read_text(encoding="utf-8") for name in ("README.md", "docs/accuracy.md"))
     # A row that has results at another depth is one of the README's.
-    assert "**Unfinished: 3 of 42 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
+    assert "**Unfinished: 3 of 48 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
     assert "**Unfinished: 6 of 90 runs are missing.** resnet56-muon02, " in text
     assert text.index("| test accuracy, %") < text.index("**Unfinished")
 
