@@ -170,9 +170,12 @@ class Sides(nn.Module):
             self.pointwise = nn.Sequential(one, nn.BatchNorm2d(conv.out_channels))
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """The convolution's input (N, C_in, H, W) and its BN's output (N, C_out, H', W') to the sum of all branches."""
+        """The convolution's input (N, C_in, H, W) and its BN's output (N, C_out, H', W') to the sum of all branches.
+
+        The sum is written to ``out``.
+        """
         same = self.identity(x[:, : self.passed, :: self.stride, :: self.stride])
-        # In place, as a BN's backward does without its output: a copy of each map less to write and to keep.
+        # In place, which a BN's backward bears, as it does without its output: one map less to write, and to hold.
         out += F.pad(same, (0, 0, 0, 0, 0, out.shape[1] - self.passed)) if self.passed < out.shape[1] else same
         return out if self.pointwise is None else out.add_(self.pointwise(x))
 

@@ -19,7 +19,7 @@ from threading import Event
 
 import numpy as np
 import torch
-from runner import OF_THE_MACHINE, ROOT, document
+from runner import OF_THE_MACHINE, ROOT, document, named
 
 from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
 from rd_train import bf16
@@ -93,15 +93,22 @@ def differences(recipe: Recipe) -> dict:
 
 
 def read_earlier(path: Path) -> list[dict]:
-    """The results in a file that this script wrote, checked for what their table is made of."""
+    """The results in a file that this script wrote, checked for what their table is made of, with where they are from.
+
+    ``options`` are what was not rd-train's default on that day.
+    """
     text = check_file(path, "file of results", 16 << 20).read_bytes()
     try:
-        results = json.loads(text)["results"]
+        document = json.loads(text)
+        origin = {key: document[key] for key in ("date", "commit", "machine", "note")} | {"file": named(path)}
+        results = [{"from": origin} | each for each in document["results"]]
         for each in results:
             if type(each["options"]) is not dict or type(each["seed"]) is not int:
                 raise ValueError("options are no object, or the seed is no number")
-            if not all(type(value) is str for value in (each["name"], each["arch"], each["teacher"] or "")):
-                raise ValueError("name, network or teacher is no text")
+            if not all(type(each[key]) is str for key in ("name", "arch")):
+                raise ValueError("name or network is no text")
+            if not isinstance(each["teacher"], str | None):
+                raise ValueError("teacher is no text")
             for part in ("left_out", "val"):
                 if type(each[f"{part}_images"]) is not int:
                     raise ValueError(f"{part}_images is no number")
@@ -119,14 +126,15 @@ def command() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="FOLDER", help="finished runs")
     parser.add_argument("--results", type=Path, default=Path("runs/accuracy-choice.json"))
     parser.add_argument("--note", default="", help="what a reader must know of the machine meanwhile")
-    parser.add_argument("--earlier", type=Path, nargs="+", default=[], metavar="JSON", help="take their results over")
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], metavar="JSON", help="take over their results")
     parser.set_defaults(workers=1)
     options = parser.parse_args()
     runs = {folder: read_run(folder) for folder in options.runs}
     what = "accuracy on training images that runs were not trained on"
     script = f"python {Path(__file__).relative_to(ROOT).as_posix()} {' '.join(folder.name for folder in runs)}"
+    earlier = {each["name"]: each for path in reversed(options.earlier) for each in read_earlier(path)}
     names = {folder.name for folder in runs}
-    found = [each for path in options.earlier for each in read_earlier(path) if each["name"] not in names]
+    found = [each for name, each in earlier.items() if name not in names]  # of one name, that of the first file
     datasets = {}
     for folder, (recipe, result) in runs.items():
         torch.set_num_threads(recipe.threads)

@@ -90,11 +90,15 @@ def test_earlier_results_of_other_runs_are_taken_over(finished, tmp_path, monkey
     document = json.loads((tmp_path / "first.json").read_text())
     [first] = document["results"]
     stale, other = first | {"test_accuracy": 0.5}, first | {"name": "plain20-other-s0"}
-    (tmp_path / "first.json").write_text(json.dumps({"results": [stale, other]}))
-    call(monkeypatch, finished, "--earlier", tmp_path / "first.json", "--results", tmp_path / "second.json")
+    (tmp_path / "first.json").write_text(json.dumps(document | {"results": [stale, other]}))
+    again = other | {"test_accuracy": 0.5}
+    (tmp_path / "older.json").write_text(json.dumps(document | {"date": "2030-01-01", "results": [again]}))
+    files = (tmp_path / "first.json", tmp_path / "older.json")
+    call(monkeypatch, finished, "--earlier", *files, "--results", tmp_path / "second.json")
     second = json.loads((tmp_path / "second.json").read_text())
-    assert second["results"] == [other, first]
-    assert second["command"].endswith("first.json")
+    origin = {key: document[key] for key in ("date", "commit", "machine", "note")} | {"file": "first.json"}
+    assert second["results"] == [{"from": origin} | other, first]
+    assert second["command"].endswith("--earlier first.json older.json")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,9 @@ def test_earlier_results_of_other_runs_are_taken_over(finished, tmp_path, monkey
 )
 def test_a_damaged_file_of_earlier_results_is_refused(finished, tmp_path, monkeypatch, change, reason):
     call(monkeypatch, finished, "--results", tmp_path / "first.json")
-    [first] = json.loads((tmp_path / "first.json").read_text())["results"]
-    (tmp_path / "damaged.json").write_text(json.dumps({"results": [first | change]}))
+    document = json.loads((tmp_path / "first.json").read_text())
+    [first] = document["results"]
+    (tmp_path / "damaged.json").write_text(json.dumps(document | {"results": [first | change]}))
     with pytest.raises(UserError, match=rf"{reason}.*takes what choice\.py wrote"):
         call(monkeypatch, finished, "--earlier", tmp_path / "damaged.json", "--results", tmp_path / "choice.json")
     (tmp_path / "damaged.json").write_text("[]")
