@@ -19,7 +19,7 @@ from threading import Event
 
 import numpy as np
 import torch
-from runner import OF_THE_MACHINE, ROOT, document, named
+from runner import OF_THE_MACHINE, ROOT, document, with_origin
 
 from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
 from rd_train import bf16
@@ -99,9 +99,7 @@ def read_earlier(path: Path) -> list[dict]:
     """
     text = check_file(path, "file of results", 16 << 20).read_bytes()
     try:
-        document = json.loads(text)
-        origin = {key: document[key] for key in ("date", "commit", "machine", "note")} | {"file": named(path)}
-        results = [{"from": origin} | each for each in document["results"]]
+        results = with_origin(json.loads(text), path)
         for each in results:
             if type(each["options"]) is not dict or type(each["seed"]) is not int:
                 raise ValueError("options are no object, or the seed is no number")

@@ -329,6 +329,15 @@ def named(path: Path, base: Path = RESULTS) -> str:
     return path.relative_to(base).as_posix() if path.is_relative_to(RESULTS) else path.name
 
 
+ORIGIN = ("date", "commit", "machine", "note")
+
+
+def with_origin(document: dict, path: Path) -> list[dict]:
+    """A document's results, each with where it is ``from``: this file, unless it had been taken over from another."""
+    origin = {key: document[key] for key in ORIGIN} | {"file": named(path)}
+    return [{"from": origin} | each for each in document["results"]]
+
+
 def document(what: str, command: str, options: argparse.Namespace) -> dict:
     """A JSON's first part: what it holds and where it comes from."""
     earlier = [named(path, Path(ROOT)) for path in options.earlier]

@@ -35,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments import NAMES, Experiment, check_names, experiments
-from runner import INTERRUPTED, Job, asked, check, document, named, parser_of, run_all, to_train
+from runner import INTERRUPTED, Job, asked, check, document, parser_of, run_all, to_train, with_origin
 from summary import comparisons, summary
 
 from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
@@ -77,9 +77,8 @@ def read_earlier(files: list[Path]) -> dict[tuple[str, int], list[dict]]:
         text = check_file(path, "file of results", 16 << 20).read_bytes()
         try:
             document = json.loads(text)
-            origin = {key: document[key] for key in ORIGIN} | {"file": named(path)}
-            for each in document["results"]:
-                _check_result(each := {"from": origin} | each)
+            for each in with_origin(document, path):
+                _check_result(each)
                 found[each["name"], each["seed"]].append(each)
         except (ValueError, KeyError, TypeError, RecursionError, UserError) as error:
             raise UserError(
@@ -89,7 +88,6 @@ def read_earlier(files: list[Path]) -> dict[tuple[str, int], list[dict]]:
     return found
 
 
-ORIGIN = ("date", "commit", "machine", "note")
 # What tables are made of: its type, and between which values it is.
 FIELDS = {
     **dict.fromkeys(("test_accuracy", "val_accuracy"), (float, 0, 1)),
