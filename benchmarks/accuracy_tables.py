@@ -14,17 +14,24 @@ from string import ascii_uppercase
 from committed import command_of, cost_of, find, located, markdown, newest, read
 
 EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
-SHORT = (
-    "resnet",
-    "resnet-tuned",
-    "plain",
-    "plain-muon",
-    "start",
-    "published",
-    "sgd",
-    "ours",
-)  # rows of the README's table
-SHORT_PAIRS = ("resnet", "resnet-tuned", "plain-muon", "start", "published")  # what it compares ours with
+# What the README calls the rows that it shows, and those that it compares ours with.
+SHORT = {
+    "resnet": "ResNet, SGD",
+    "resnet-tuned": "ResNet, Muon",
+    "plain": "plain, Kaiming, SGD, no teacher",
+    "plain-muon": "plain, Kaiming, Muon, no teacher",
+    "start": "plain, our initialisation, Muon, no teacher",
+    "published": "plain, the paper's loss, SGD",
+    "sgd": "plain, `rd` with SGD",
+    "ours": "**plain, `rd`**",
+}
+SHORT_PAIRS = {
+    "resnet-tuned": "the ResNet, Muon",
+    "resnet": "the ResNet, SGD",
+    "start": "the same without a teacher",
+    "plain-muon": "plain, Kaiming, Muon, no teacher",
+    "published": "the paper's loss, SGD",
+}
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
@@ -41,17 +48,46 @@ OTHERS = {
 
 
 def short() -> str:
-    """The README's table: the rows that decide of the main experiment."""
+    """The README's table: the rows that decide of the main experiment, each with its teacher's cost."""
     document = newest("*-accuracy-main.json")
     rows = [row for row in _rows(document) if row["key"] in SHORT]
     kinds = {_kind(row["name"]) for row in rows}
     shown = {part: [run for run in document[part] if _kind(run["name"]) in kinds] for part in ("results", "missing")}
     shown = document | shown
-    ours = {row["name"] for row in rows if row["key"] == "ours"}
-    pairs = [pair for pair in _pairs(document) if pair["ours"] in ours and pair["against"] in SHORT_PAIRS]
+    depths = sorted({row["depth"] for row in rows})
+    lines = []
+    for key, label in SHORT.items():
+        found = {row["depth"]: row for row in rows if row["key"] == key}
+        if found:
+            deepest = found[max(found)]
+            cost = f"{cost_of(deepest) + (deepest['teacher_cost'] or 0):.1f}"
+            lines.append([label, *(_cell(found.get(depth)) for depth in depths), cost])
+    table = markdown(["network, training", *(f"depth {depth}" for depth in depths), "cost"], lines)
     page = "docs/accuracy.md"
-    line = _line(shown, f"[sources]({page}#sources)", document["path"], page)
-    return _joined(_by_depth(rows), _unfinished(shown), _verdicts(shown, pairs), line)
+    return _joined(table, _unfinished(shown), _line(shown, f"[sources]({page}#sources)", document["path"], page))
+
+
+def short_differences() -> str:
+    """The README's table of what ours is ahead by, in points."""
+    document = newest("*-accuracy-main.json")
+    pairs = {
+        (pair["against"], pair["depth"]): pair
+        for pair in _pairs(document)
+        if pair["against"] in SHORT_PAIRS
+        and any(row["key"] == "ours" and row["name"] == pair["ours"] for row in document["rows"])
+    }
+    depths = sorted({depth for _, depth in pairs})
+    emulated = _emulated(document)
+    lines = []
+    for against, label in SHORT_PAIRS.items():
+        cells = []
+        for depth in depths:
+            pair = pairs.get((against, depth))
+            seeds = "" if pair is None or len(pair["seeds"]) < FEWEST else f", {len(pair['seeds'])} seeds"
+            marked = "" if pair is None or not _unlike(pair, emulated) else ", one side emulated"
+            cells.append("-" if pair is None else f"{_difference(pair)}{seeds}{marked}")
+        lines.append([label, *cells])
+    return markdown(["plain by `rd`, minus", *(f"depth {depth}" for depth in depths)], lines)
 
 
 def experiment(name: str) -> Callable[[], str]:
@@ -193,11 +229,14 @@ def _not_in_main(pairs: list[dict]) -> list[dict]:
 
 def _verdicts(document: dict, pairs: list[dict]) -> str:
     """What pairs of seeds say, a line each."""
-    emulated = {(run["name"], run["seed"]) for run in document["results"] if _is_emulated(run)}
-    lines = [_compared(pair, _unlike(pair, emulated)) for pair in pairs]
+    lines = [_compared(pair, _unlike(pair, _emulated(document))) for pair in pairs]
     header = ["depth", "row", "against", "difference (95% interval)", "by seed", "goal", "must"]
     judged = len(header) if any({*line[-2:]} != {"-"} for line in lines) else -2
     return markdown(header[:judged], [line[:judged] for line in lines], texts=len(header[:judged])) if lines else ""
+
+
+def _emulated(document: dict) -> set[tuple[str, int]]:
+    return {(run["name"], run["seed"]) for run in document["results"] if _is_emulated(run)}
 
 
 def _unlike(pair: dict, emulated: set[tuple[str, int]]) -> set[int]:

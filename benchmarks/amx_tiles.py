@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rd_deploy.bench.environment import available_threads, capture
+from rd_deploy.bench.environment import capture
 from rd_deploy.common import UserError, run_command, write_json
+from rd_deploy.cpus import available_threads
 from rd_deploy.native import available_isas
 from rd_deploy.native.build import AMX_BF16, RELEASE, WARNINGS, BuildError, Compiler
 

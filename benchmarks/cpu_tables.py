@@ -1,6 +1,7 @@
 """Tables of speed and memory on CPUs, and of the compiled engine's agreement with torch."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from committed import RESULTS, markdown, newest
@@ -20,9 +21,7 @@ def provenance(bench: dict, script: str = "compare_resnet50.sh") -> str:
     settings += f"SECONDS_PER_PAIR={options['seconds']:g} "
     if script == "compare_resnet50.sh" and options["precisions"] != ["fp32", "bf16"]:
         settings += f"PRECISION={','.join(options['precisions'])} "
-    # Those of one pair begin with its label, and a star stands beside its times.
-    general = [text for text in bench["warnings"] if not re.match(r"[^:]* batch \d+:", text)]
-    disturbed = "".join(f" Warning of that run: {text}." for text in general)
+    disturbed = "".join(f" Warning of that run: {text}." for text in _general_warnings(bench))
     return (
         f"{environment['threads']} threads of {environment['cpu']['model']}, {versions}, {environment['date'][:10]}."
         f"{disturbed} From `{bench['path']}`, made by "
@@ -30,11 +29,16 @@ def provenance(bench: dict, script: str = "compare_resnet50.sh") -> str:
     )
 
 
+def _general_warnings(bench: dict) -> list[str]:
+    """Those of one pair begin with its label, and a star stands beside its times."""
+    return [text for text in bench["warnings"] if not re.match(r"[^:]* batch \d+:", text)]
+
+
 def speed() -> str:
     """Latency of both networks per engine, and the paired ratio with its interval."""
     bench = newest("*-bench-plain50.json", MACHINE)
     times = {(row["model"], row["engine"], row["precision"], row["batch"]): row for row in bench["results"]}
-    model, compare = (network["name"] for network in bench["networks"])
+    model, compare = _networks(bench)
     rows = []
     for ratio in bench["ratios"]:
         key = (ratio["engine"], ratio["precision"], ratio["batch"])
@@ -58,98 +62,181 @@ def speed() -> str:
 def memory() -> str:
     """Peak feature maps of both networks in fp32, by whose account, at batch 1 and the ratio at every batch."""
     bench = newest("*-bench-plain50.json", MACHINE)
-    model, compare = (network["name"] for network in bench["networks"])
-    batches = sorted({row["batch"] for row in bench["memory"]})
-    peaks: dict[str, dict[tuple, dict]] = {}
-    for row in bench["memory"]:
-        if row["precision"] == "fp32":
-            peaks.setdefault(row["source"], {})[row["model"], row["batch"]] = row
-    rows = []
-    for source, found in peaks.items():
-        pairs = [[found.get((name, batch), {}).get("peak_bytes") for name in (compare, model)] for batch in batches]
-        ratios = [f"{theirs / ours:.2f}x" if ours and theirs else "-" for theirs, ours in pairs]
-        cells = [f"{peak / 2**20:.2f}" if peak else "none published" for peak in pairs[0]]
-        share = found[compare, batches[0]]["shortcut_share"]
-        rows.append([source, *cells, *ratios, "" if share is None else f"{share:.0%}"])
-    header = [
-        "peak feature maps by",
-        *(f"{name}, MiB, batch {batches[0]}" for name in (compare, model)),
-        *(f"smaller by, batch {batch}" for batch in batches),
-        f"held by shortcuts in {compare}",
+    model, compare = _networks(bench)
+    peaks = _peaks(bench)
+    first = _batches(bench)[0]
+    shares = {source: found[compare, first]["shortcut_share"] for source, found in peaks.items()}
+    table = _memory(bench, {source: source for source in peaks})
+    header = f"{table[0]} held by shortcuts in {compare} |"
+    lines = [
+        f"{line} {'' if share is None else f'{share:.0%}'} |"
+        for line, share in zip(table[2:], shares.values(), strict=True)
     ]
-    least = peaks["ledger, in-place"][compare, batches[0]]["peak_bytes"]
+    least = peaks["ledger, in-place"][compare, first]["peak_bytes"]
     ours = ", ".join(
-        f"`{source}` {least / found[model, batches[0]]['peak_bytes']:.2f}x"
+        f"`{source}` {least / found[model, first]['peak_bytes']:.2f}x"
         for source, found in peaks.items()
         if source.startswith("native")
     )
     note = (
-        f"fp32, 224x224. A row's ratio is between two plans of one engine; against the least that {compare} needs "
-        f"layer by layer on any (`ledger, in-place`) it is, at batch {batches[0]}: {ours}."
+        f"Peak feature maps by each account; fp32, 224x224. A row's ratio is between two plans of one engine; against "
+        f"the least that {compare} needs layer by layer on any (`ledger, in-place`) it is, at batch {first}: {ours}."
     )
-    return f"{markdown(header, rows)}\n\n{note} {provenance(bench)}"
+    return "\n".join([header, f"{table[1]} ---: |", *lines, "", f"{note} {provenance(bench)}"])
 
 
-def _judged(bench: dict) -> str:
-    """What became of the claim of speed: network and engine together, and best engine against best engine."""
+# The accounts that the README shows, and what it calls them.
+ACCOUNTS = {
+    "ledger, separate": "ledger, separate sums",
+    "ledger, in-place": "ledger, in-place sums",
+    "torch allocator": "torch's allocator",
+    "onnxruntime arena": "ONNX Runtime's arena",
+    "native arena": "our engine's arena",
+    "native small arena": "our engine's arena, small plan",
+}
+
+
+def memory_summary() -> str:
+    """The README's table: the accounts of what a run really takes."""
+    bench = newest("*-bench-plain50.json", MACHINE)
+    note = f"Peak feature maps, fp32, 224x224, {bench['environment']['threads']} threads, without weights."
+    return "\n".join([*_memory(bench, ACCOUNTS), "", f"{note} [All accounts, and where from](docs/results.md#memory)."])
+
+
+def _memory(bench: dict, accounts: dict[str, str]) -> list[str]:
+    """The lines of a table: peaks at the first batch and the ratio at every one, by the accounts, so called."""
+    model, compare = _networks(bench)
+    batches, peaks = _batches(bench), _peaks(bench)
+    rows = []
+    for source, label in accounts.items():
+        found = peaks[source]
+        pairs = [[found.get((name, batch), {}).get("peak_bytes") for name in (compare, model)] for batch in batches]
+        ratios = [f"{theirs / ours:.2f}x" if ours and theirs else "-" for theirs, ours in pairs]
+        cells = [f"{peak / 2**20:.2f}" if peak else "none published" for peak in pairs[0]]
+        rows.append([label, *cells, *ratios])
+    header = ["account", *(f"{name}, MiB, batch {batches[0]}" for name in (compare, model))]
+    return markdown([*header, *(f"smaller by, batch {batch}" for batch in batches)], rows).splitlines()
+
+
+def _networks(bench: dict) -> tuple[str, str]:
+    """The names of the network and of the one that it is compared with."""
     model, compare = (network["name"] for network in bench["networks"])
-    said = []
-    for who, what in (
-        ("native-against-others", f"{model} on ours against {compare} on the best other engine"),
-        ("best", "best engine against best engine"),
-    ):
-        groups: dict[bool | None, list[dict]] = {True: [], None: [], False: []}
-        for claim in bench["claims"]:
-            if claim["name"].startswith(f"speed/{who}/") and claim["value"] is not None:
-                groups[claim["holds"]].append(claim)
-        words = {True: "holds", None: "is not decided", False: "does not hold"}
-        parts = [
-            f"{words[holds]} in {', '.join(_where(claim) for claim in claims)}"
-            for holds, claims in groups.items()
-            if claims
-        ]
-        said.append(f"{what}, it {', '.join(parts)}")
-    (target,) = {claim["target"] for claim in bench["claims"] if claim["name"].startswith("speed/")}
-    by = f" by {_named(bench)}" if _named(bench) else ""
-    return f"**The claim of {target:g}x** on {Path(bench['path']).parent.name}{by}: {'; '.join(said)}."
+    return model, compare
 
 
-def _where(claim: dict) -> str:
-    """``speed/best/fp32/batch-8`` in words, with its value."""
-    precision, batch = claim["name"].split("/")[2:]
-    return f"{precision} at {batch.replace('-', ' ')} ({claim['value']:.2f}x)"
+def _batches(bench: dict) -> list[int]:
+    return sorted({row["batch"] for row in bench["memory"]})
+
+
+def _peaks(bench: dict) -> dict[str, dict[tuple[str, int], dict]]:
+    """By account, the fp32 rows of memory by network and batch."""
+    peaks: dict[str, dict[tuple[str, int], dict]] = {}
+    for row in bench["memory"]:
+        if row["precision"] == "fp32":
+            peaks.setdefault(row["source"], {})[row["model"], row["batch"]] = row
+    return peaks
 
 
 def machines() -> str:
-    """plain-50 on our engine against ResNet-50 on the best of the others, and both on ours, on every machine."""
-    rows, judged, sources = [], [], []
-    for machine, bench in _benches():
-        kinds = {_setting(row): row["variant"] for row in bench["ratios"] if row["engine"] == "native"}
-        rows += [
-            [
-                f"{machine}, {row['precision']} ({kinds[_setting(row)]}), batch {row['batch']}",
-                *_against_others(bench, row),
-                _best(bench, row),
-                _packed(bench, row),
-            ]
-            for row in bench["native_against_others"]
+    """plain-50 on our engine against ResNet-50 on the best of the others, and best against best, on every machine."""
+    rows = [
+        [
+            f"{machine}, {row['precision']} ({_kind(bench, row)}), batch {row['batch']}",
+            f"{row['compare_times']['median_ms']:.1f} ({row['compare_engine']})",
+            f"{row['model_times']['median_ms']:.1f}",
+            _together(bench, row),
+            _alone(bench, row),
+            _packed(bench, row),
         ]
-        judged.append(_judged(bench))
-        sources.append(provenance(bench))
+        for machine, bench in _benches()
+        for row in bench["native_against_others"]
+    ]
     header = [
         "machine, precision (our instruction set)",
         "resnet50 on the best other engine, ms",
         "plain50 on ours, ms",
+        "network and engine: faster by (95% interval)",
+        "network alone: best engine against best",
+        "transformed weights, MB",
     ]
-    header += ["faster by (95% interval)", "faster when both are on ours", "best engine against best"]
-    header += ["weights transformed besides, MB"]
     note = (
-        f"Ratios are medians over interleaved quads, not quotients. {STAR} Each pair is measured by itself, also where "
-        "two columns are of the same engines: they may differ by more than the intervals, which are of one pair. "
-        "Transformed weights: of plain50, for Winograd's convolution or for amx_bf16x2, beside those of the file. "
-        "amx_bf16x2 computes with two bf16 for each number, which is coarser than fp32; its rivals' times are of fp32."
+        f"{_BOLD} Network alone: ours is the best engine for both, unless others are named. Ratios are medians over "
+        f"interleaved quads, not quotients of the columns. {STAR} Each pair is measured by itself, so that two columns "
+        "may differ by more than the intervals, which are of one pair. Transformed weights: of plain50, for Winograd's "
+        "convolution or for amx_bf16x2, beside those of the file. amx_bf16x2 computes with two bf16 for each number, "
+        "which is coarser than fp32; its rivals' times are of fp32."
     )
-    return "\n\n".join([markdown(header, rows), *judged, f"{note} {' '.join(sources)}"])
+    return "\n\n".join([markdown(header, rows), note, _listed(bench for _, bench in _benches())])
+
+
+_BOLD = "**Bold**: 1.4x holds, the whole interval is at or above it; *undecided*: 1.4x lies inside the interval."
+
+
+def speed_summary() -> str:
+    """The README's table: a line per machine and precision, the times of the smallest batch."""
+    lines: dict[tuple[str, str], list[tuple[dict, dict]]] = {}
+    for machine, bench in _benches():
+        for row in bench["native_against_others"]:
+            lines.setdefault((machine, f"{row['precision']} ({_kind(bench, row)})"), []).append((bench, row))
+    batches = sorted({row["batch"] for found in lines.values() for _, row in found})
+    rows = []
+    for (machine, precision), unsorted in lines.items():
+        found = {row["batch"]: (bench, row) for bench, row in unsorted}
+        first_bench, first = found[batches[0]]
+        times = [first[f"{which}_times"]["median_ms"] for which in ("compare", "model")]
+        rows.append(
+            [
+                f"{machine}, {precision}{' †' if _general_warnings(first_bench) else ''}",
+                " → ".join(f"{time:.1f}" for time in times),
+                *(of(*found[batch]) for of in (_together, _alone) for batch in batches),
+            ]
+        )
+    header = [
+        "CPU, precision",
+        f"ms at batch {batches[0]}",
+        *(f"{what}, batch {batch}" for what in ("network and engine", "network alone") for batch in batches),
+    ]
+    threads = sorted({bench["environment"]["threads"] for _, bench in _benches()})
+    note = (
+        f"{_BOLD} ms: ResNet-50 on the best other engine → plain-50 on ours. 224x224, random weights, "
+        f"{' or '.join(map(str, threads))} threads, from NumPy to NumPy; ratios are medians of interleaved quads. *: "
+        "unsteady times. †: other programs ran when it began. [Details, versions and "
+        "commands](docs/results.md#every-machine)."
+    )
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def _kind(bench: dict, row: dict) -> str:
+    """The instruction set of our engine."""
+    return _same(bench, row)["variant"]
+
+
+def _together(bench: dict, row: dict) -> str:
+    """plain-50 on ours against ResNet-50 on the best other engine."""
+    return _judged(bench, row, row, "native-against-others")
+
+
+def _alone(bench: dict, row: dict) -> str:
+    """The best engine for each network against each other, which are named unless both are ours."""
+    best = next(found for found in bench["best"] if _setting(found) == _setting(row))
+    engines = [best["model_engine"], best["compare_engine"]]
+    ours = engines == ["native", "native"]
+    said = _judged(bench, row, best, "best", "native" if ours else "best")
+    return said if ours else f"{said}, {' against '.join(engines)}"
+
+
+def _judged(bench: dict, row: dict, ratio: dict, claim: str, label: str | None = None) -> str:
+    """A ratio, bold where the claim of speed holds; ``label``: what warnings call it, by default as the claim."""
+    precision, batch = _setting(row)
+    name = f"speed/{claim}/{precision}/batch-{batch}"
+    holds = next(found["holds"] for found in bench["claims"] if found["name"] == name)
+    said = f"**{_ratio(ratio)}**" if holds else _ratio(ratio) + (" *undecided*" if holds is None else "")
+    return said + _star(bench, f"{label or claim} {precision} batch {batch}")
+
+
+def _listed(benches: Iterable[dict], script: str = "compare_resnet50.sh") -> str:
+    """Where figures are from, a line per file."""
+    return "\n".join(f"- {provenance(bench, script)}" for bench in benches)
 
 
 def _benches() -> list[tuple[str, dict]]:
@@ -167,25 +254,9 @@ def _named(bench: dict) -> str:
     return bench["environment"]["variables"].get("RD_ISA", "")
 
 
-def _against_others(bench: dict, row: dict) -> list[str]:
-    """Times and ratio of our engine against the best other one, and the ratio with both networks on ours."""
-    setting = f"{row['precision']} batch {row['batch']}"
-    same = next(found for found in bench["ratios"] if (found["engine"], *_setting(found)) == ("native", *_setting(row)))
-    return [
-        f"{row['compare_times']['median_ms']:.1f} ({row['compare_engine']})",
-        f"{row['model_times']['median_ms']:.1f}",
-        _ratio(row) + _star(bench, f"native-against-others {setting}"),
-        _ratio(same) + _star(bench, f"native {setting}"),
-    ]
-
-
-def _best(bench: dict, row: dict) -> str:
-    """The ratio of the best engine for each network, and which these are."""
-    best = next(found for found in bench["best"] if _setting(found) == _setting(row))
-    engines = [best["model_engine"], best["compare_engine"]]
-    ours = engines == ["native", "native"]
-    label = f"{'native' if ours else 'best'} {best['precision']} batch {best['batch']}"
-    return f"{_ratio(best)}{_star(bench, label)}, {'both on ours' if ours else ' against '.join(engines)}"
+def _same(bench: dict, row: dict) -> dict:
+    """The ratio of the two networks on our engine, in the setting of another row."""
+    return next(found for found in bench["ratios"] if (found["engine"], *_setting(found)) == ("native", *_setting(row)))
 
 
 def _setting(row: dict) -> tuple[str, int]:
@@ -210,22 +281,27 @@ def native_basic() -> str:
     """The networks of basic blocks, whose maps are all narrow: plain-18 and plain-34 against their ResNets."""
     found = sorted({path.parent.name for path in RESULTS.glob("*/*-bench-plain18.json")})
     benches = [newest(f"*-bench-plain{depth}.json", machine) for machine in found for depth in (18, 34)]
-    rows = [
-        [
-            f"{Path(bench['path']).parent.name}, {' and '.join(network['name'] for network in bench['networks'])}",
-            *_against_others(bench, bench["native_against_others"][0]),
-        ]
-        for bench in benches
-    ]
+    rows = []
+    for bench in benches:
+        (row,) = bench["native_against_others"]
+        setting = f"{row['precision']} batch {row['batch']}"
+        rows.append(
+            [
+                f"{Path(bench['path']).parent.name}, {' and '.join(_networks(bench))}",
+                f"{row['compare_times']['median_ms']:.1f} ({row['compare_engine']})",
+                f"{row['model_times']['median_ms']:.1f}",
+                _together(bench, row),
+                _ratio(_same(bench, row)) + _star(bench, f"native {setting}"),
+            ]
+        )
     header = [
         "bf16, batch 1",
         "ResNet on OpenVINO, ms",
         "plain on ours, ms",
-        "faster by (95% interval)",
-        "faster when both are on ours",
+        "network and engine: faster by (95% interval)",
+        "both on ours",
     ]
-    sources = " ".join(provenance(bench, "compare_basic.sh") for bench in benches)
-    return f"{markdown(header, rows)}\n\n{STAR} {sources}"
+    return f"{markdown(header, rows)}\n\n{_BOLD} {STAR}\n\n{_listed(benches, 'compare_basic.sh')}"
 
 
 def native_memory() -> str:

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from rd_deploy.bench.agreement import random_images
-from rd_deploy.bench.environment import available_threads, capture
+from rd_deploy.bench.environment import capture
 from rd_deploy.bench.statistics import paired_ratio
 from rd_deploy.bench.timer import time_pair
 from rd_deploy.common import write_json
+from rd_deploy.cpus import available_threads
 from rd_deploy.export.native import to_rdp
 from rd_deploy.export.source import chain_from_name
 from rd_deploy.native import Flag, Network

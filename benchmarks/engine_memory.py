@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rd_deploy.bench.memory_plot import COLOURS
 from rd_deploy.common import atomic_path, write_json
 from rd_deploy.export.native import to_rdp
 from rd_deploy.export.onnx import to_onnx
@@ -25,7 +26,7 @@ THREAD_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "images" / "engine-memory.png"
 PLANS = {
     "plain50, layer by layer": (Flag.UNFUSED, "#999999"),
-    "plain50, as it runs": (Flag.NONE, "#0072B2"),
+    "plain50, as it runs": (Flag.NONE, COLOURS[0]),
     "plain50, small": (Flag.SMALL, "#009E73"),
 }
 
@@ -63,7 +64,7 @@ def main() -> int:
     options = parser.parse_args()
     network = Network.from_bytes(to_rdp(chain_from_name("plain50"), PRECISION))
     resnet = ledger_curve("resnet50")
-    curves = {"resnet50, optimal plan (feature maps alone)": (*resnet, "#D55E00")}
+    curves = {"resnet50, optimal plan (feature maps alone)": (*resnet, COLOURS[1])}
     for label, (flags, colour) in PLANS.items():
         curves[f"{label} (arena: maps and scratch)"] = (*engine_curve(network, flags), colour)
     isa = network.plan(1, THREADS).info.isa

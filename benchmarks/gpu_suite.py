@@ -31,8 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # this checkout, installed or not; spawned processes inherit it
 
-from rd_deploy.bench.environment import available_threads, git_commit
+from rd_deploy.bench.environment import git_commit
 from rd_deploy.common import UserError, nearest, require, run_command
+from rd_deploy.cpus import available_threads
 
 PARTS = {"a": "correctness", "b": "speed", "c": "memory", "d": "steps", "e": "training"}
 RESULTS = ROOT / "benchmarks" / "results"

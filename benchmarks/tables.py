@@ -11,21 +11,24 @@ import sys
 import cpu_tables
 import gpu_tables
 import quantization_tables
-from accuracy_tables import EXPERIMENTS, choice, experiment, short, sources
+from accuracy_tables import EXPERIMENTS, choice, experiment, short, short_differences, sources
 from committed import ROOT, find
 
 PAGES = {
     "README.md": {
+        "speed-summary": cpu_tables.speed_summary,
+        "memory-summary": cpu_tables.memory_summary,
+        "accuracy": short,
+        "accuracy-differences": short_differences,
+    },
+    "docs/results.md": {
         "speed": cpu_tables.speed,
         "machines": cpu_tables.machines,
+        "basic": cpu_tables.native_basic,
         "memory": cpu_tables.memory,
-        "predictions": gpu_tables.predictions,
-        "accuracy": short,
+        "arena": cpu_tables.native_memory,
     },
     "docs/engine.md": {
-        "machines": cpu_tables.machines,
-        "basic": cpu_tables.native_basic,
-        "arena": cpu_tables.native_memory,
         "ablation": cpu_tables.ablation,
         "agreement": cpu_tables.agreement,
         "profile": cpu_tables.profile,

@@ -29,7 +29,7 @@ COLOURS = {
 NAMES = {"resnet": "ResNet", "resnet-tuned": "ResNet by Muon", "plain": "plain, cross-entropy"}
 NAMES |= {"published": "plain, the published loss"}
 NAMES |= {"start": "plain, cross-entropy, from our start by Muon", "ours": "plain, ours"}
-NAMES |= {"former": "plain, ours without branches, rate 0.004"}
+NAMES |= {"former": "plain, ours from the former start, rate 0.004"}
 OTHER_COLOURS = ("#E69F00", "#000000", "#8C564B", "#9467BD", "#BCBD22")
 
 
