@@ -29,7 +29,7 @@ def newest(pattern: str, machine: str = "*") -> dict:
     """The latest committed result of a kind, which there must be."""
     found = find(pattern, machine)
     if found is None:
-        raise SystemExit(f"no {machine}/{pattern} under {RESULTS}; make it with the script that the README names")
+        raise SystemExit(f"no {machine}/{pattern} under {RESULTS}; docs/development.md says what makes it")
     return found
 
 
