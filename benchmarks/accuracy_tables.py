@@ -37,7 +37,7 @@ OTHERS = {
     "resnet": "the ResNet by SGD",
     "resnet-muon": "the ResNet by Muon at 0.004",  # of older files
     "resnet-tuned": "the ResNet by Muon",
-    "resnet-twice": "the ResNet by SGD, twice the epochs",
+    "resnet-twice": "the ResNet by Muon, twice the epochs",
     "plain": "plain cross-entropy, Kaiming",
     "plain-muon": "plain cross-entropy, Kaiming, by Muon",
     "start": "cross-entropy from the same start by Muon",

@@ -92,7 +92,11 @@ RESNET_TUNED = Row("resnet{}-muon02", "ResNet, cross-entropy by Muon", {"method"
 RESNET_KD = Row("resnet{}-kd", "ResNet, distilled from itself", KD)
 # What ours and its teacher cost together buys this, nearly.
 RESNET_TWICE = Row(
-    "resnet{}-twice", "ResNet, cross-entropy, twice the epochs", {"method": "ce"}, key="resnet-twice", times=2
+    "resnet{}-muon02-twice",
+    "ResNet, cross-entropy by Muon, twice the epochs",
+    {"method": "ce", **MUON},
+    key="resnet-twice",
+    times=2,
 )
 PLAIN = Row("plain{}-ce-kaiming", "plain, cross-entropy, Kaiming", {"method": "ce", "init": "kaiming"}, key="plain")
 # PLAIN_START differs from it in the start alone, with its branches where it has them.
@@ -287,7 +291,7 @@ class Experiment:
 FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test images"
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
 MAIN = (
-    *(RESNET, RESNET_TWICE, RESNET_TUNED, RESNET_KD),
+    *(RESNET, RESNET_TUNED, RESNET_TWICE, RESNET_KD),
     *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_FORMER_START, PLAIN_START),
     *(PUBLISHED, PUBLISHED_OPTIONS),
     *(BY_SGD, FORMER, OUR_ROW),

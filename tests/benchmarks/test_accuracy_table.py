@@ -124,7 +124,7 @@ def test_names_of_folders_that_results_exist_under():
     rows += ["resnet{}-muon02", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon02"]
     rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned"]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
-    assert folders == names | {f"resnet{depth}-twice-n20000-e20-s0" for depth in (20, 56)}
+    assert folders == names | {f"resnet{depth}-muon02-twice-n20000-e20-s0" for depth in (20, 56)}
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
@@ -402,19 +402,19 @@ def test_the_cost_of_a_row_that_is_not_at_the_deepest_says_of_which_depth_it_is(
 
 def test_a_row_of_twice_the_epochs_costs_twice():
     (ours,) = accuracies("plain56-rd-tuned", 0.8)
-    twice = result("resnet56-twice", 0, 0.8, epochs=4, step_cost=1.01)
+    twice = result("resnet56-muon02-twice", 0, 0.8, epochs=4, step_cost=1.01)
     resnets = [result("resnet56", 0, 0.8, step_cost=1.01), result("resnet56-muon02", 0, 0.8, step_cost=1.03)]
     rows = summary.summary(EXPERIMENTS["main"], [ours, twice, *resnets])
     lines = accuracy_tables._by_depth([row | {"took": "1"} for row in rows]).splitlines()[2:]
     assert lines == [
         "| ResNet, cross-entropy | 80.00 (1) | 1.01 | - |",
-        "| ResNet, cross-entropy, twice the epochs | 80.00 (1) | 2.02 | - |",
         "| ResNet, cross-entropy by Muon | 80.00 (1) | 1.03 | - |",
+        "| ResNet, cross-entropy by Muon, twice the epochs | 80.00 (1) | 2.02 | - |",
         "| plain, ours | 80.00 (1) | 1.50 | 1.03 |",
     ]
     (pair,) = (pair for pair in summary.comparisons(rows) if pair["against"] == "resnet-twice")
     assert (pair["ours"], pair["holds"]) == ("plain56-rd-tuned", {})  # nothing was asked against it
-    assert committed.cost_of(rows[1]) == 2.02
+    assert committed.cost_of(rows[2]) == 2.02
     del rows[3]["cost"]  # as in files of before
     assert committed.cost_of(rows[3]) == 1.50
 
