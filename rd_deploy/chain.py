@@ -144,6 +144,22 @@ def weights(step: Step) -> tuple[tuple[str, np.ndarray], ...]:
     return (("weight", step.weight), ("bias", step.bias)) if isinstance(step, Conv | Linear) else ()
 
 
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, ties to even, as float32; infinite beyond its range."""
+    return round_to(values, bits=8, least=-133)
+
+
+def round_to(values: np.ndarray, bits: int, least: int) -> np.ndarray:
+    """To the nearest number of ``bits`` significant bits that is a multiple of 2^least, ties to even, as float32.
+
+    In one step from float64: by way of float32, as ml_dtypes does it, what rounds to a tie there would round once more.
+    """
+    values = values.astype(np.float64)
+    _, exponent = np.frexp(values)  # values are below 2^exponent
+    unit = np.maximum(exponent - bits, least)
+    return np.ldexp(np.rint(np.ldexp(values, -unit)), unit).astype(np.float32)
+
+
 def output_shape(step: Step, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Shape of a step's output for one image; raises `ChainError` when its operands do not fit."""
     shape = shapes[step.source]

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rd_deploy.common import UserError, nearest, run_command, write_json
+from rd_deploy.common import Parser, Stopped, UserError, expanded, nearest, run_command, write_json
 
 DESCRIPTION = """Compare a network's latency and feature-map memory with another's, on every engine that is installed.
 Times are host to host: NumPy images in, NumPy logits out. The two networks are measured interleaved (A B B A)."""
@@ -26,13 +26,8 @@ QUICK_QUADS = 3
 MAX_WARM_UP = 10.0  # seconds per network
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rd-bench", allow_abbrev=False, description=DESCRIPTION)
+    parser = Parser(prog="rd-bench", allow_abbrev=False, description=DESCRIPTION)
     parser.add_argument(
         "model",
         nargs="?",
@@ -59,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", help="fp32, fp16, bf16 (default: fp32,bf16; on a GPU fp16,bf16)")
     parser.add_argument("--threads", type=int, help="(default: the CPUs this process may use)")
     parser.add_argument("--size", type=int, help="pixels, for named networks (default: 224, or 32 for that family)")
-    parser.add_argument("--seconds", type=float, help=f"sampling time per pair (default: {SECONDS})")
+    parser.add_argument(
+        "--seconds", type=float, help=f"sampling time per pair (default: {SECONDS}; with --quick {QUICK_SECONDS})"
+    )
     parser.add_argument("--seed", type=int, help=f"of weights, images, bootstrap (default: {SEED})")
     parser.add_argument(
         "--profile", action="store_true", help="also time the native engine's steps, against this machine's limits"
@@ -92,9 +89,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--card names the GPU of --plan: a measurement takes the GPU that is here")
     if options.plan:
         _check_plan(options)
-    for option, default in (("seconds", SECONDS), ("seed", SEED), ("out", OUT)):
+    seconds = QUICK_SECONDS if options.quick else SECONDS
+    for option, default in (("seconds", seconds), ("seed", SEED), ("out", OUT)):
         if getattr(options, option) is None:
             setattr(options, option, default)
+    options.out = str(expanded("--out", options.out, "folder"))
     return options
 
 
@@ -204,16 +203,16 @@ def _subjects(options: argparse.Namespace) -> tuple:
 
 
 def _plan(options: argparse.Namespace, engines: list):
-    from rd_deploy.bench.environment import available_threads
     from rd_deploy.bench.measure import Plan
     from rd_deploy.bench.timer import MIN_QUADS
+    from rd_deploy.cpus import available_threads
 
     return Plan(
         engines=engines,
         batches=_numbers(options.batch, "--batch"),
         precisions=_precisions(options.precision),
         threads=options.threads or available_threads(),
-        seconds=min(options.seconds, QUICK_SECONDS) if options.quick else options.seconds,
+        seconds=options.seconds,
         warm_up=QUICK_WARM_UP if options.quick else MAX_WARM_UP,
         min_quads=QUICK_QUADS if options.quick else MIN_QUADS,
         seed=options.seed,
@@ -226,8 +225,8 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple[dict, dict]:
-    """Measure as the options say; returns the content of ``bench.json`` and the ledgers to draw, and writes nothing."""
+def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple:
+    """Measure as the options say; returns the content of ``bench.json`` and its `Report`, and writes nothing."""
     from rd_deploy.bench import claims as judge
     from rd_deploy.bench import environment
     from rd_deploy.bench.measure import document, measure
@@ -241,11 +240,12 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple
     _check_folder(options.out)
     report = measure(model, compare, plan, skipped, say)
     machine["steal_share"] = environment.steal_share(before, environment.cpu_ticks())
+    machine["gpu"] = environment.gpu() if options.device == "cuda" else None
     report.warnings += environment.doubts(machine)
     if options.quick:
         report.warnings.insert(0, "--quick: a smoke run; its times support no conclusion")
         report.claims[:] = [judge.unjudged(claim, "--quick") for claim in report.claims]
-    return document(model, compare, plan, report, machine), report.ledgers
+    return document(model, compare, plan, report, machine), report
 
 
 def _planned(options: argparse.Namespace) -> str:
@@ -271,7 +271,7 @@ def _draw(folder: Path, result: dict, ledgers: dict) -> list[str]:
 
 
 def command(arguments: list[str]) -> int:
-    """Parse, measure, print; 1 when a required claim is not met, else 0."""
+    """Parse, measure, print; 1 when a required claim is not met, else 0. `Stopped` after Ctrl-C, with what there is."""
     from rd_deploy.bench.claims import parse_requirements, unmet
     from rd_deploy.bench.report import render
 
@@ -280,14 +280,16 @@ def command(arguments: list[str]) -> int:
         print(_planned(options))
         return 0
     requirements = parse_requirements(options.require)
-    result, ledgers = run(options)
+    result, report = run(options)
     folder = Path(options.out)
     try:
         write_json(folder / "bench.json", result)
     finally:  # minutes of measuring are shown even when the disk is full
         print(render(result), flush=True)
-    written = ["bench.json", *_draw(folder, result, ledgers)]
+    written = ["bench.json", *_draw(folder, result, report.ledgers)]
     print(f"\nwrote {folder}/{', '.join(written)}")
+    if report.interrupted:
+        raise Stopped(f"interrupted: {folder} has what was measured until then", 130)
     failures = unmet(requirements, result["claims"])
     for failure in failures:
         print(f"rd-bench: {failure}", file=sys.stderr)

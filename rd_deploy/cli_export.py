@@ -6,8 +6,9 @@ ONNX always, besides it a TensorRT engine and a model repository for NVIDIA's Tr
 import argparse
 import sys
 
-from rd_deploy.common import CheckFailed, UserError, nearest, require, run_command
+from rd_deploy.common import CheckFailed, Parser, UserError, expanded, nearest, printable, require, run_command
 
+PATHS = ("checkpoint", "out", "triton_server", "images", "data_dir")
 # Options that mean something only for --arch, without --no-parity, with --trt, and so on: see `_check`.
 ARCH_OPTIONS = ("size", "seed", "width", "classes", "shortcuts")
 PARITY_OPTIONS = ("tolerance", "max_batch")
@@ -19,13 +20,8 @@ DEFAULT_BATCHES = "1:8:32"
 DEFAULT_MAX_BATCH = 64
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="rd-export",
         allow_abbrev=False,
         description="Fold BN and export to ONNX, to ONNX and a TensorRT engine (--trt), or for the native engine "
@@ -77,7 +73,9 @@ def _add_trt(group) -> None:
         help=f"batch sizes of the engine and the server, or one of a static engine (default: {DEFAULT_BATCHES})",
     )
     group.add_argument(
-        "--triton-server", metavar="DIR", help="also add the model to a repository for NVIDIA's Triton Inference Server"
+        "--triton-server",
+        metavar="DIR",
+        help="also add the model to a repository for NVIDIA's Triton Inference Server (bf16 and fp8: with --trt only)",
     )
 
 
@@ -98,6 +96,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         name = unknown[0].split("=")[0]
         hint = nearest(name, known) if name.startswith("-") else ": one model.pt at a time"
         raise UserError(f"unknown argument {name}{hint}")
+    for name in PATHS:
+        if (path := getattr(options, name)) is not None:
+            setattr(options, name, str(expanded(name, path)))
     _check(options)
     options.precision = options.precision or "fp32"
     return options
@@ -107,7 +108,7 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what contradicts itself or would be ignored."""
     if (options.checkpoint is None) == (options.arch is None):
         raise UserError("give either a model.pt or --arch NAME (see rd-export --help)")
-    if options.native and (options.trt or options.triton_server):
+    if options.native and (options.trt or options.triton_server is not None):
         raise UserError(f"--native writes no ONNX file, which {'--trt' if options.trt else '--triton-server'} needs")
     _check_numbers(options)
     quantises = options.precision in QUANTISING
@@ -150,9 +151,11 @@ def _check_onnx(options: argparse.Namespace) -> None:
     given = [name for name in ("precision", "data_dir", "max_batch") if getattr(options, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} is for a model.pt: an ONNX file is what it is")
-    given = [name for name in ("out", "images", "tolerance") if getattr(options, name) is not None]
+    names = ("out", "images", "tolerance", "no_parity")
+    given = [name for name in names if getattr(options, name) not in (None, False)]
     if given and not options.trt:
-        raise UserError(f"--{given[0]} needs --trt: the ONNX file is neither written nor checked again")
+        option = given[0].replace("_", "-")
+        raise UserError(f"--{option} needs --trt: the ONNX file is neither written nor checked again")
 
 
 def command(arguments: list[str]) -> int:
@@ -167,7 +170,7 @@ def command(arguments: list[str]) -> int:
     try:
         result = from_onnx(options) if _is_onnx(options) else from_network(options, say=_say)
     except CheckFailed as error:
-        print(f"rd-export: {error}; nothing was written", file=sys.stderr)
+        print(f"rd-export: {printable(error)}; nothing was written", file=sys.stderr)
         return 1
     write_artefacts(result.new)
     for line in (*result.report, *map(written, result.new)):

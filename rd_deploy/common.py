@@ -3,6 +3,7 @@
 Free of torch, so that deploying needs none; ``rd_train`` imports it too.
 """
 
+import argparse
 import contextlib
 import difflib
 import errno
@@ -40,6 +41,21 @@ class Stopped(Exception):
         self.code = code
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `UserError`, and to which empty text is one."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """An unset variable of a script, say, is not an option that was left away."""
+        options, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if getattr(options, action.dest, None) == "":
+                raise UserError(f"{'/'.join(action.option_strings) or action.metavar} is empty; give a value")
+        return options, unknown
+
+
 def run_command(name: str, command: Callable[[], int | None]) -> int:
     """Run a console command; a `UserError`, a full disk or full memory becomes one line on stderr and exit code 2.
 
@@ -56,31 +72,35 @@ def _exit_code(name: str, command: Callable[[], int | None]) -> int:
             sys.stdout.flush()  # here, where a full disk is told of
         return code
     except UserError as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: error: {printable(error)}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(f"{name}: {one_line(stop)}", file=sys.stderr)
+        print(f"{name}: {printable(stop)}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except MemoryError as error:
-        reason = f" ({one_line(error)})" if str(error) else ""
+        reason = f" ({printable(error)})" if str(error) else ""
         print(f"{name}: error: not enough memory{reason}: use smaller images or a smaller batch", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in WRONG_PLACE:
             raise
-        print(
-            f"{name}: error: {error.strerror}: {error.filename or 'output'}; free space or choose another path",
-            file=sys.stderr,
-        )
+        place = printable(error.filename or "output")
+        print(f"{name}: error: {error.strerror}: {place}; free space or choose another path", file=sys.stderr)
         return 2
 
 
 def one_line(text: object) -> str:
     """An error, or any text, in one line."""
     return " ".join(str(text).split())
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, short enough for a table or for our own one-line errors."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def printable(text: object) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError, Message
 
-from rd_deploy.common import UserError, check_file
+from rd_deploy.common import UserError, check_file, first_line
 
 MAX_MODEL_BYTES = (2 << 30) - 1  # what protobuf can parse
 # Of the types that weights mostly have; of others, some of which are packed, the size is left to their reader.
@@ -108,10 +108,4 @@ def fixed_batch(model: onnx.ModelProto) -> int | None:
                 advice = "only the batch may be dynamic: export it with a fixed image size"
                 raise UserError(f"input '{value.name}' has a dynamic dimension{name}; {advice}")
     first = inputs[0].type.tensor_type.shape.dim
-    return first[0].dim_value or None if first else None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, short enough for ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:160] if lines else type(error).__name__
+    return first[0].dim_value if first and first[0].dim_value > 0 else None  # some exporters write -1

@@ -17,13 +17,15 @@ from rd_deploy.onnx_files import first_line, fixed_batch, runtime_inputs
 
 KEPT_WEIGHTS = 1024  # initializers of up to this many elements may decide shapes and are given to shape inference
 SHAPE_ONLY = {"Shape", "Size"}  # they read no data, and with a fixed batch their results are constants
-# What exporters compute shapes with; none of them makes much out of little (but for ConstantOfShape, checked there).
+# What exporters compute shapes with. Those that can make much out of little have a bound in `_most_elements`.
 # fmt: off
-SHAPE_MATHS = SHAPE_ONLY | {
-    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Floor", "Gather", "Identity", "Max", "Min",
-    "Mod", "Mul", "Neg", "ReduceProd", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Unsqueeze", "Where",
+BROADCASTING = {"Add", "Div", "Equal", "Max", "Min", "Mod", "Mul", "Sub", "Where"}
+SHAPE_MATHS = SHAPE_ONLY | BROADCASTING | {
+    "Cast", "Concat", "Constant", "ConstantOfShape", "Floor", "Gather", "Identity", "Neg", "ReduceProd", "Reshape",
+    "Slice", "Sqrt", "Squeeze", "Unsqueeze",
 }
 # fmt: on
+TEXT = onnx.TensorProto.STRING  # no shape is made of it, and NumPy makes all strings as long as the longest
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 
 
@@ -91,7 +93,8 @@ def _infer_folding(model: onnx.ModelProto) -> onnx.GraphProto:
 def _fold(model: onnx.ModelProto, shapes: Shapes) -> bool:
     """Replace the nodes whose small results are already known by constants; False if there are none."""
     graph = model.graph
-    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    numbers = (tensor for tensor in graph.initializer if tensor.data_type != TEXT)
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in numbers}
     left = []
     for node in graph.node:
         value = _constant_value(node, known, shapes, model.opset_import)
@@ -108,7 +111,7 @@ def _fold(model: onnx.ModelProto, shapes: Shapes) -> bool:
 
 def _constant_value(node: onnx.NodeProto, known: dict[str, np.ndarray], shapes: Shapes, opsets) -> np.ndarray | None:
     """The result of a node that does arithmetic on shapes, if it is known."""
-    if not is_standard(node) or node.op_type not in SHAPE_MATHS or len(node.output) != 1:
+    if not is_standard(node) or node.op_type not in SHAPE_MATHS or len(node.output) != 1 or _holds_text(node):
         return None
     if node.op_type in SHAPE_ONLY and shapes.known(node.input[0]):
         # The operator reads the shape only: a view of one element has it, and no memory.
@@ -116,8 +119,6 @@ def _constant_value(node: onnx.NodeProto, known: dict[str, np.ndarray], shapes: 
     elif all(name in known for name in node.input if name):
         inputs = [known[name] for name in node.input if name]
     else:
-        return None
-    if node.op_type == "ConstantOfShape" and math.prod(inputs[0].tolist()) > KEPT_WEIGHTS:
         return None
     from onnx.reference import ReferenceEvaluator
 
@@ -127,10 +128,34 @@ def _constant_value(node: onnx.NodeProto, known: dict[str, np.ndarray], shapes: 
         [node], "one", values, [_declared(node.output[0], onnx.TensorProto.UNDEFINED, None)]
     )
     try:
+        if _most_elements(node, inputs) > KEPT_WEIGHTS:
+            return None
         model = onnx.helper.make_model(single, opset_imports=list(opsets))
         return np.asarray(ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))[0])
     except Exception:  # the evaluator raises anything; the shape then stays unknown, which is reported as such
         return None
+
+
+def _holds_text(node: onnx.NodeProto) -> bool:
+    """Whether a constant is made of strings."""
+    constants = node.attribute if node.op_type in ("Constant", "ConstantOfShape") else ()
+    return any(value.s or value.strings or value.t.data_type == TEXT for value in constants)
+
+
+def _most_elements(node: onnx.NodeProto, inputs: list[np.ndarray]) -> int:
+    """A bound on a result's elements, before it is computed: a file of a few kilobytes could ask for gigabytes."""
+    if node.op_type in SHAPE_ONLY:
+        return inputs[0].ndim
+    if node.op_type in BROADCASTING:
+        return math.prod(np.broadcast_shapes(*(value.shape for value in inputs)))
+    if node.op_type == "ConstantOfShape":
+        return math.prod(inputs[0].tolist())
+    if node.op_type == "Gather":
+        data, indices = inputs
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        return data.size // max(1, data.shape[axis]) * indices.size
+    sizes = [value.size for value in inputs]
+    return sum(sizes) if node.op_type == "Concat" else max(sizes, default=0)
 
 
 def _at_batch(value: onnx.ValueInfoProto, fixed: int | None, batch: int) -> onnx.ValueInfoProto:
@@ -138,7 +163,7 @@ def _at_batch(value: onnx.ValueInfoProto, fixed: int | None, batch: int) -> onnx
     changed = onnx.ValueInfoProto()
     changed.CopyFrom(value)
     for dim in changed.type.tensor_type.shape.dim[:1]:
-        if dim.dim_value in (0, fixed):
+        if dim.dim_value <= 0 or dim.dim_value == fixed:
             dim.dim_value = batch
     return changed
 

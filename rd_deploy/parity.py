@@ -184,10 +184,9 @@ def _ways(engine: str, batches: list[int], model: bytes) -> list[Way]:
 
 def native_ways(model: bytes, precision: str, max_batch: int) -> list[Way]:
     """A .rdp file in the native engine at batch 1, 3 and ``max_batch``, with the best instruction set of this CPU."""
-    network = native.Network.from_bytes(model)
-    engine = f"native, {network.plan(threads=1).info.isa}"
+    engine = f"native, {native.Session(model, threads=1).info.isa}"
     batches = sorted({*SMALL_BATCHES, max_batch})
-    return [Way(engine, batch, functools.partial(native_runner, network, batch)) for batch in batches]
+    return [Way(engine, batch, functools.partial(native_runner, model, batch)) for batch in batches]
 
 
 def check_parity(
@@ -313,9 +312,9 @@ def onnx_runner(model: bytes, threads: int = 0, literal: bool = False) -> Callab
     return lambda images: session.run(None, {name: images})[0]
 
 
-def native_runner(network: native.Network, batch: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The same by the native engine, for up to ``batch`` images at a time; it runs whole batches."""
-    return whole_batches(network.plan(batch).context().run, batch)
+def native_runner(model: bytes, batch: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The same by the native engine, ``batch`` images at a time."""
+    return native.Session(model, batch).run
 
 
 def whole_batches(run: Callable[[np.ndarray], np.ndarray], batch: int) -> Callable[[np.ndarray], np.ndarray]:

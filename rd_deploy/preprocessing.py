@@ -8,6 +8,7 @@ import numpy as np
 from rd_deploy.common import UserError
 
 MAX_PIXELS = 1 << 26  # 67 million: larger than any camera image we know of, small enough to hold in memory
+FINITE = "preprocessing needs finite means and positive stds"
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class Preprocessing:
     pad: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        try:
+            object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+            object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        except OverflowError as error:  # a whole number beyond float64, which JSON may hold
+            raise UserError(FINITE) from error
         if not (len(self.mean) == len(self.std) == self.channels):
             raise UserError(f"preprocessing needs {self.channels} means and stds, one per channel")
         if not (1 <= self.size <= 4096 and 1 <= self.resize <= 8192 and 0 <= self.pad <= 4096):
@@ -35,7 +39,7 @@ class Preprocessing:
         if self.size > self.resize + 2 * self.pad:
             raise UserError("preprocessing needs size <= resize + 2 pad")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std, default=0) > 0):
-            raise UserError("preprocessing needs finite means and positive stds")
+            raise UserError(FINITE)
 
     def to_dict(self) -> dict:
         """Plain containers for a checkpoint or JSON."""

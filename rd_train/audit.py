@@ -1,8 +1,9 @@
 """Where the gradient of a stage comes from: through the plain rest of the student, or through the teacher's.
 
-Both gradients are taken with respect to the weights of the same stage on the same batch, unweighted: the student's own
-loss, and the sum of the splices'. A teacher path that is much longer than the plain one decides alone where the stage
-goes; a negative cosine says that the two disagree.
+Both gradients are taken with respect to the weights of the same stage on the same batch: of the student's cross-entropy
+with the labels, and of the sum of the splices'. The loss's weights, feature distances and logit distillation are left
+out. A teacher path that is much longer than the plain one decides alone where the stage goes; a negative cosine says
+that the two disagree.
 """
 
 import math

@@ -120,9 +120,9 @@ def checkpoint_values(checkpoint: Checkpoint) -> dict:
     }
 
 
-def load_plain(path: str | Path, what: str) -> object:
+def load_plain(path: str | Path, what: str, max_bytes: int = 4 << 30) -> object:
     """``torch.load`` of a file that may be hostile: no code runs, and any failure is a one-line `UserError`."""
-    path = check_file(path, what)
+    path = check_file(path, what, max_bytes)
     if not zipfile.is_zipfile(path):
         raise UserError(f"{what} {path} is truncated, or not a torch file (a zip since torch 1.6); make it again")
     try:

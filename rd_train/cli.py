@@ -4,13 +4,14 @@ import json
 import os
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, expanded, nearest, require, run_command
+from rd_train import cli_evaluate
 from rd_train.recipe import (
     RUN_FILES,
     Recipe,
@@ -32,7 +33,8 @@ def _parser(defaults: dict) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
         description="Train a plain CNN by residual distillation. Without arguments: the digits preset. "
-        "rd-train finetune MODEL.pt --data-dir DIR starts from a trained network instead.",
+        "rd-train finetune MODEL.pt --data-dir DIR starts from a trained network instead; rd-train evaluate MODEL.pt "
+        "measures one.",
     )
     parser.add_argument("preset", nargs="?", default="digits", help="a preset's name (see --list) or a recipe.yaml")
     parser.add_argument("--list", action="store_true", help="name the presets and stop")
@@ -44,6 +46,9 @@ def _parser(defaults: dict) -> ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument(
+        "--go_on", action="store_true", help="if --out holds this run, go on with it or tell its result; else start it"
+    )
     parser.add_argument(
         "--as_released", action="store_true", help="set what the released code of the paper runs, see docs/method.md"
     )
@@ -101,7 +106,8 @@ def _explained(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         name = unknown[1].partition("=")[0].replace("_", "-")
-        known = [*set(TYPES) - {"summary"}, "list", "out", "dry", "overwrite", "resume", "as_released", "tensorboard"]
+        known = [*set(TYPES) - {"summary"}, "list", "out", "dry", "overwrite", "resume", "go_on", "as_released"]
+        known += ["tensorboard"]
         return f"unknown option --{name}{nearest(name, [option.replace('_', '-') for option in known])}"
     wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
     if not wrong or wrong[1] not in TYPES:
@@ -192,37 +198,81 @@ def _start(options: Namespace, named: set[str]) -> dict | None:
     from rd_train import distributed  # torch is slow to import; --list and --help do without
     from rd_train.run import dry_run, run, settle
 
+    for refused, reason in _conflicts(options, distributed.launched()):
+        if refused:
+            raise UserError(reason)
     recipe = settle(_recipe(options), named=named)
-    if distributed.launched() and not options.out:
-        raise UserError("with torchrun, name the folder of the run with --out, so that restarted processes find it")
-    if distributed.launched() and options.overwrite:
-        raise UserError(
-            f"--overwrite does not go with torchrun, whose restarted processes could not tell the old run from theirs: "
-            f"remove {options.out} first"
-        )
-    if distributed.restarted() and _holds_run(out := expanded("--out", options.out, "folder"), recipe):
-        return _go_on(out, options.tensorboard)
+    if options.go_on or distributed.restarted():
+        folder = expanded("--out", options.out, "folder")
+        if there := _run_in(folder, options, recipe):
+            return _go_on(folder, options.tensorboard, _changes(there, options, recipe, named), told=True)
     folder = _new_folder(options)
-    if options.dry and distributed.launched():
-        raise UserError("--dry measures one process; run it without torchrun")
     if options.dry:
         dry_run(recipe, folder)
         return None
     return {"folder": folder, **run(recipe, folder, overwrite=options.overwrite, tensorboard=options.tensorboard)}
 
 
-def _holds_run(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a run of this recipe; what was settled on another machine may differ."""
-    if not (folder / "recipe.yaml").is_file():
-        return False
-    there = Recipe(**read_values(folder / "recipe.yaml"))
-    return replace(there, device=recipe.device, precision=recipe.precision, threads=recipe.threads) == recipe
+def _conflicts(options: Namespace, launched: bool) -> list[tuple[bool, str]]:
+    """Options that contradict each other, or torchrun: (whether these do, what to say)."""
+    return [
+        (options.go_on and not options.out, "--go-on goes on with the run that --out names; give both"),
+        (options.go_on and options.overwrite, "--go-on keeps the run that --overwrite replaces; give one of the two"),
+        (options.go_on and options.dry, "--dry measures a new run; leave --go-on away"),
+        (
+            launched and not options.out,
+            "with torchrun, name the folder of the run with --out, so that restarted processes find it",
+        ),
+        (
+            launched and options.overwrite,
+            "--overwrite does not go with torchrun, whose restarted processes could not tell the old run from theirs: "
+            f"remove {options.out} first",
+        ),
+        (launched and options.dry, "--dry measures one process; run it without torchrun"),
+    ]
 
 
-# What a run may go on with otherwise than it began: where its files are, and what does not change its sums.
-RESUMABLE = ("data_dir", "teacher_weights", "workers", "max_corrupt", "save_minutes")
+# How a run is computed: to go on otherwise changes the rounding of its sums, which is said.
+MACHINE = ("device", "precision", "threads")
+# What a run may go on with otherwise than it began: also where its files are, and what does not change its sums.
+RESUMABLE = ("data_dir", "workers", "max_corrupt", "save_minutes", *MACHINE)
 # Entries that earlier versions lacked, whose defaults do as these did.
 ADDED = {"flip", "crop_padding", "smallest_crop", "save_minutes"}
+
+
+def _run_in(folder: Path, options: Namespace, recipe: Recipe) -> Recipe | None:
+    """The recipe of the run that the folder holds, if it is one by these options; ``recipe``: what they are here.
+
+    Another run there is a `UserError` of --go-on; None for torchrun's restarts, which it refuses as any new run.
+    """
+    from rd_train import distributed
+
+    path = folder / "recipe.yaml"
+    there = Recipe(**read_values(path)) if path.is_file() else None
+    difference = None if there is None else _difference(there, recipe, _recipe(options).precision == "auto")
+    same = there is not None and difference is None
+    if not distributed.same_everywhere(int(same)):
+        raise UserError(f"the processes see different files in {folder}; all machines must share that folder")
+    if options.go_on and difference is not None:
+        raise UserError(f"{folder} holds another run, {difference}; give the options of that one, or another --out")
+    return there if same else None
+
+
+def _difference(there: Recipe, recipe: Recipe, by_machine: bool) -> str | None:
+    """In words, the first entry that makes two recipes different runs; ``by_machine``: the precision is its choice."""
+    may_differ = {*RESUMABLE} if by_machine else {*RESUMABLE} - {"precision"}
+    for name in [each.name for each in fields(Recipe) if each.name not in may_differ]:
+        found, wanted = getattr(there, name), getattr(recipe, name)
+        if found != wanted and {found, wanted} != {"bf16", "bf16-emulated"}:
+            return f"{name}={found} there, {wanted} here"
+    return None
+
+
+def _changes(there: Recipe, options: Namespace, recipe: Recipe, named: set[str]) -> dict:
+    """What the options name otherwise than the run has it, of what it may go on with."""
+    asked = _recipe(options)
+    given = {name for name in RESUMABLE if name in named and getattr(asked, name) not in (None, "auto")}
+    return {name: getattr(recipe, name) for name in given if getattr(recipe, name) != getattr(there, name)}
 
 
 def _resume(arguments: list[str]) -> dict:
@@ -238,36 +288,51 @@ def _resume(arguments: list[str]) -> dict:
     return _go_on(folder, options.tensorboard, {name: options[name] for name in RESUMABLE if name in given})
 
 
-def _go_on(folder: Path, tensorboard: bool, changes: dict | None = None) -> dict:
-    """Resume the run in ``folder`` with some entries of its recipe changed, which its ``recipe.yaml`` then has."""
+def _go_on(folder: Path, tensorboard: bool, changes: dict, *, told: bool = False) -> dict:
+    """Resume the run in ``folder`` with some entries of its recipe changed, which its ``recipe.yaml`` then has.
+
+    A complete one is an error, or with ``told`` what it found.
+    """
     from rd_train import distributed
     from rd_train.run import run, settle
 
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")
     if (folder / "result.json").exists():
-        if distributed.restarted():  # a process died when everything was written
-            return {"folder": folder, **json.loads((folder / "result.json").read_text(encoding="utf-8"))}
+        if told or distributed.restarted():  # of this attempt: a process died when everything was written
+            print(f"note     {folder} holds this run, complete")
+            return {"folder": folder, **_found(folder / "result.json")}
         raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
     values = read_values(folder / "recipe.yaml")
     missing = {each.name for each in fields(Recipe)} - set(values)
     if missing - ADDED:  # an entry that is missing may have another default today
         raise UserError(f"{folder / 'recipe.yaml'} was written by another version of rd-train; start a new run")
-    changes = changes or {}
-    without = {"data_dir": values["data"] == "digits", "teacher_weights": values["teacher_weights"] is None}
-    for name in without:
-        if name in changes and (without[name] or changes[name] is None):
-            raise UserError(f"the run in {folder} has no {name} to change; leave --{name.replace('_', '-')} away")
-    recipe = Recipe(**values | changes)
-    settled = settle(recipe, begun=True)
-    if replace(settled, **{name: getattr(recipe, name) for name in changes}) != recipe:
-        raise UserError(f"{folder / 'recipe.yaml'} was not written by rd-train on this machine; start a new run")
-    recipe = settled
+    if "data_dir" in changes and (values["data"] == "digits" or changes["data_dir"] is None):
+        raise UserError(f"the run in {folder} has no data_dir to change; leave --data-dir away")
+    before, recipe = Recipe(**values), settle(Recipe(**values | changes), begun=True)
+    otherwise = [
+        f"{name}={getattr(recipe, name)} ({getattr(before, name)} before)"
+        for name in MACHINE
+        if getattr(recipe, name) != getattr(before, name)
+    ]
+    if otherwise:
+        print(f"note     goes on with {', '.join(otherwise)}: not bit-equal to a run without interruption")
     return {"folder": folder, **run(recipe, folder, resume=True, tensorboard=tensorboard)}
 
 
+def _found(path: Path) -> dict:
+    """What of a complete run's result is told."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return {name: result[name] for name in ("test_accuracy", "teacher_test_accuracy", "corrupt_images")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; start a new run") from error
+
+
 def command(arguments: list[str]) -> int:
-    """Parse, train, and say where everything is."""
+    """Parse, train (or evaluate), and say where everything is."""
+    if arguments[:1] == ["evaluate"]:
+        return cli_evaluate.command(arguments[1:])
     arguments = _finetune(arguments)
     options = _parse(arguments, {})
     if options.list:

@@ -12,7 +12,7 @@ from rd_train.data import Meter
 class Clock:
     """Seconds of a phase over its interruptions; images per second of the epoch, of its loader and of its steps.
 
-    Images are those of all processes.
+    Images are those of all processes. Copying a step's images to a GPU is part of the step.
     """
 
     def __init__(self, before: float, meter: Meter, device: torch.device):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rd_train import bf16, distributed
 from rd_train.checkpoint import Checkpoint
-from rd_train.data import Dataset
+from rd_train.data import Dataset, batches
 from rd_train.live import View
 from rd_train.networks import Network, deployed_state
 from rd_train.recipe import Recipe
@@ -33,12 +33,18 @@ class Context:
     def place(self, what: nn.Module | Tensor) -> nn.Module | Tensor:
         """Images or a network on the device, in the memory format; a network before a task aliases it.
 
-        With ``sync_bn``, its BN are those of all processes together.
+        With ``sync_bn``, its BN are those of all processes together. Nothing waits for images of `batches`.
         """
         if self.recipe.sync_bn and isinstance(what, nn.Module):
             distributed.synchronise_bn(what)
         layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        return what.to(self.device, memory_format=layout)
+        return what.to(self.device, memory_format=layout, non_blocking=True)
+
+    def batches(self, epoch: int, **options) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's training batches of an epoch (from 0), with ``options`` of `rd_train.data.batches`."""
+        recipe, pinned = self.recipe, self.device.type == "cuda"
+        order = {"seed": recipe.seed, "epoch": epoch}
+        return batches(self.dataset.train, recipe.batch_size, pinned=pinned, **order, **distributed.share(), **options)
 
     def cast(self) -> contextlib.AbstractContextManager:
         """bf16 where the recipe says so; the precision ``auto`` must have been settled before."""

@@ -23,6 +23,7 @@ from rd_train.decode import SUFFIXES
 from rd_train.encoded import EncodedSplit, encoded_preprocessing
 from rd_train.image_folder import caltech101_layout, folder_layout, mit67_layout
 from rd_train.listing import Listing
+from rd_train.recipe import BY_DATA
 from rd_train.shards import shard_layout
 from rd_train.skipped import MAX_CORRUPT, Skipped
 from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fashion, read_given_idx, read_npz_set
@@ -179,15 +180,7 @@ ENCODED: dict[str, Callable[[Path, Workers, int], tuple[list[str], list[Listing]
     "mit67": lambda root, workers, split_seed: mit67_layout(root),
     "caltech101": lambda root, workers, split_seed: caltech101_layout(root, split_seed),
 }
-AUGMENTS = {
-    "digits": Augment(crop_padding=1),
-    "fashion-mnist": Augment(crop_padding=2, flip=True),
-    "idx": Augment(crop_padding=2),
-    "npz": Augment(crop_padding=2),
-    "cifar10": Augment(crop_padding=4, flip=True),
-    "cifar100": Augment(crop_padding=4, flip=True),
-    **dict.fromkeys(ENCODED, Augment(flip=True, smallest_crop=0.08)),  # Szegedy et al. 2015
-}
+AUGMENTS = {name: Augment(**usual) for name, usual in BY_DATA.items()}
 DATASETS = tuple(AUGMENTS)
 
 
@@ -319,6 +312,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
     meter: Meter | None = None,
+    pinned: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a training epoch's (images float32 (B, C, size, size), labels int64 (B,)) from batch ``start`` on.
 
@@ -326,7 +320,8 @@ def batches(
     last incomplete batch dropped (unless it is the only one), corrupt images replaced by others of their class.
     ``split.ahead`` batches are prepared ahead in threads, whose errors are raised here; ``meter`` measures them.
 
-    Process ``rank`` of ``world`` gets its slice of every batch (an equal share, see `check_shares`).
+    Process ``rank`` of ``world`` gets its slice of every batch (an equal share, see `check_shares`). ``pinned``: in
+    memory that a GPU copies from by itself, while the program goes on (what a split has on a device stays there).
     """
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1, not {batch_size}")
@@ -339,10 +334,15 @@ def batches(
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = order[number * batch_size : (number + 1) * batch_size]
         with meter.making(len(indices[part])):
-            images = split.augmented(indices, derive_seed(seed, epoch, number), part)
-        return images, split.labels[indices[part]]
+            batch = split.augmented(indices, derive_seed(seed, epoch, number), part), split.labels[indices[part]]
+            return tuple(map(_pinned, batch)) if pinned else batch
 
     return _ahead(make, range(start, steps_per_epoch(split, batch_size)), split.ahead)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    """In page-locked memory, which torch's allocator does not hand out again before the last copy from it is over."""
+    return x.pin_memory() if x.device.type == "cpu" else x
 
 
 def evaluation_batches(

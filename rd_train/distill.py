@@ -253,10 +253,11 @@ class ResidualDistillation(_Distillation):
         return {"final": final.detach(), "logits": logits if distils else None, "ce": ce}
 
     def gradient_paths(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's own loss and Σ_k of the splices' losses, unweighted, of one forward pass: for an audit."""
-        features, clean = self.student.features(images), self._teacher(images, labels, distils=False)
-        own, _ = self._own_loss(self.student.head(features[-1]), features[-1], labels, clean)
-        return own, sum(self._splice_loss(k, features[k - 1], labels, clean)[0] for k in self.splices)
+        """CE(student) and Σ_k CE(splice_k) of one forward pass, and nothing else of the loss: for an audit."""
+        features = self.student.features(images)
+        finals = [self._through_teacher(k, features[k - 1]) for k in self.splices]
+        spliced = sum(self.ce(self._view[0].head(final), labels) for final in finals)
+        return self.ce(self.student.head(features[-1]), labels), spliced
 
     def _through_teacher(self, k: int, x: Tensor) -> Tensor:
         for index in range(k, self.teacher.stages):

@@ -16,7 +16,7 @@ from rd_deploy.common import Stopped, UserError
 from rd_train.checkpoint import checkpoint_values, plain_size
 from rd_train.context import Context, student_checkpoint
 from rd_train.cost import mean_step_macs, step_macs, update_macs
-from rd_train.data import Meter, Split, batches, steps_per_epoch
+from rd_train.data import Meter, Split, steps_per_epoch
 from rd_train.evaluation import evaluation_size, predict
 from rd_train.html_report import THUMBNAIL, WORST
 from rd_train.live import in_words
@@ -57,7 +57,7 @@ def measure(name: str, task: nn.Module, meta: nn.Module, epochs: int, context: C
     take = Stepper(task, epochs, context)
     memory = _memory_of_a_step(take, meta, *_first_batch(dataset.train, recipe))
     meter = Meter()
-    stream = _endless(dataset.train, recipe, meter)
+    stream = _endless(context, meter)
     seconds, macs, timed = _timed_steps(take, meta, stream)
     stream.close()  # waits for the batches that are being made: whole ones are what the meter counts
     full = dataset.preprocessing.size
@@ -80,10 +80,10 @@ def _first_batch(split: Split, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return split.augmented(indices, recipe.seed), split.labels[indices]
 
 
-def _endless(split: Split, recipe: Recipe, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(context: Context, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches, epoch after epoch."""
     for epoch in count():
-        yield from batches(split, recipe.batch_size, seed=recipe.seed, epoch=epoch, meter=meter)
+        yield from context.batches(epoch, meter=meter)
 
 
 def _timed_steps(take: Stepper, meta: nn.Module, stream: Iterator) -> tuple[float, float, int]:

@@ -15,7 +15,7 @@ from PIL import Image
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.data import Dataset
 from rd_train.evaluation import Predictions
-from rd_train.recipe import Recipe
+from rd_train.recipe import Recipe, defaults
 
 LARGEST_MATRIX = 20  # classes that a confusion matrix can have and still be read; beyond, pairs are listed
 LARGEST_PICTURE = 200  # and that it can have as a picture, whose pattern is seen
@@ -179,10 +179,14 @@ def _plot(words: str, svg: str) -> str:
 
 
 def _epochs(rows: list[dict]) -> str:
-    head = ["phase, epoch", "loss", "training accuracy", "validation accuracy", "learning rate", "images/s", "seconds"]
+    rates = {"lr": "learning rate"}
+    if any("muon_lr" in row for row in rows):  # earlier versions did not log it
+        rates = {"lr": "learning rate of SGD", "muon_lr": "of Muon"}
+    head = ["phase, epoch", "loss", "training accuracy", "validation accuracy", *rates.values(), "images/s", "seconds"]
     body = [
         [f"{escaped(row['phase'])} {escaped(row['epoch'])}", f"{row['loss']:.4f}", f"{row['train_accuracy']:.2%}",
-         f"{row['val_accuracy']:.2%}", f"{row['lr']:.4g}", f"{row['images_per_second']:.0f}", f"{row['seconds']:.0f}"]
+         f"{row['val_accuracy']:.2%}", *(f"{row[name]:.4g}" if name in row else "" for name in rates),
+         f"{row['images_per_second']:.0f}", f"{row['seconds']:.0f}"]
         for row in rows
     ]  # fmt: skip
     return _folded("The epochs as a table", table("Each epoch; seconds since the phase began.", head, body))
@@ -292,12 +296,13 @@ def _cost(recipe: Recipe, result: dict) -> str:
 
 def _recipe(recipe: Recipe) -> str:
     values = {name: value for name, value in recipe.to_dict().items() if name != "summary"}
-    changed = {name for name, value in values.items() if value != getattr(Recipe, name)}
+    usual = defaults(vars(recipe))
+    changed = {name for name, value in values.items() if value != usual[name]}
     head = ["entry", "value"]
     body = [[name, escaped(values[name])] for name in values if name in changed]
     rest = [[name, escaped(values[name])] for name in values if name not in changed]
     return (
-        table("Entries of recipe.yaml that are not the general defaults.", head, body)
+        table("Entries of recipe.yaml that are not defaults.", head, body)
         + _folded("All other entries", table("Entries at their defaults.", head, rest))
         + "<p>Again with exactly this recipe: <code>rd-train recipe.yaml</code>. Next: "
         "<code>rd-export model.pt</code>.</p>"

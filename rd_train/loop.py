@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from rd_train.build import sizes_of
 from rd_train.checkpoint import save_checkpoint
 from rd_train.clock import Clock
 from rd_train.context import Context, student_checkpoint
-from rd_train.data import Meter, batches, derive_seed, steps_per_epoch
+from rd_train.data import Meter, derive_seed, steps_per_epoch
 from rd_train.evaluation import evaluate, predict, recalibrated
 from rd_train.metrics import drop_rows_after, keep, read_rows, say
 from rd_train.networks import Network, set_fading
@@ -50,10 +51,10 @@ def vary(images: Tensor, labels: Tensor, size: int, context: Context, generator:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that was taken: the task's outcome, the learning rate, and what kind of step it was."""
+    """A training step that was taken: the task's outcome, the learning rates by name, and what kind of step it was."""
 
     result: dict
-    rate: float
+    rates: dict[str, float]
     size: int
     kind: dict
 
@@ -75,6 +76,8 @@ class Stepper:
         self.total, self.warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
         self.run_step = _compiled(task) if recipe.compile else task
         self.size_at = sizes_of(recipe, context.dataset.preprocessing.size)
+        if context.device.type == "cuda":  # cuDNN times its algorithms for each shape, which growing images change
+            torch.backends.cudnn.benchmark = recipe.resize_start == 1
 
     def share(self) -> None:
         """From now on, let gradients be the means over all processes; once the weights are those to start from."""
@@ -88,17 +91,19 @@ class Stepper:
         ``size`` and ``kind`` (an outcome of the task) are those of the step unless given.
         """
         context, recipe, task = self.context, self.context.recipe, self.task
-        schedule = {"kind": recipe.schedule, "warmup": self.warmup}
-        rate = learning_rate(number, self.total, peak=recipe.lr, **schedule)
+        scheduled = partial(learning_rate, number, self.total, kind=recipe.schedule, warmup=self.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.total, peak=group["initial_lr"], **schedule)
+            group["lr"] = scheduled(peak=group["initial_lr"])
+        names = ("lr", "muon_lr") if recipe.optimizer == "muon" else ("lr",)
+        rates = {name: scheduled(peak=getattr(recipe, name)) for name in names}
         done = number / self.total
         size = size or self.size_at(done)
         generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, number))
-        images, targets = vary(context.place(images), labels, size, context, generator)
+        # Drawn first: what mixing draws depends on how many images this process has.
         kind = _drawn(task.outcomes(done), generator) if kind is None else kind
+        images, targets = vary(context.place(images), labels, size, context, generator)
         set_fading(task.student, done / recipe.warm_start_window)
-        progress = torch.tensor(done, device=context.device)
+        progress = torch.full((), done, device=context.device)  # no copy, for which a GPU would wait
         with context.cast(), _explained_compilation(recipe):
             result = self.run_step(images, targets, progress, **kind)
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,7 +115,7 @@ class Stepper:
         self.optimizer.step()
         if self.averaged is not None:
             self.averaged.update_parameters(task.student)
-        return Step(result, rate, size, kind)
+        return Step(result, rates, size, kind)
 
 
 def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: bool) -> dict:
@@ -137,13 +142,12 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     while state.step < total:
         epoch, done = divmod(state.step, per_epoch)
         meter = Meter()
-        options = {"seed": recipe.seed, "epoch": epoch, "start": done, "meter": meter}
-        loader = batches(split, recipe.batch_size, **options, **distributed.share())
+        loader = context.batches(epoch, start=done, meter=meter)
         task.train()
         clock, saved = Clock(state.seconds, meter, context.device), time.monotonic()
         for images, labels in _until_stopped(loader, context.stop):
             clock.begin_step()
-            labels = labels.to(context.device)
+            labels = labels.to(context.device, non_blocking=True)
             step = take(state.step, images, labels)
             state.add(step.result, labels)
             state.step += 1
@@ -172,7 +176,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
                 state.save()
             _stop(context)
         try:
-            _end_epoch(phase, epoch + 1, step.rate, state, context, clock)
+            _end_epoch(phase, epoch + 1, step.rates, state, context, clock)
         except UserError:
             if context.stop.wait(1.0):  # likewise; the epoch is repeated from what is saved
                 _stop(context)
@@ -218,7 +222,7 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
     recipe = context.recipe
     if phase != "student" or not recipe.audit or not getattr(task, "splices", ()):
         return {}
-    loader = batches(context.dataset.train, recipe.batch_size, seed=recipe.seed, epoch=epoch - 1, **distributed.share())
+    loader = context.batches(epoch - 1)
     images, labels = next(loader)
     loader.close()
     task.train()
@@ -226,11 +230,11 @@ def _audited(phase: str, task: nn.Module, epoch: int, context: Context) -> dict[
         return gradient_audit(task, context.place(images), labels.to(context.device))
 
 
-def _end_epoch(phase: str, epoch: int, rate: float, state: State, context: Context, clock: Clock) -> None:
+def _end_epoch(phase: str, epoch: int, rates: dict, state: State, context: Context, clock: Clock) -> None:
     """Validate, keep the student if it is the best so far, log, save."""
     task, validation = state.task, context.dataset.val
     speeds = clock.speeds()
-    row = {"phase": phase, "epoch": epoch, "step": state.step, "lr": rate, **state.means()}
+    row = {"phase": phase, "epoch": epoch, "step": state.step, **rates, **state.means()}
     _check_finite(row, phase, state)
     row |= _audited(phase, task, epoch, context)
     state.agree()
@@ -289,10 +293,9 @@ def _explained_compilation(recipe: Recipe) -> Iterator[None]:
 def _check_finite(values: dict, phase: str, state: State) -> None:
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
-        kept = f"last good state: {state.path}" if state.path.exists() else "no epoch was finished"
         raise Stopped(
-            f"{phase}: {bad[0]} became NaN or infinite before step {state.step}; {kept}; "
-            "try a lower --lr (--muon-lr of kernels by Muon), --clip-norm 1 or more --warmup-epochs",
+            f"{phase}: {bad[0]} became NaN or infinite before step {state.step}; start anew with a lower --lr "
+            "(or --muon-lr), --clip-norm 1 or more --warmup-epochs",
             code=1,
         )
 

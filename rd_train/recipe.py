@@ -320,6 +320,17 @@ BY_METHOD = {
     "clip_norm": (0.0, 1.0),
     "optimizer": ("sgd", "muon"),
 }
+# And by the data set, as is usual for it.
+OF_FILES = {"crop_padding": 0, "flip": True, "smallest_crop": 0.08}  # Szegedy et al. 2015
+BY_DATA = {
+    "digits": {"crop_padding": 1, "flip": False, "smallest_crop": 1.0},
+    "fashion-mnist": {"crop_padding": 2, "flip": True, "smallest_crop": 1.0},
+    "idx": {"crop_padding": 2, "flip": False, "smallest_crop": 1.0},
+    "npz": {"crop_padding": 2, "flip": False, "smallest_crop": 1.0},
+    "cifar10": {"crop_padding": 4, "flip": True, "smallest_crop": 1.0},
+    "cifar100": {"crop_padding": 4, "flip": True, "smallest_crop": 1.0},
+    **dict.fromkeys(("folder", "webdataset", "mit67", "caltech101"), OF_FILES),
+}
 # From this depth on plain networks that start as the identity and learn by Muon keep it in branches: 56 was better with
 # them at our rate, 20 without, and between them nothing was tried (docs/accuracy.md).
 LONG = 38
@@ -370,7 +381,8 @@ BOUNDS = {
 
 
 def when_not_given(values: dict) -> dict:
-    """What entries become that others of these decide: by the method, and how a long chain starts as the identity."""
+    """What entries become that others decide: the method, the data, and how a long chain starts as the identity."""
+    by_data = BY_DATA.get(values["data"], OF_FILES)  # an unknown set is refused when it is read
     by_method = {name: defaults[values["method"] == "rd"] for name, defaults in BY_METHOD.items()}
     from_identity = values["init"] == "identity" and values["start_weights"] is None and not is_warm(values)
     by_muon = (values["optimizer"] or by_method["optimizer"]) == "muon"
@@ -379,7 +391,7 @@ def when_not_given(values: dict) -> dict:
     reparam = own if values["reparam"] is None else values["reparam"]
     beside = from_identity and reparam in ("skip", "identity", "branches")
     # The noise is of a path beside the one that passes on, or else in the kernel that does.
-    return by_method | {"reparam": own, "init_noise": 0.3 if beside else 0.1}
+    return by_data | by_method | {"reparam": own, "init_noise": 0.3 if beside else 0.1}
 
 
 def defaults(values: dict) -> dict:

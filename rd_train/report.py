@@ -16,8 +16,8 @@ from rd_train.recipe import Recipe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_TERMS = {"phase", "epoch", "step", "lr", "loss", "seconds", "val_loss", "corrupt_images", "gradient_norm"}
-NOT_TERMS |= {"images_per_second", "loader_images_per_second", "model_images_per_second"}
+NOT_TERMS = {"phase", "epoch", "step", "lr", "muon_lr", "loss", "seconds", "val_loss", "corrupt_images"}
+NOT_TERMS |= {"gradient_norm", "images_per_second", "loader_images_per_second", "model_images_per_second"}
 
 
 def write(folder: Path, recipe: Recipe, result: dict, dataset: Dataset, seen: Predictions) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 import yaml
 from torch import nn
 
-from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError, expanded, one_line, require, write_json, write_text
+from rd_deploy.cpus import available_threads
 from rd_train import bf16, distributed, report
 from rd_train.augment import Augment
 from rd_train.build import (
@@ -27,10 +28,10 @@ from rd_train.build import (
     student_arch,
     teacher_arch,
 )
-from rd_train.checkpoint import Checkpoint, load_checkpoint
-from rd_train.context import Context, stop_on_signals
+from rd_train.checkpoint import Checkpoint, checkpoint_values, load_checkpoint, plain_size, save_checkpoint
+from rd_train.context import Context, stop_on_signals, student_checkpoint
 from rd_train.cost import macs_per_image, mean_step_macs, relative_cost, update_macs
-from rd_train.data import AUGMENTS, Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
+from rd_train.data import Dataset, check_shares, fixed_sample, load_dataset, steps_per_epoch
 from rd_train.distill import CrossEntropy
 from rd_train.estimate import PhaseEstimate, measure, print_estimate
 from rd_train.evaluation import evaluate, predict, statistics_size
@@ -45,12 +46,15 @@ from rd_train.state import check_images, saved_preprocessing
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers
 
+# Seconds within which all machines see a file that was written: NFS remembers for a minute that there was none.
+SEEN_WITHIN = 90.0
+
 
 def settle(recipe: Recipe, *, named: Collection[str] = (), begun: bool = False) -> Recipe:
     """Replace every ``auto`` and unset entry that depends on the machine, so that a resume does the same sums.
 
     With several processes, all get what the first one has. ``named``: see `from_start`. ``begun``: the recipe is that
-    of a run to go on with, which knows what it started from, and may do without it (`saved_preprocessing`).
+    of a run to go on with, which has its teacher, knows what it started from, and may do without these.
     """
     device = recipe.device
     if device == "auto":
@@ -66,11 +70,11 @@ def settle(recipe: Recipe, *, named: Collection[str] = (), begun: bool = False) 
     # Absolute, so that a run can be resumed from another folder.
     starts = recipe.start_weights is not None and not begun
     published = starts and is_name(recipe.start_weights)
-    names = ("data_dir", "teacher_weights", *(("start_weights",) if starts and not published else ()))
+    names = ["data_dir"] if begun else ["data_dir", "teacher_weights", "start_weights"]
     given = {name: path for name in names if (path := getattr(recipe, name)) is not None}
     paths = {name: str(expanded(name, path).resolve()) for name, path in given.items()}
     threads = recipe.threads or max(1, available_threads() // distributed.processes_here())
-    if fetched_teacher(recipe):
+    if fetched_teacher(recipe) and not begun:
         paths["teacher"] = settled_name(recipe.teacher)
     if published:
         paths["start_weights"] = settled_name(recipe.start_weights)
@@ -117,9 +121,11 @@ def run(
             if not resume:
                 _clear(folder, overwrite)
             distributed.begin()
+            _sweep(folder)
             write_text(folder / "recipe.yaml", dump_yaml(recipe))
             writer = tensorboard_writer(folder) if tensorboard else None
         distributed.barrier()
+        _check_shared(folder)
         plan.dataset.skipped.record(folder / "skipped.txt", resume=resume, write=distributed.first())
         view = shown(View()) if distributed.first() else contextlib.nullcontext(View())
         with stop_on_signals() as stop, view as shown_view:
@@ -160,9 +166,9 @@ def _planned(recipe: Recipe, begun: Path | None = None) -> Iterator[_Plan]:
         check_shares(len(dataset.train), recipe.batch_size, distributed.world())
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
         with distributed.one_per_machine_first(fetched_teacher(recipe)):
-            teacher = _given_teacher(recipe, dataset, arch)
+            teacher = _given_teacher(recipe, dataset, arch, begun)
         plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
-        with bf16.products(emulated=recipe.precision == bf16.EMULATED):
+        with bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
             yield plan
     except RuntimeError as error:  # as torch's allocators say it, of the GPU and of the CPU
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -170,6 +176,20 @@ def _planned(recipe: Recipe, begun: Path | None = None) -> Iterator[_Plan]:
         raise
     finally:
         dataset.workers.close()
+
+
+@contextlib.contextmanager
+def products_of_fp32(recipe: Recipe) -> Iterator[None]:
+    """On a GPU in fp32, let products be of fp32, where torch's convolutions are TF32 by default: 10 bits of 23."""
+    backends = [torch.backends.cudnn, torch.backends.cuda.matmul] if recipe.device == "cuda" else []
+    before = {backend: backend.allow_tf32 for backend in backends if recipe.precision == "fp32"}
+    for backend in before:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in before.items():
+            backend.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
@@ -196,6 +216,15 @@ def _one_run_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _check_shared(folder: Path) -> None:
+    """Refuse a folder that is not the same for all processes, which the student's phase would find out, hours later."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (seen := (folder / "recipe.yaml").exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if distributed.any_process(not seen):
+        raise UserError(f"the processes see different files in {folder}; all machines must share that folder")
+
+
 def _context(recipe: Recipe, plan: _Plan, folder: Path, stop: threading.Event, **options) -> Context:
     return Context(recipe, plan.dataset, folder, distributed.device(recipe.device), stop, **options)
 
@@ -213,6 +242,9 @@ def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
         meta = meta_task(recipe, plan.arch, None if teacher is None else teacher.arch)
         task = _student_task(context, replace(plan, teacher=teacher))
         phases.append(measure("student", task, meta, recipe.epochs, context))
+        if plan.teacher is not None:
+            kept = plain_size(checkpoint_values(student_checkpoint(plan.teacher, context, {})))
+            phases[-1] = replace(phases[-1], disk=phases[-1].disk + kept)
         print_estimate(phases, context)
     return phases
 
@@ -243,9 +275,19 @@ def _clear(folder: Path, overwrite: bool) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what a run that was killed had begun to write, by the names that `atomic_path` gives."""
+    for name in RUN_FILES:
+        for path in folder.glob(f".{name}.{'?' * 8}{Path(name).suffix}"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def _phases(context: Context, plan: _Plan, resume: bool) -> dict:
     recipe, folder, teacher = context.recipe, context.folder, plan.teacher
     teacher_seconds = 0.0
+    if teacher is not None and distributed.first() and not (folder / "teacher.pt").exists():
+        save_checkpoint(folder / "teacher.pt", student_checkpoint(teacher, context, {}))
     if needs_teacher(recipe) and teacher is None:
         teacher = _new_teacher(context, plan.arch)
         if epochs := _teacher_epochs(recipe, plan):
@@ -346,9 +388,17 @@ def _finish(context: Context, best: dict, plan: _Plan, teacher_seconds: float) -
     return result
 
 
-def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch) -> Network | None:
+def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch, begun: Path | None) -> Network | None:
+    """The teacher that the run does not train; that of a run to go on with is in its folder."""
     if not needs_teacher(recipe) or (recipe.teacher_weights is None and not fetched_teacher(recipe)):
         return None
+    if begun is not None and (begun / "teacher.pt").exists():
+        return load_teacher(begun / "teacher.pt", teacher_arch(recipe, arch), dataset.preprocessing, dataset.classes)
+    if begun is not None and recipe.teacher_weights is not None and not Path(recipe.teacher_weights).exists():
+        raise UserError(
+            f"teacher {recipe.teacher_weights} does not exist, and the run in {begun} has no "
+            "teacher.pt; put the file back"
+        )
     if is_published(recipe.teacher):
         return load_published(recipe.teacher, recipe.teacher_weights, dataset.preprocessing, len(dataset.classes))
     named = recipe.teacher != "auto"
@@ -376,10 +426,8 @@ def applied_init(arch: Arch, recipe: Recipe) -> str:
 
 
 def augmentation(recipe: Recipe) -> Augment:
-    """How training images are varied: as is usual for the data set, but for what the recipe says."""
-    given = {name: getattr(recipe, name) for name in ("flip", "crop_padding", "smallest_crop")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(AUGMENTS.get(recipe.data, Augment()), **given)
+    """How training images are varied."""
+    return Augment(crop_padding=recipe.crop_padding, flip=recipe.flip, smallest_crop=recipe.smallest_crop)
 
 
 def deployed_parameters(arch: Arch) -> int:

@@ -14,6 +14,8 @@ from rd_train import distributed
 from rd_train.checkpoint import load_plain, save_plain
 from rd_train.context import Context
 
+LARGEST = 1 << 40  # bytes of a state: the run itself wrote it, however large its networks are
+
 
 class State:
     """Everything a phase needs to go on: tensors, step, running sums, best epoch, seconds."""
@@ -61,9 +63,10 @@ class State:
         distributed.barrier()
 
     def values(self) -> dict:
-        """What is saved."""
+        """What is saved: all but a frozen teacher, which the run's ``teacher.pt`` holds."""
+        frozen = self._frozen()
         return {
-            "task": self.task.state_dict(),
+            "task": {name: value for name, value in self.task.state_dict().items() if name not in frozen},
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "step": self.step,
@@ -75,13 +78,19 @@ class State:
             "best": self.best,
         }
 
+    def _frozen(self) -> dict[str, Tensor]:
+        """Of the task's state that of a teacher which does not learn."""
+        learns = getattr(self.task, "train_teacher", True)
+        state = {} if learns else self.task.state_dict()
+        return {name: value for name, value in state.items() if name.startswith("teacher.")}
+
     def load(self, total: int) -> None:
         """Go on from the saved state, if there is one; a damaged one is a `UserError`."""
         if not self.path.exists():
             return
-        values = load_plain(self.path, "training state")
+        values = _read(self.path)
         try:
-            self.task.load_state_dict(values["task"], strict=True)
+            self.task.load_state_dict(self._frozen() | values["task"], strict=True)  # earlier versions saved all of it
             self._load_optimizer(values["optimizer"])
             if self.averaged is not None:
                 self.averaged.load_state_dict(values["averaged"], strict=True)
@@ -108,10 +117,14 @@ class State:
                 raise ValueError("momentum")
 
 
+def _read(path: Path) -> object:
+    return load_plain(path, "training state", LARGEST)
+
+
 def saved_preprocessing(folder: Path) -> Preprocessing | None:
     """That of the images of the student whose state is in ``folder``; None without one, or where it lacks that."""
     path = folder / "student-state.pt"
-    values = load_plain(path, "training state") if path.exists() else None
+    values = _read(path) if path.exists() else None
     if not isinstance(values, dict) or "preprocessing" not in values:  # earlier versions lack it
         return None
     return Preprocessing.from_dict(values["preprocessing"])
@@ -120,7 +133,7 @@ def saved_preprocessing(folder: Path) -> Preprocessing | None:
 def check_images(folder: Path, counts: tuple[int, ...]) -> None:
     """Refuse to go on in ``folder`` with data of other numbers of images (training, validation, test) than it had."""
     for path in sorted(folder.glob("*-state.pt")):
-        values = load_plain(path, "training state")
+        values = _read(path)
         found = values.get("images", list(counts)) if isinstance(values, dict) else None  # earlier versions lack it
         found = [found, *counts[1:]] if type(found) is int else found  # or have that of training only
         if not isinstance(found, list) or [type(count) for count in found] != [int] * len(counts):

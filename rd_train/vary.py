@@ -22,9 +22,10 @@ def mixed(
     """
     cut = cutmix > 0 and (mixup == 0 or generator.random() < 0.5)
     share = generator.beta(*[cutmix if cut else mixup] * 2)
-    partner = torch.from_numpy(generator.permutation(len(images))).to(images.device)
+    rows, columns = _box(*images.shape[2:], share, generator) if cut else (None, None)
+    # Last: how much it draws depends on the number of images, of which each of several processes has a part.
+    partner = torch.from_numpy(generator.permutation(len(images))).to(images.device, non_blocking=True)
     if cut:
-        rows, columns = _box(*images.shape[2:], share, generator)
         images = images.clone()
         images[:, :, rows, columns] = images[partner, :, rows, columns]
         share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / math.prod(images.shape[2:])

@@ -15,8 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from typing import TypeVar
 
-from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError
+from rd_deploy.cpus import available_threads
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 MOST = 16  # by default: more decode faster than a GPU learns

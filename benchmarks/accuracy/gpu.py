@@ -272,7 +272,6 @@ def command() -> int:
     device = torch.device("cpu" if options.dry else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here; --dry tries everything on the CPU")
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # shapes never change
     card = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU, a dry run"
     about = {"card": card, "cuda": torch.version.cuda, "packages": packages()}
     about["command"] = " ".join(["python", "benchmarks/accuracy/gpu.py", *map(without_places, sys.argv[1:])])

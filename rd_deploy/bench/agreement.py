@@ -9,7 +9,7 @@ import onnx
 from rd_deploy import parity
 from rd_deploy.common import UserError
 from rd_deploy.engines import Session, get_engine
-from rd_deploy.engines.base import fixed_batch
+from rd_deploy.onnx_files import fixed_batch
 
 IMAGES = 8
 

@@ -10,6 +10,8 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rd_deploy.cpus import ROOT, affinity, cgroup, read
+
 PACKAGES = (
     *("residual-distillation", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
@@ -22,10 +24,12 @@ FLAGS = (
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),
 )
-# Variables that change the engines' threads or kernels.
-VARIABLES = ("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "ORT_", "OV_", "RD_")
+# Variables that change the engines' threads or kernels. Of NVIDIA's two alone: NVIDIA_API_KEY is a secret.
+VARIABLES = (
+    *("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "ORT_", "OV_", "RD_"),
+    *("CUDA_", "NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES", "TORCHINDUCTOR_", "TRITON_"),
+)
 BUSY, STOLEN = 0.5, 0.01  # load per CPU at the start, share of stolen time: above these, times are in doubt
-ROOT = Path("/")
 
 
 def capture(threads: int, root: Path = ROOT) -> dict:
@@ -57,51 +61,48 @@ def cpu(root: Path = ROOT) -> dict:
         "cores": os.cpu_count(),
         "affinity": affinity(),
         "flags": [flag for flag in FLAGS if flag in flags],
-        "governor": _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "turbo": _turbo(root),
     }
 
 
-def affinity() -> list[int]:
-    """The CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+def gpu(root: Path = ROOT) -> dict | None:
+    """Torch's current GPU, its driver, and what compiles for it; None where there is none.
 
-
-def cgroup(root: Path = ROOT) -> dict:
-    """The container's limits: ``version`` (1, 2 or None), ``cpus`` (a fraction or None), ``memory_bytes`` (or None).
-
-    A limit may be set on any ancestor of the process's group, so the smallest along the path counts.
+    ``capability``: 90 for sm_90. ``cuda``: torch's. ``ptxas``: release of the assembler that Triton takes for this GPU,
+    which is the one that was used once an engine has compiled kernels.
     """
-    if (root / "sys/fs/cgroup/cgroup.controllers").exists():
-        folders = _ancestors(root / "sys/fs/cgroup", _group(root, ""))
-        return {
-            "version": 2,
-            "cpus": _least(_quota_v2(folder / "cpu.max") for folder in folders),
-            "memory_bytes": _least(_bytes(folder / "memory.max") for folder in folders),
-        }
-    if (root / "sys/fs/cgroup/cpu").exists() or (root / "sys/fs/cgroup/memory").exists():
-        cpu_folders = _ancestors(root / "sys/fs/cgroup/cpu", _group(root, "cpu"))
-        memory_folders = _ancestors(root / "sys/fs/cgroup/memory", _group(root, "memory"))
-        return {
-            "version": 1,
-            "cpus": _least(_quota_v1(folder) for folder in cpu_folders),
-            "memory_bytes": _least(_bytes(folder / "memory.limit_in_bytes") for folder in memory_folders),
-        }
-    return {"version": None, "cpus": None, "memory_bytes": None}
+    from rd_deploy.engines.device import no_gpu
+
+    if no_gpu():
+        return None
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = 10 * properties.major + properties.minor
+    return {
+        "name": properties.name,
+        "capability": capability,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": read(root / "sys/module/nvidia/version"),
+        "cuda": torch.version.cuda,
+        "ptxas": _ptxas(capability),
+    }
 
 
-def available_threads(root: Path = ROOT) -> int:
-    """CPUs this process can use at once: the affinity mask, cut to the cgroup's quota (rounded up), at least 1."""
-    quota = cgroup(root)["cpus"]
-    allowed = len(affinity())
-    return max(1, allowed if quota is None else min(allowed, int(-(-quota // 1))))
+def _ptxas(capability: int) -> str | None:
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return get_ptxas(capability).version
+    except Exception:  # no triton, no assembler, or a triton that asks otherwise
+        return None
 
 
 def cpu_ticks(root: Path = ROOT) -> dict[str, int] | None:
     """``total`` and ``steal`` ticks of all CPUs since boot; None where /proc/stat does not exist."""
-    text = _read(root / "proc/stat")
+    text = read(root / "proc/stat")
     if text is None or not text.startswith("cpu "):
         return None
     fields = [int(field) for field in text.splitlines()[0].split()[1:]]
@@ -149,17 +150,10 @@ def git_commit() -> str | None:
         return None
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-
-
 def _cpuinfo(root: Path) -> dict[str, str]:
     """The first processor's fields (on Arm, board-wide fields such as ``Model`` come last)."""
     fields: dict[str, str] = {}
-    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read(root / "proc/cpuinfo") or "").splitlines():
         key, colon, value = line.partition(":")
         if colon:
             fields.setdefault(key.strip(), value.strip())
@@ -173,60 +167,22 @@ def _arm_name(info: dict[str, str]) -> str | None:
 
 
 def _turbo(root: Path) -> bool | None:
-    intel = _read(root / "sys/devices/system/cpu/intel_pstate/no_turbo")
+    intel = read(root / "sys/devices/system/cpu/intel_pstate/no_turbo")
     if intel is not None:
         return intel == "0"
-    boost = _read(root / "sys/devices/system/cpu/cpufreq/boost")
+    boost = read(root / "sys/devices/system/cpu/cpufreq/boost")
     return None if boost is None else boost == "1"
 
 
 def _memory_bytes(root: Path) -> int | None:
-    for line in (_read(root / "proc/meminfo") or "").splitlines():
+    for line in (read(root / "proc/meminfo") or "").splitlines():
         if line.startswith("MemTotal:"):
             return int(line.split()[1]) * 1024
     return None
 
 
 def _os_name(root: Path) -> str:
-    for line in (_read(root / "etc/os-release") or "").splitlines():
+    for line in (read(root / "etc/os-release") or "").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.partition("=")[2].strip('"')
     return platform.system()
-
-
-def _group(root: Path, controller: str) -> str:
-    """This process's cgroup path: the line ``0::/path`` (v2) or ``4:cpu,cpuacct:/path`` (v1)."""
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controller in controllers.split(","):
-            return path
-    return "/"
-
-
-def _ancestors(top: Path, group: str) -> list[Path]:
-    parts = [part for part in group.split("/") if part not in ("", "..")]
-    return [top.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
-
-
-def _least(values) -> float | int | None:
-    return min((value for value in values if value is not None), default=None)
-
-
-def _quota_v2(path: Path) -> float | None:
-    fields = (_read(path) or "max").split()
-    if fields[0] == "max" or len(fields) != 2:
-        return None
-    return int(fields[0]) / int(fields[1])
-
-
-def _quota_v1(folder: Path) -> float | None:
-    quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-    if quota is None or period is None or int(quota) <= 0:
-        return None
-    return int(quota) / int(period)
-
-
-def _bytes(path: Path) -> int | None:
-    """A limit in bytes; v1 writes "no limit" as a huge number."""
-    text = _read(path)
-    return int(text) if text is not None and text.isdigit() and int(text) < 1 << 60 else None

@@ -11,6 +11,7 @@ from rd_deploy.engines.base import ELEMENT_BYTES, weight_elements
 from rd_deploy.memory import Ledger, ledger
 
 POLICIES = ("separate", "in-place")
+SETTING = ("policy", "engine", "precision", "batch")
 
 
 def count_memory(
@@ -94,11 +95,10 @@ def figure_row(
 def judge_memory(model: str, against: str, rows: Sequence[dict]) -> list[Claim]:
     """Verdicts per policy, at the first setting counted (ratios depend on no batch or precision), and per account."""
     pairs: dict[str, tuple[dict, dict]] = {}
-    for ours in [row for row in rows if row["model"] == model]:
-        theirs = next((row for row in rows if row["model"] == against and _same(row, ours)), None)
-        name = _claim_of(ours)
-        if theirs is not None and (name not in pairs or _lacks(pairs[name])):
-            pairs[name] = (ours, theirs)
+    for row in rows:
+        pair, name = tuple(_account(side, row, rows) for side in (model, against)), _claim_of(row)
+        if all(pair) and (name not in pairs or _lacks(pairs[name])):
+            pairs[name] = pair
     verdicts = []
     for name, pair in pairs.items():
         verdicts.append(_memory_claim(name, *pair))
@@ -113,8 +113,11 @@ def _claim_of(row: dict) -> str:
     return claim_name("memory", row["source"].replace(" ", "-"), row["precision"], row["batch"])
 
 
-def _same(row: dict, other: dict) -> bool:
-    return all(row[key] == other[key] for key in ("source", "engine", "precision", "batch"))
+def _account(model: str, of: dict, rows: Sequence[dict]) -> dict | None:
+    """A network's row of the same account as ``of``; where its engine gives no such account, the row that says why."""
+    same = [row for row in rows if row["model"] == model and all(row[key] == of[key] for key in SETTING)]
+    alike = (row for row in same if row["source"] == of["source"])
+    return next(alike, next((row for row in same if row["peak_bytes"] is None), None))
 
 
 def _lacks(pair: Sequence[dict]) -> dict | None:

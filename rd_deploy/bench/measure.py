@@ -1,5 +1,6 @@
 """A whole comparison: load, check, time, count memory, judge; the result is ``bench.json``'s content."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
@@ -15,7 +16,7 @@ from rd_deploy.bench.models import Subject
 from rd_deploy.bench.profile import profile
 from rd_deploy.bench.statistics import Ratio, Summary, instability, paired_ratio, summarise
 from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, WarmUp, time_pair
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, first_line
 from rd_deploy.engines import Engine, Session, Unsupported
 from rd_deploy.engines.native import NativeSession
 from rd_deploy.memory import Ledger
@@ -51,7 +52,10 @@ class Plan:
 
 @dataclass
 class Report:
-    """``bench.json`` in the making; lists of plain dicts. ``ledgers``: to draw, policy to network to ledger."""
+    """``bench.json`` in the making; lists of plain dicts. ``ledgers``: to draw, policy to network to ledger.
+
+    ``interrupted``: by Ctrl-C, with something measured before.
+    """
 
     results: list[dict] = field(default_factory=list)
     ratios: list[dict] = field(default_factory=list)
@@ -64,6 +68,17 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     profiles: list[dict] = field(default_factory=list)
     ledgers: dict[str, dict[str, Ledger]] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How two sessions did against each other; ``times``: of each, as ``bench.json`` keeps them."""
+
+    medians: tuple[float, float]
+    times: tuple[dict, dict]
+    ratio: Ratio
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,8 @@ class Pair:
 def measure(model: Subject, against: Subject, plan: Plan, skipped: list[dict], say: Callable[[str], None]) -> Report:
     """Measure ``model`` and ``against`` on every engine, precision and batch of the plan.
 
-    What an engine cannot do is listed in ``skipped`` with the reason; that nothing at all can be measured is a
-    `UserError`. ``say`` is told what happens.
+    What an engine cannot do, or fails in, is listed in ``skipped`` with the reason; that nothing at all can be measured
+    is a `UserError`. ``say`` is told what happens. Ctrl-C ends it with what there is.
     """
     report = Report(skipped=list(skipped))
     report.memory, report.ledgers = count_memory((model, against), plan.precisions, plan.batches)
@@ -88,9 +103,16 @@ def measure(model: Subject, against: Subject, plan: Plan, skipped: list[dict], s
     except UserError as reason:
         report.skipped.append(_skip(BUILDER, None, None, str(reason)))
     truths = tuple(_reference(subject, plan) for subject in (model, against))
-    for precision in plan.precisions:
-        for batch in plan.batches:
-            _setting(model, against, truths, precision, batch, plan, report, say)
+    settings, done = list(itertools.product(plan.precisions, plan.batches)), 0
+    try:
+        for setting in settings:
+            _setting(model, against, truths, *setting, plan, report, say)
+            done += 1
+    except KeyboardInterrupt:
+        if not report.results:
+            raise
+        report.interrupted = True
+        report.warnings.append(f"interrupted: {done} of {len(settings)} settings (precision and batch) are complete")
     if not report.results:
         reasons = "; ".join(sorted({f"{entry['engine']}: {entry['reason']}" for entry in report.skipped}))
         raise UserError(f"nothing could be measured: {reasons}")
@@ -138,21 +160,30 @@ def _setting(model, against, truths, precision: str, batch: int, plan: Plan, rep
         label = f"{engine.name} {precision} batch {batch}"
         try:
             sessions = _load(engine, (model, against), truths, precision, batch, plan, report)
-        except Unsupported as reason:
-            report.skipped.append(_skip(engine.name, precision, batch, str(reason)))
-            report.claims.append(
-                judge.not_measured(claim_name("speed", engine.name, precision, batch), judge.SPEED, str(reason))
-            )
-            say(f"{label}: skipped: {reason}")
+        except UserError:
+            raise  # a mistake in the input: no engine's failure
+        except Exception as error:  # engines raise classes of their own
+            _leave_out(engine.name, precision, batch, error, report, say)
             continue
         say(f"{label}: timing {model.name} and {against.name} interleaved")
-        pairs[engine.name] = _time(sessions, (model.name, against.name), label, plan, report)
+        try:
+            pairs[engine.name] = _time(sessions, (model.name, against.name), label, plan, report)
+        except Exception as error:
+            _leave_out(engine.name, precision, batch, error, report, say)
     if pairs:
         _best_against_best(model, against, pairs, plan, report, say)
         _native_against_others(model, against, pairs, plan, report, say)
     else:
         name = claim_name("speed", "best", precision, batch)
         report.claims.append(judge.not_measured(name, judge.SPEED, "no engine could"))
+
+
+def _leave_out(who: str, precision: str, batch: int, error: Exception, report: Report, say) -> None:
+    """Go on without a measurement, and say why: it is refused, or failed."""
+    reason = str(error) if isinstance(error, Unsupported) else f"it failed: {first_line(error)}"
+    report.skipped.append(_skip(who, precision, batch, reason))
+    report.claims.append(judge.not_measured(claim_name("speed", who, precision, batch), judge.SPEED, reason))
+    say(f"{who} {precision} batch {batch}: skipped: {reason}")
 
 
 def _load(engine: Engine, subjects, truths, precision: str, batch: int, plan: Plan, report: Report):
@@ -168,27 +199,30 @@ def _load(engine: Engine, subjects, truths, precision: str, batch: int, plan: Pl
 
 
 def _time(sessions: tuple[Session, Session], names: tuple[str, str], label: str, plan: Plan, report: Report) -> Pair:
-    """Time both sessions of one engine and enter them, and the engine's own memory figures, in the report."""
-    samples, ratio = _interleave(sessions, plan)
-    summaries = _summaries(samples, plan)
-    where = _where(sessions[0])
-    timed = _times(samples, summaries)
-    report.results += [{"model": name, **where, **times} for name, times in zip(names, timed, strict=True)]
-    report.ratios.append({**where, **_ratio(ratio)})
-    report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
+    """Time both sessions of one engine and enter them, and the engine's own memory figures, in the report.
+
+    All is measured before anything is entered: an engine that fails leaves no half of its rows.
+    """
+    timing, where = _interleave(sessions, names, label, plan), _where(sessions[0])
+    memory, profiles = [], []
     for name, session in zip(names, sessions, strict=True):
-        report.memory += engine_rows(name, session)
+        memory += engine_rows(name, session)
         if plan.profile and isinstance(session, NativeSession):
-            report.profiles.append(profile(name, session, _images(session, plan), min(plan.seconds, PROFILE_SECONDS)))
+            profiles.append(profile(name, session, _images(session, plan), min(plan.seconds, PROFILE_SECONDS)))
+    report.results += [{"model": name, **where, **times} for name, times in zip(names, timing.times, strict=True)]
+    report.ratios.append({**where, **_ratio(timing.ratio)})
+    report.warnings += timing.warnings
+    report.memory += memory
+    report.profiles += profiles
     name = claim_name("speed", where["engine"], where["precision"], where["batch"])
-    report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high))
-    return Pair(sessions, (summaries[0].median, summaries[1].median), ratio)
+    report.claims.append(_speed_claim(name, timing.ratio))
+    return Pair(sessions, timing.medians, timing.ratio)
 
 
 def _best_against_best(model, against, pairs: dict[str, Pair], plan: Plan, report: Report, say) -> None:
     """Each network on its fastest engine."""
     fastest = [_fastest(pairs, side) for side in (0, 1)]
-    report.best.append(_across("best", (model, against), pairs, fastest, plan, report, say))
+    _across("best", (model, against), pairs, fastest, report.best, plan, report, say)
 
 
 def _native_against_others(model, against, pairs: dict[str, Pair], plan: Plan, report: Report, say) -> None:
@@ -196,38 +230,50 @@ def _native_against_others(model, against, pairs: dict[str, Pair], plan: Plan, r
     others = {name: pair for name, pair in pairs.items() if name not in OURS}
     for ours in pairs.keys() & set(OURS) if others else ():
         engines = [ours, _fastest(others, 1)]
-        row = _across(f"{ours}-against-others", (model, against), pairs, engines, plan, report, say)
-        report.native_against_others.append(row)
+        rows = report.native_against_others
+        _across(f"{ours}-against-others", (model, against), pairs, engines, rows, plan, report, say)
 
 
 def _fastest(pairs: dict[str, Pair], side: int) -> str:
     return min(pairs, key=lambda name: pairs[name].medians[side])
 
 
-def _across(who: str, subjects, pairs: dict[str, Pair], engines: list[str], plan: Plan, report: Report, say) -> dict:
-    """Each network on its engine; when those differ, the two sessions are measured interleaved as well."""
+def _across(
+    who: str, subjects, pairs: dict[str, Pair], engines: list[str], rows: list[dict], plan, report, say
+) -> None:
+    """Each network on its engine, a row; when those differ, the two sessions are measured interleaved as well."""
     chosen = tuple(pairs[name].sessions[side] for side, name in enumerate(engines))
-    ratio, timed = pairs[engines[0]].ratio, (None, None)
+    ratio, times = pairs[engines[0]].ratio, (None, None)
     setting = {"precision": chosen[0].precision, "batch": chosen[0].batch}
-    names = [f"{subject.name} on {engine}" for subject, engine in zip(subjects, engines, strict=True)]
+    names = tuple(f"{subject.name} on {engine}" for subject, engine in zip(subjects, engines, strict=True))
     if engines[0] != engines[1]:
         label = f"{who} {setting['precision']} batch {setting['batch']}"
         say(f"{label}: timing {names[0]} and {names[1]} interleaved")
-        samples, ratio = _interleave(chosen, plan)
-        summaries = _summaries(samples, plan)
-        report.warnings += _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
-        timed = _times(samples, summaries)
-    name, note = claim_name("speed", who, **setting), f": {names[0]} against {names[1]}"
-    report.claims.append(judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high, note))
+        try:
+            timing = _interleave(chosen, names, label, plan)
+        except Exception as error:
+            _leave_out(who, *setting.values(), error, report, say)
+            return
+        ratio, times = timing.ratio, timing.times
+        report.warnings += timing.warnings
+    note = f": {names[0]} against {names[1]}"
+    report.claims.append(_speed_claim(claim_name("speed", who, **setting), ratio, note))
     used = {"model_engine": engines[0], "compare_engine": engines[1]}
-    return {**setting, **used, **_ratio(ratio), "model_times": timed[0], "compare_times": timed[1]}
+    rows.append({**setting, **used, **_ratio(ratio), "model_times": times[0], "compare_times": times[1]})
 
 
-def _interleave(sessions: tuple[Session, Session], plan: Plan) -> tuple[PairedSamples, Ratio]:
+def _speed_claim(name: str, ratio: Ratio, note: str = "") -> judge.Claim:
+    return judge.at_least(name, judge.SPEED, ratio.value, ratio.low, ratio.high, note)
+
+
+def _interleave(sessions: tuple[Session, Session], names: tuple[str, str], label: str, plan: Plan) -> Timing:
+    """``names``, ``label``: what warnings call the two sides and their setting."""
     images = _images(sessions[0], plan)
     first, second = (lambda: sessions[0].run(images)), (lambda: sessions[1].run(images))
     samples = time_pair(first, second, seconds=plan.seconds, min_quads=plan.min_quads, max_warm_up=plan.warm_up)
-    return samples, paired_ratio(samples.a, samples.b, plan.seed)
+    ratio, summaries = paired_ratio(samples.a, samples.b, plan.seed), _summaries(samples, plan)
+    warnings = _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
+    return Timing((summaries[0].median, summaries[1].median), _times(samples, summaries), ratio, warnings)
 
 
 def _images(session: Session, plan: Plan) -> np.ndarray:

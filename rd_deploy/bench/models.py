@@ -13,10 +13,10 @@ from types import ModuleType
 
 import onnx
 
-from rd_deploy.common import UserError, nearest, require
+from rd_deploy.common import UserError, first_line, nearest, require
 from rd_deploy.engines.base import image_shape
 from rd_deploy.export.onnx import KEY, read_metadata, to_onnx
-from rd_deploy.onnx_files import first_line, load_model
+from rd_deploy.onnx_files import load_model
 
 MAX_ELEMENTS = 1 << 30  # of a batch of images: 4 GiB in fp32; 4,096 images of 3x224x224 are 0.6 of it
 

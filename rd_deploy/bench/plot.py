@@ -29,13 +29,18 @@ def plot_bench(path: str | Path, document: dict, ledgers: dict[str, dict[str, Le
     draw_ratios(figure.add_subplot(grid[0, 1]), document)
     if ledgers:
         draw_ledgers([figure.add_subplot(grid[1, column]) for column in range(len(ledgers))], ledgers)
-    cpu = document["environment"]["cpu"]["model"] or "unknown CPU"
-    threads = document["environment"]["threads"]
-    figure.suptitle(
-        f"{document['model']} against {document['compare']} · {cpu}, {threads} thread{'s' if threads != 1 else ''}"
-    )
+    figure.suptitle(title(document))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
+
+
+def title(document: dict) -> str:
+    """The two networks, and what they ran on; a GPU has a line of its own."""
+    machine, threads = document["environment"], document["environment"]["threads"]
+    gpu = machine.get("gpu")
+    card = f"{gpu['name']}\n" if gpu else ""
+    where = f"{machine['cpu']['model'] or 'unknown CPU'}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{document['model']} against {document['compare']} · {card}{where}"
 
 
 def _setting(row: dict) -> str:

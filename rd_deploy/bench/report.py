@@ -64,10 +64,21 @@ def _machine(machine: dict) -> str:
     steal = machine.get("steal_share")
     load = machine["load_average"]
     return (
-        f"{cpu['model'] or 'unknown CPU'} ({cpu['architecture']}), {machine['threads']} threads of "
-        f"{len(cpu['affinity'])} CPUs, load {'?' if load is None else format(load[0], '.2f')} at the start, "
+        f"{_gpu(machine.get('gpu'))}{cpu['model'] or 'unknown CPU'} ({cpu['architecture']}), "
+        f"{machine['threads']} threads of {len(cpu['affinity'])} CPUs, "
+        f"load {'?' if load is None else format(load[0], '.2f')} at the start, "
         f"steal {'?' if steal is None else format(steal, '.1%')}\n{packages}"
     )
+
+
+def _gpu(gpu: dict | None) -> str:
+    """Of a run on a GPU, in front of the CPU: the card, its driver, and what compiles for it."""
+    if gpu is None:
+        return ""
+    words = {"driver": "driver", "cuda": "CUDA", "ptxas": "ptxas"}
+    versions = "".join(f", {word} {gpu[key]}" for key, word in words.items() if gpu[key])
+    size = f"{gpu['multiprocessors']} multiprocessors, {gpu['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{gpu['name']} (sm_{gpu['capability']}, {size}){versions}; "
 
 
 def _latency(document: dict) -> str:

@@ -1,16 +1,14 @@
 """Running a plan: its arena, its weights on the GPU, and the launches in order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rd_deploy.chain import INPUT
+from rd_deploy.chain import INPUT, Conv, Linear, Step, round_to_bf16
 from rd_deploy.common import UserError
 from rd_deploy.cuda.plan import TYPE_BYTES, Piece, Plan, PlanStep
 from rd_deploy.triton_kernels.launch import ELEMENT, Launch
-
-LARGEST = {"fp16": 65504.0, "bf16": 3.38e38}
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Program:
         return self.arena[start : start + elements * TYPE_BYTES[kind]].view(self._types[kind])
 
     def _packed(self, piece: Piece, launch: Launch, precision: str) -> dict[str, Any]:
-        """Weights as the kernel reads them, rounded once."""
+        """Weights as the kernel reads them."""
         import torch
 
         packed = {}
@@ -75,11 +73,20 @@ class Program:
 
 
 def pack(piece: Piece, precision: str, launch: Launch) -> dict[str, np.ndarray]:
-    """The kernel's weights in float32; a value that the precision cannot hold is a `UserError`."""
-    weights = piece.kernel.weights(*piece.steps)
-    for name, values in weights.items():
-        largest = float(np.abs(values).max(initial=0.0))
-        if launch.tensors[name] == ELEMENT and largest > LARGEST[precision]:
+    """The kernel's operands in float32, its weights rounded once to ``precision``; one beyond it is a `UserError`."""
+    operands = piece.kernel.weights(*(_rounded(step, precision) for step in piece.steps))
+    for name, values in operands.items():
+        if launch.tensors[name] == ELEMENT and not np.isfinite(values).all():
             names = " · ".join(step.name for step in piece.steps)
-            raise UserError(f"{names}: a weight reaches {largest:.3g}, more than {precision} holds; use bf16")
-    return weights
+            advice = "use bf16" if precision == "fp16" else "train again"
+            raise UserError(f"{names}: a weight is more than {precision} holds; {advice}")
+    return operands
+
+
+def _rounded(step: Step, precision: str) -> Step:
+    """A step with weights of the precision, before its kernel makes float32 of them; biases stay as they are."""
+    if not isinstance(step, Conv | Linear):
+        return step
+    with np.errstate(over="ignore"):
+        weight = round_to_bf16(step.weight) if precision == "bf16" else step.weight.astype(np.float16)
+    return replace(step, weight=weight)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from rd_deploy.common import UserError, install_hint
+from rd_deploy.common import UserError, first_line, install_hint
+from rd_deploy.onnx_files import fixed_batch, runtime_inputs
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PRECISIONS = tuple(ELEMENT_BYTES)
@@ -143,12 +144,6 @@ class Engine(ABC):
     def _load(self, model: onnx.ModelProto, precision: str, threads: int, batch: int) -> Session: ...
 
 
-def first_line(error: Exception) -> str:
-    """What an engine's exception says, short enough for a table."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:160] if lines else type(error).__name__
-
-
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     """The one input that is not a weight; anything but one float32 (N, C, H, W) tensor is a `UserError`.
 
@@ -156,8 +151,7 @@ def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     for float32's.
     """
     _check_float32(model)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
+    inputs = runtime_inputs(model)
     if len(inputs) != 1:
         raise UserError(f"the ONNX model has {len(inputs)} inputs; give one with a single image input")
     kind = inputs[0].type.tensor_type
@@ -177,28 +171,18 @@ def _check_float32(model: onnx.ModelProto) -> None:
 
 
 def image_shape(model: onnx.ModelProto) -> tuple[int, int, int]:
-    """(C, H, W) of the image input, all fixed."""
-    dims = image_input(model).type.tensor_type.shape.dim[1:]
-    shape = tuple(dim.dim_value for dim in dims)
-    if any(size < 1 for size in shape):
-        raise UserError("the ONNX model leaves channels, height or width open; export it with a fixed image size")
-    return shape
-
-
-def fixed_batch(model: onnx.ModelProto) -> int | None:
-    """The batch size an ONNX file is fixed to, or None when it is free."""
-    dim = image_input(model).type.tensor_type.shape.dim[0]
-    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
+    """(C, H, W) of the image input; `fixed_batch` refuses files that leave one of them open."""
+    return tuple(dim.dim_value for dim in image_input(model).type.tensor_type.shape.dim[1:])
 
 
 def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """A copy whose batch dimension is ``batch``, so that every engine can plan with static shapes."""
-    fixed = fixed_batch(model)
-    if fixed not in (None, batch):
-        raise Unsupported(f"the ONNX file is fixed to batch {fixed}; export it with a free batch dimension")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    image_input(copy).type.tensor_type.shape.dim[0].dim_value = batch
+    images, fixed = image_input(copy), fixed_batch(copy)
+    if fixed not in (None, batch):
+        raise Unsupported(f"the ONNX file is fixed to batch {fixed}; export it with a free batch dimension")
+    images.type.tensor_type.shape.dim[0].dim_value = batch
     for value in copy.graph.output:
         if value.type.tensor_type.shape.dim:
             value.type.tensor_type.shape.dim[0].dim_value = batch

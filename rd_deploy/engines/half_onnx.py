@@ -3,12 +3,12 @@
 import onnx
 from onnx import helper
 
+from rd_deploy.chain import INPUT
 from rd_deploy.chain_from_onnx import chain_from_onnx
 from rd_deploy.common import UserError
 from rd_deploy.engines.base import Unsupported
+from rd_deploy.export.files import OUTPUT
 from rd_deploy.export.onnx import DTYPES, to_onnx
-
-IMAGES, LOGITS = "images", "logits"
 
 
 def half_onnx(model: onnx.ModelProto, batch: int, precision: str = "fp16") -> onnx.ModelProto:
@@ -27,13 +27,13 @@ def half_onnx(model: onnx.ModelProto, batch: int, precision: str = "fp16") -> on
     channels, height, width = (dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim[1:])
     nodes = list(graph.node)[1:-1]
     for node in nodes:
-        node.output[:] = [LOGITS if name == last.input[0] else name for name in node.output]
-    reorder = helper.make_node("Transpose", [IMAGES], first.output, "to_nchw", perm=[0, 3, 1, 2])
+        node.output[:] = [OUTPUT if name == last.input[0] else name for name in node.output]
+    reorder = helper.make_node("Transpose", [INPUT], first.output, "to_nchw", perm=[0, 3, 1, 2])
     plain = helper.make_graph(
         [reorder, *nodes],
         graph.name,
-        [helper.make_tensor_value_info(IMAGES, element, [batch, height, width, channels])],
-        [helper.make_tensor_value_info(LOGITS, element, [batch, count_classes(half)])],
+        [helper.make_tensor_value_info(INPUT, element, [batch, height, width, channels])],
+        [helper.make_tensor_value_info(OUTPUT, element, [batch, count_classes(half)])],
         graph.initializer,
     )
     made = helper.make_model(plain, opset_imports=half.opset_import, ir_version=half.ir_version)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import onnx
 
-from rd_deploy.common import UserError
-from rd_deploy.engines.base import Session, first_line
+from rd_deploy.common import UserError, first_line
+from rd_deploy.engines.base import Session
 from rd_deploy.engines.device import DeviceEngine
 from rd_deploy.engines.torch_cuda import TorchCudaSession
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from rd_deploy.engines.base import Engine, Figure, Session, Unsupported, first_line
+from rd_deploy.common import first_line
+from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 
 PATTERNS = "memory patterns off (the timed session has them on)"
 

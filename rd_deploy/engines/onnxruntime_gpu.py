@@ -10,10 +10,12 @@ from abc import abstractmethod
 
 import onnx
 
+from rd_deploy.chain import INPUT
 from rd_deploy.common import one_line
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 from rd_deploy.engines.device import DeviceEngine, DeviceSession, no_gpu
-from rd_deploy.engines.half_onnx import IMAGES, LOGITS, count_classes, half_onnx
+from rd_deploy.engines.half_onnx import count_classes, half_onnx
+from rd_deploy.export.files import OUTPUT
 
 NO_CPU = "session.disable_cpu_ep_fallback"  # a node that is left to the CPU is an error
 LIST_NODES = "session.record_ep_graph_assignment_info"
@@ -78,8 +80,8 @@ class ProviderSession(DeviceSession):
         batch, channels, height, width = self.shape
         binding, where = self._session.io_binding(), (self.device.type, self.device.index)
         images, logits = self.images.data_ptr(), self._output.data_ptr()
-        binding.bind_input(IMAGES, *where, element, [batch, height, width, channels], images)
-        binding.bind_output(LOGITS, *where, element, list(self._output.shape), logits)
+        binding.bind_input(INPUT, *where, element, [batch, height, width, channels], images)
+        binding.bind_output(OUTPUT, *where, element, list(self._output.shape), logits)
         return binding
 
     def _forward(self):

@@ -11,7 +11,7 @@ import importlib
 import re
 from pathlib import Path
 
-from rd_deploy.engines.base import first_line
+from rd_deploy.common import first_line
 from rd_deploy.engines.onnxruntime_gpu import ProviderEngine
 
 WORKSPACE_SHARE = 0.25  # of the GPU's memory: the most that a kernel may ask for; the provider's default is 1 GiB

@@ -7,10 +7,12 @@ as the host has them, float32; here, as in every engine on a GPU, they lie there
 
 import onnx
 
+from rd_deploy.chain import INPUT
 from rd_deploy.common import UserError
 from rd_deploy.engines.base import Engine, Figure, Session, Unsupported
 from rd_deploy.engines.device import DeviceEngine, DeviceSession, no_gpu
-from rd_deploy.engines.half_onnx import IMAGES, LOGITS, count_classes, half_onnx
+from rd_deploy.engines.half_onnx import count_classes, half_onnx
+from rd_deploy.export.files import OUTPUT
 from rd_deploy.trt.flavours import context_bytes, load_flavour
 
 
@@ -40,7 +42,7 @@ class TensorRtSession(DeviceSession):
         plan = self._runtime.deserialize_cuda_engine(built.content)
         self._plan = messages.checked(plan, "load its own engine")
         self._context = messages.checked(self._plan.create_execution_context(), "make an execution context")
-        for tensor, memory in ((IMAGES, self.images), (LOGITS, self._output)):
+        for tensor, memory in ((INPUT, self.images), (OUTPUT, self._output)):
             taken = self._context.set_tensor_address(tensor, memory.data_ptr())
             messages.checked(taken, f"take the memory of {tensor}")
 

@@ -1,5 +1,7 @@
 """The images that an export is judged on: the data set's test images, a folder of the user's, or random ones."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 from rd_deploy.common import UserError, require
 from rd_deploy.preprocessing import Preprocessing
 
+RANDOM_WEIGHTS = "no real data, since the weights are random too"
 ESCAPE = "pass --images FOLDER (any images of the kind), or --no-parity"
 
 
@@ -39,19 +42,39 @@ def random_images(count: int, channels: int, size: int, seed: int = 0) -> np.nda
     return images
 
 
-def random_source(count: int, preprocessing: Preprocessing, seed: int) -> Images:
-    """For networks without a data set."""
+def random_source(count: int, preprocessing: Preprocessing, seed: int, reason: str) -> Images:
+    """For networks without a data set at hand; ``reason``: why, in words."""
     values = random_images(count, preprocessing.channels, preprocessing.size, seed)
-    return Images(values, f"seeded random images (seed {seed}; no real data, since the weights are random too)")
+    return Images(values, f"seeded random images (seed {seed}; {reason})")
 
 
-def split_images(checkpoint, data_dir: str | None, count: int) -> Images:
-    """Images of the test split that a checkpoint was made with; ``data_dir`` says where the data is now."""
+def split_images(checkpoint, data_dir: str | None, count: int, load: Callable) -> Images:
+    """Images of the test split that a checkpoint was made with; ``data_dir`` says where the data is now.
+
+    ``load``: reads the data set, as `trained_on` does.
+    """
     elsewhere = f"pass --data-dir, or {ESCAPE}"
-    dataset = trained_on(checkpoint, data_dir, "no test images for the parity check", ESCAPE, elsewhere)
+    dataset = load(checkpoint, data_dir, "no test images for the parity check", ESCAPE, elsewhere)
     torch = require("torch", "train")
     chosen = dataset.test.images(torch.from_numpy(spread(count, len(dataset.test))))
     return Images(chosen.numpy(), f"test images of {dataset.name}")
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[Callable]:
+    """`trained_on` for one checkpoint: reads its data set when first called, and ends the set's workers at the end."""
+    found = []
+
+    def load(*arguments):
+        if not found:
+            found.append(trained_on(*arguments))
+        return found[0]
+
+    try:
+        yield load
+    finally:
+        for dataset in found:
+            dataset.workers.close()
 
 
 def trained_on(checkpoint, data_dir: str | None, missing: str, unnamed: str, elsewhere: str):
@@ -86,6 +109,7 @@ def trained_on(checkpoint, data_dir: str | None, missing: str, unnamed: str, els
     except UserError as error:
         raise UserError(f"{missing} ({error}); {elsewhere}") from error
     if not _same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
+        dataset.workers.close()
         raise UserError(f"{name} here is not the data that the checkpoint was trained on; {elsewhere}")
     return dataset
 
@@ -98,7 +122,7 @@ def _same_preprocessing(one: Preprocessing, other: Preprocessing) -> bool:
 
 def folder_images(folder: str | Path, preprocessing: Preprocessing, count: int) -> Images:
     """Image files (by suffix) anywhere below a folder, preprocessed as in deployment."""
-    folder = Path(folder).expanduser()
+    folder = Path(folder)
     files = image_files(folder, 2, "parity")
     chosen = [files[index] for index in spread(count, len(files))]
     return Images(load_images(chosen, preprocessing), f"images in {folder}")

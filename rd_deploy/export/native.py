@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, sources
+from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, round_to_bf16, sources
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import files
 from rd_deploy.export.files import Artefact, make_artefact
@@ -175,17 +175,6 @@ def _rounded(values: np.ndarray, step: Step, part: str, precision: str) -> np.nd
             f"{step.name}.{part} reaches {np.abs(values).max():.3g}, more than {precision} holds; train again"
         )
     return rounded if precision == "fp32" else (rounded.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """To the nearest bfloat16, ties to even, as float32; infinite beyond its range.
-
-    In one step from float64: by way of float32, what rounds to a tie there would round once more.
-    """
-    values = values.astype(np.float64)
-    _, exponent = np.frexp(values)  # values are below 2^exponent; bf16 has 8 bits, and none below 2^-133
-    unit = np.maximum(exponent - 8, -133)
-    return np.ldexp(np.rint(np.ldexp(values, -unit)), unit).astype(np.float32)
 
 
 # --- limits

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool, Step, weights
+from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool, Step, round_to_bf16, weights
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import files
 from rd_deploy.export.files import OUTPUT, Artefact, make_artefact
@@ -115,7 +115,7 @@ def make_tensor(name: str, values: np.ndarray, element: int) -> TensorProto:
 
 def _initializer(step: Step, part: str, values: np.ndarray, dtype: type) -> TensorProto:
     with np.errstate(over="ignore"):
-        rounded = values.astype(dtype)
+        rounded = (round_to_bf16(values) if dtype is ml_dtypes.bfloat16 else values).astype(dtype)
     if not np.isfinite(rounded).all():
         advice = "export with --precision fp32" if dtype is np.float16 else "train again"
         raise UserError(

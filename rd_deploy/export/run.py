@@ -10,13 +10,13 @@ from rd_deploy.cli_export import ARCH_OPTIONS, DEFAULT_BATCHES, DEFAULT_MAX_BATC
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export import native, onnx, tensorrt
 from rd_deploy.export.files import Artefact
-from rd_deploy.export.images import Images, folder_images, random_source, split_images
+from rd_deploy.export.images import RANDOM_WEIGHTS, Images, folder_images, random_source, read_once, split_images
 from rd_deploy.export.report import engine_lines, parity_entry, parity_table, quantisation_lines, summary
 from rd_deploy.export.tensorrt import Settings, choose_settings, read_onnx
 from rd_deploy.parity import TOLERANCES, check_parity, check_quantized, native_ways, onnx_ways
 from rd_deploy.preprocessing import Preprocessing
 from rd_deploy.quantize import CALIBRATION_IMAGES, MAX_DROP, quantization_data, quantize_network, stored_bytes
-from rd_deploy.serving.triton_server import check_engine, check_repository, write_model
+from rd_deploy.serving.triton_server import check_engine, check_onnx, check_repository, write_model
 from rd_deploy.trt.build import Profile
 
 # How many images parity is judged on at least, if there are as many: real ones, or (for random weights) random ones.
@@ -46,9 +46,10 @@ def from_network(options: argparse.Namespace, say: Callable[[str], None]) -> Res
         raise UserError(f"--out {path} is the checkpoint itself; choose another output path")
     _check_targets(options, module, path, engine_path)
     say("\n".join(summary(source.chain, options.precision)))
-    result = _model(options, source, module, path)
-    if settings is not None:
-        _add_engine(options, settings, result, engine_path, lambda count: _images(options, source, count))
+    with read_once() as load:
+        result = _model(options, source, module, path, load)
+        if settings is not None:
+            _add_engine(options, settings, result, engine_path, lambda count: _images(options, source, count, load))
     return result
 
 
@@ -65,7 +66,9 @@ def from_onnx(options: argparse.Namespace) -> Result:
     def images(count: int) -> Images:
         if options.images is not None:
             return folder_images(options.images, preprocessing, max(REAL_IMAGES, count))
-        return random_source(max(RANDOM_IMAGES, count), preprocessing, seed=1)
+        trained = "checkpoint" in model.sidecar["provenance"]
+        reason = "an ONNX file brings no real ones: give them with --images" if trained else RANDOM_WEIGHTS
+        return random_source(max(RANDOM_IMAGES, count), preprocessing, 1, reason)
 
     if settings is not None:
         _add_engine(options, settings, result, path, images)
@@ -110,6 +113,8 @@ def _check_native() -> None:
 def _settings(options: argparse.Namespace, precision: str) -> Settings | None:
     """What engine to build, if any."""
     if not options.trt:
+        if options.triton_server is not None:
+            check_onnx(precision)
         return None
     targets = None if options.target is None else tuple(options.target.split(","))
     settings = choose_settings(options.trt_flavour or "auto", targets, _profile(options), precision)
@@ -181,29 +186,29 @@ def _source(options: argparse.Namespace):
     return source_from_name(options.arch, **given)
 
 
-def _images(options: argparse.Namespace, source, max_batch: int) -> Images:
-    """The images that parity is judged on, as many as a batch at least."""
+def _images(options: argparse.Namespace, source, max_batch: int, load: Callable) -> Images:
+    """The images that parity is judged on, as many as a batch at least; ``load``: of `read_once`."""
     count = max(REAL_IMAGES, max_batch)
     if options.images is not None:
         return folder_images(options.images, source.chain.preprocessing, count)
     if source.checkpoint is None:
         count = max(RANDOM_IMAGES, max_batch)
-        return random_source(count, source.chain.preprocessing, seed=(options.seed or 0) + 1)
-    return split_images(source.checkpoint, options.data_dir, count)
+        return random_source(count, source.chain.preprocessing, (options.seed or 0) + 1, RANDOM_WEIGHTS)
+    return split_images(source.checkpoint, options.data_dir, count, load)
 
 
-def _model(options: argparse.Namespace, source, module: ModuleType, path: Path) -> Result:
+def _model(options: argparse.Namespace, source, module: ModuleType, path: Path, load: Callable) -> Result:
     """The folded network as a file of the format asked for, checked."""
     report: list[str] = []
     if options.precision in QUANTISING:
-        return _quantised(options, source, path, report)
-    verify = _verifier(options, source, report)
+        return _quantised(options, source, path, report, load)
+    verify = _verifier(options, source, report, load)
     make = module.make_native if options.native else module.make_onnx
     model = make(path, source.chain, options.precision, verify)
     return Result([model], model, report)
 
 
-def _quantised(options: argparse.Namespace, source, path: Path, report: list[str]) -> Result:
+def _quantised(options: argparse.Namespace, source, path: Path, report: list[str], load: Callable) -> Result:
     """The network with Q/DQ, if it is accurate enough; parity then is that of integer kernels with the file."""
     data = quantization_data(
         source.chain,
@@ -212,6 +217,7 @@ def _quantised(options: argparse.Namespace, source, path: Path, report: list[str
         options.images,
         options.calibration_images or CALIBRATION_IMAGES,
         options.seed or 0,
+        load,
     )
     if options.max_drop is not None and (data.gate is None or data.gate.labels is None):
         raise UserError("--max-drop needs labelled images: put them in folders named as the classes, or leave it away")
@@ -228,7 +234,7 @@ def _quantised(options: argparse.Namespace, source, path: Path, report: list[str
         report.append(
             f"only {data.calibration.count} of the {options.calibration_images} calibration images were to be had"
         )
-    size, verify = stored_bytes(quantized.model), _verifier(options, source, report)
+    size, verify = stored_bytes(quantized.model), _verifier(options, source, report, load)
     particular = {"quantization": quantized.report}
     model = onnx.artefact_of(path, source.chain, options.precision, quantized.model, size, verify, particular)
     return Result([model], model, report)
@@ -241,14 +247,14 @@ def _tolerance(options: argparse.Namespace, precision: str, random: bool) -> flo
     return options.tolerance or TOLERANCES[precision]
 
 
-def _verifier(options: argparse.Namespace, source, report: list[str]) -> Callable[[bytes], dict] | None:
+def _verifier(options: argparse.Namespace, source, report: list[str], load: Callable) -> Callable[[bytes], dict] | None:
     """The parity check that the exporter runs before it writes; its table goes to ``report``."""
     if options.no_parity:
         report.append("parity: not checked (--no-parity)")
         return None
     max_batch = options.max_batch or (RANDOM_IMAGES if source.checkpoint is None else DEFAULT_MAX_BATCH)
     tolerance = _tolerance(options, options.precision, random=source.checkpoint is None)
-    images = _images(options, source, max_batch)
+    images = _images(options, source, max_batch, load)
     ways = native_ways if options.native else onnx_ways
     setting = (images.values, tolerance, max_batch, options.precision)
 

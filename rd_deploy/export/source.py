@@ -90,8 +90,3 @@ def _plain(values: object, what: str) -> object:
 def chain_from_name(name: str, size: int | None = None, seed: int = 0, classes: int = 1000) -> Chain:
     """The chain of one of our architectures with calibrated random weights."""
     return source_from_name(name, size, seed, classes=classes).chain
-
-
-def chain_from_checkpoint(path: str | Path) -> Chain:
-    """The chain of a ``model.pt``, for images of its preprocessing's size."""
-    return source_from_checkpoint(path).chain

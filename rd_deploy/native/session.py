@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError
+from rd_deploy.cpus import available_threads
 from rd_deploy.native import library as c
 from rd_deploy.preprocessing import Preprocessing
 
@@ -290,19 +290,22 @@ class Session:
         self.info = self._context.info
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images (N, C, H, W) to float32 logits (N, classes); N is a multiple of the batch.
+        """Normalised images (N, C, H, W), any N from 1 on, to float32 logits (N, classes).
 
+        They run in batches; a last, smaller one is filled up with zeros, and takes as long as a whole one.
         ``session.run(session.preprocessing.apply(photos))`` takes uint8 images (N, H, W, C) of any size.
         """
-        images, batch = np.asarray(images), self.info.batch
-        if images.ndim != 4 or not len(images) or len(images) % batch:
-            _, *shape = self._context.input_shape
-            raise UserError(
-                f"images must be (N, {', '.join(map(str, shape))}), N a multiple of {batch}, not {images.shape}"
-            )
+        images, (batch, *shape) = np.asarray(images), self._context.input_shape
+        if not images.size or list(images.shape[1:]) != shape:
+            raise UserError(f"images must be (N, {', '.join(map(str, shape))}), N at least 1, not {images.shape}")
         logits = np.empty((len(images), self.info.classes), np.float32)
-        for start in range(0, len(images), batch):
+        left = len(images) % batch
+        for start in range(0, len(images) - left, batch):
             self._context.run(images[start : start + batch], out=logits[start : start + batch])
+        if left:
+            last = np.zeros((batch, *shape), images.dtype)
+            last[:left] = images[-left:]
+            logits[-left:] = self._context.run(last)[:left]
         return logits
 
 

@@ -61,9 +61,7 @@ def calibrate(chain: Chain, kind: str, method: str, images: Iterable[np.ndarray]
     for name, value in ranges.items():
         if not 0 < value < np.inf:  # NaN included
             what = "nothing but 0" if value == 0 else "no finite range"
-            raise CalibrationError(
-                f"{method} finds {what} in {name}: use other images, another calibrator, or train again"
-            )
+            raise CalibrationError(f"{method} finds {what} in {name}: {ADVICE}")
     return ranges
 
 

@@ -68,24 +68,26 @@ def quantization_data(
     images: str | Path | None = None,
     calibration_images: int = CALIBRATION_IMAGES,
     seed: int = 0,
+    load: Callable = trained_on,
 ) -> QuantizationData:
     """The images to quantise a network with.
 
     From ``images``, a folder, if it is given: a part each, labelled if the files lie in folders named as the network's
     classes. Else from the data that ``checkpoint`` was trained on (``data_dir``: where it is now): training, validation
-    and test split. Else, for random weights, seeded random images. Raises `UserError` when there are too few.
+    and test split, read by ``load``. Else, for random weights, seeded random images. Raises `UserError` when there are
+    too few.
     """
     if calibration_images < 1:
         raise UserError(f"--calibration-images must be at least 1, not {calibration_images}")
     if images is not None:
-        return _from_folder(Path(images).expanduser(), chain, calibration_images)
+        return _from_folder(Path(images), chain, calibration_images)
     if checkpoint is not None:
-        return _from_training_data(checkpoint, data_dir, calibration_images)
+        dataset = load(checkpoint, data_dir, "no images to quantise with", ESCAPE, ESCAPE)
+        return _from_training_data(dataset, calibration_images)
     return _from_nothing(chain.preprocessing, min(calibration_images, RANDOM_IMAGES), seed)
 
 
-def _from_training_data(checkpoint, data_dir: str | None, calibration_images: int) -> QuantizationData:
-    dataset = trained_on(checkpoint, data_dir, "no images to quantise with", ESCAPE, ESCAPE)
+def _from_training_data(dataset, calibration_images: int) -> QuantizationData:
     return QuantizationData(
         _split(dataset.train, f"training images of {dataset.name}").some(calibration_images),
         _split(dataset.val, f"validation images of {dataset.name}").some(CHOOSING_IMAGES),

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 
-from rd_deploy.chain import Chain, Conv, Linear, Step
+from rd_deploy.chain import Chain, Conv, Linear, Step, round_to
 from rd_deploy.common import UserError, nearest
 from rd_deploy.export.files import OUTPUT
 from rd_deploy.export.onnx import check_size, make_model, make_tensor, step_nodes
@@ -27,6 +27,7 @@ ZERO = "zero"
 # What TensorRT's float8 convolutions take: channels in whole vectors of 16. TensorRT-RTX 1.7 converts others (the first
 # layer, of 1 or 3 channels) back to float and gains nothing but rounding.
 FP8_CHANNELS = 16
+E4M3 = (4, -9)  # significant bits, and the exponent of the least positive number
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def scales(ranges: np.ndarray, kind: Kind) -> np.ndarray:
 def stored(values: np.ndarray, scale: np.ndarray, kind: Kind) -> np.ndarray:
     """``values / scale`` in the 8-bit type: rounded to nearest, ties to even, saturated."""
     quotient = np.clip(values / scale.astype(np.float64), -kind.largest, kind.largest)
-    return (np.rint(quotient) if kind.name == "int8" else quotient.astype(np.float32)).astype(kind.dtype)
+    return (np.rint(quotient) if kind.name == "int8" else round_to(quotient, *E4M3)).astype(kind.dtype)
 
 
 def stored_weight(weight: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
@@ -197,5 +198,5 @@ def qdq_counts(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def stored_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of all initializers: 8-bit weights, scales, biases and what was kept."""
-    return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
+    """Bytes of all initializers of a `to_qdq` model: 8-bit weights, scales, biases and what was kept."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)

@@ -17,6 +17,12 @@ from rd_deploy.serving.triton_config import LABELS, config_text
 
 CONFIG, SIDECAR, VERSION = "config.pbtxt", "sidecar.json", "1"
 MODEL_FILES = {False: "model.onnx", True: "model.plan"}  # by `engine`: the names that the backends look for
+# What is wrong with ONNX files of a precision in ONNX Runtime 1.32, as seen on a CPU; of GPUs as its table of kernels
+# says (docs/OperatorKernels.md). The pass that drops the ReLU can be disabled by name, but not in a configuration.
+UNSERVED = {
+    "bf16": "has no bf16 convolution on a CPU and no bf16 pooling on a GPU",
+    "fp8": "drops the ReLU before a float8 Q, so that logits are wrong",
+}
 # The server takes names out of URLs as they are, without undoing %-escapes; a leading dot would hide the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -41,6 +47,15 @@ def check_repository(folder: str | Path, name: str) -> None:
         raise UserError(f"{folder} is the folder of one model; name the repository that it lies in")
     if (folder / name).exists() or (folder / name).is_symlink():
         _check_ours(folder / name)
+
+
+def check_onnx(precision: str) -> None:
+    """Raise `UserError` for an ONNX file that the server's ONNX Runtime cannot run, or computes wrongly."""
+    if precision in UNSERVED:
+        raise UserError(
+            f"the server runs ONNX files by ONNX Runtime, which {UNSERVED[precision]}; add --trt to serve a TensorRT "
+            "engine, or export in fp32, fp16 or int8"
+        )
 
 
 def check_engine(flavour: str, batches: tuple[int, int, int]) -> None:
@@ -84,11 +99,13 @@ def write_model(
 
     ``content``: the model's file, ONNX or (``engine``) a TensorRT plan. ``sidecar``: what `describe` or
     `describe_engine` returns. ``batches``: smallest, optimal and largest batch; of ONNX, which takes any, those to
-    configure. Raises `UserError` as `check_repository` and `check_engine` do, and when writing fails; then nothing has
-    changed.
+    configure. Raises `UserError` as `check_repository`, `check_onnx` and `check_engine` do, and when writing fails;
+    then nothing has changed.
     """
     if engine:
         check_engine(sidecar["engine"]["flavour"], batches)
+    else:
+        check_onnx(sidecar["precision"])
     check_repository(folder, name)
     folder = Path(folder).absolute()
     config = config_text(name, sidecar, engine=engine, batches=batches).encode("ascii")

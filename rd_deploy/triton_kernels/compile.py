@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.driver import driver
 
-from rd_deploy.bench.environment import available_threads
-from rd_deploy.engines.base import first_line
+from rd_deploy.common import first_line
+from rd_deploy.cpus import available_threads
 from rd_deploy.triton_kernels.assembler import use_assembler
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, PTXAS_OPTIONS, Kernel, Launch
 

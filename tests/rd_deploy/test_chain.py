@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rd_deploy.chain import (
@@ -15,6 +17,7 @@ from rd_deploy.chain import (
     GlobalAveragePool,
     Linear,
     MaxPool,
+    round_to_bf16,
     run_chain,
     run_step,
 )
@@ -132,3 +135,39 @@ def test_bad_values_and_logits_are_refused():
     ):
         with pytest.raises(ChainError, match=message):
             bad.check()
+
+
+# --- rounding
+
+
+def torch_bf16(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+
+
+def test_bf16_of_float32_values_is_torchs():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 200_000, dtype=np.uint32)
+    ties = (rng.integers(0, 1 << 16, 10_000, dtype=np.uint32) << 16) | 0x8000
+    values = np.concatenate([bits, ties, ties + 1, ties - 1, np.arange(300_000, dtype=np.uint32)]).view(np.float32)
+    values = values[np.isfinite(values)]
+    expected = torch_bf16(values)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(round_to_bf16(values).view(np.uint32), expected.view(np.uint32))
+
+
+def test_bf16_of_float64_values_is_rounded_once():
+    """Just above a tie: float32 would round to the tie, and the tie then to even."""
+    value = 1 + 2.0**-8 + 2.0**-40
+    assert round_to_bf16(np.array([value])) == 1 + 2.0**-7
+    assert torch_bf16(np.array([value]).astype(np.float32)) == 1
+    assert round_to_bf16(np.array([1 + 2.0**-8])) == 1  # a tie, to even
+
+
+@given(st.floats(width=64, allow_nan=False, allow_infinity=False, min_value=0, max_value=3e38))
+def test_bf16_is_the_nearest_value(value):
+    rounded = round_to_bf16(np.array([value]))
+    bits = rounded.view(np.uint32)
+    assert bits[0] & 0xFFFF == 0
+    for neighbour in (int(bits[0]) + 0x10000, max(int(bits[0]), 0x10000) - 0x10000):
+        other = np.array([neighbour], np.uint32).view(np.float32)
+        assert abs(float(rounded[0]) - value) <= abs(float(other[0]) - value)

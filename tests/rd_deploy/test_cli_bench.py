@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import re
 import subprocess
@@ -146,6 +147,10 @@ def test_memory_rows_and_claims(checkpoint_run):
         assert row["how"].startswith(f"{row['source']}: ")
         assert row["weight_bytes"] % (4 if row["precision"] == "fp32" else 2) == 0
         assert "rss" not in row["how"].lower()
+
+
+def test_a_run_on_the_cpu_names_no_gpu(checkpoint_run):
+    assert read(checkpoint_run)["environment"]["gpu"] is None
 
 
 def test_the_native_engine_names_its_instruction_set(checkpoint_run):
@@ -317,6 +322,114 @@ def test_a_warm_up_of_one_window_is_said_to_be_one(tmp_path, monkeypatch):
     assert [row["warm_up"]["change"] for row in document["results"]] == [None, None]
     (said,) = [text for text in document["warnings"] if "batch 1: a was warmed up" in text]
     assert re.fullmatch(r"onnxruntime fp32 batch 1: a was warmed up for one window only, \d+\.\d s", said)
+
+
+# Engines that fail while they are measured, and Ctrl-C --------------------------------------------------------------
+
+
+def fails_at(call: int, error: BaseException, monkeypatch) -> None:
+    """Let the timing of that number, from 1 on, raise."""
+    calls, time_pair = itertools.count(1), measure.time_pair
+
+    def failing(*arguments, **options):
+        if next(calls) == call:
+            raise error
+        return time_pair(*arguments, **options)
+
+    monkeypatch.setattr(measure, "time_pair", failing)
+
+
+def two_engines(tmp_path, *more) -> list:
+    model = save_onnx(tmp_path / "a.onnx")
+    common = [model, "--compare", model, "--precision", "fp32", "--engines", "onnxruntime,native", *FAST]
+    return [*common, "--batch", 1, "--out", tmp_path / "o", *more]
+
+
+def test_an_engine_that_fails_while_it_is_timed_costs_its_own_times_alone(tmp_path, monkeypatch, capsys):
+    fails_at(2, RuntimeError("the device was lost\nat line 7"), monkeypatch)
+    assert bench(*two_engines(tmp_path)) == 0
+    document = read(tmp_path / "o")
+    jsonschema.validate(document, schema())
+    assert [row["engine"] for row in document["results"]] == ["onnxruntime"] * 2
+    reason = "it failed: the device was lost"
+    assert document["skipped"] == [{"engine": "native", "precision": "fp32", "batch": 1, "reason": reason}]
+    claims = {claim["name"]: claim["text"] for claim in document["claims"]}
+    assert claims["speed/native/fp32/batch-1"] == f"not measured: {reason}"
+    assert [row["model_engine"] for row in document["best"]] == ["onnxruntime"]
+    assert "native fp32 batch 1: it failed" in capsys.readouterr().out
+
+
+def test_an_engine_whose_profile_fails_leaves_no_half_of_its_rows(tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(measure, "profile", failing)
+    assert bench(*two_engines(tmp_path, "--profile")) == 0
+    document = read(tmp_path / "o")
+    assert [row["reason"] for row in document["skipped"]] == ["it failed: MemoryError"]
+    for part in ("results", "ratios", "profiles", "memory"):
+        assert "native" not in {row["engine"] for row in document[part]}
+
+
+def test_a_wrong_answer_that_is_an_exception_costs_the_engine_alone(tmp_path, monkeypatch):
+    """It loads and runs zeros, and fails on the images that it is compared on."""
+    from rd_deploy.engines.native import NativeSession
+
+    run = NativeSession._run
+
+    def failing(self, images):
+        if images.any():
+            raise RuntimeError("an illegal memory access")
+        return run(self, images)
+
+    monkeypatch.setattr(NativeSession, "_run", failing)
+    assert bench(*two_engines(tmp_path)) == 0
+    assert [row["reason"] for row in read(tmp_path / "o")["skipped"]] == ["it failed: an illegal memory access"]
+
+
+def test_best_against_best_that_fails_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_fastest", lambda pairs, side: list(pairs)[min(side, len(pairs) - 1)])
+    fails_at(3, RuntimeError("the device was lost"), monkeypatch)
+    assert bench(*two_engines(tmp_path, "--require", "speed=0.001")) == 1
+    document = read(tmp_path / "o")
+    jsonschema.validate(document, schema())
+    assert len(document["results"]) == 4
+    assert document["best"] == []
+    assert [row["engine"] for row in document["skipped"]] == ["best"]
+    claims = {claim["name"]: claim["text"] for claim in document["claims"]}
+    assert claims["speed/best/fp32/batch-1"] == "not measured: it failed: the device was lost"
+
+
+@pytest.mark.parametrize(
+    ("engines", "call", "complete", "kept"),
+    [("onnxruntime", 2, 1, [("onnxruntime", 1)]), ("onnxruntime,native", 2, 0, [("onnxruntime", 1)])],
+)
+def test_what_was_measured_before_ctrl_c_is_kept(engines, call, complete, kept, tmp_path, monkeypatch, capsys):
+    fails_at(call, KeyboardInterrupt(), monkeypatch)
+    assert bench(*two_engines(tmp_path, "--engines", engines, "--batch", "1,2", "--require", "speed=1.4")) == 130
+    document = read(tmp_path / "o")
+    jsonschema.validate(document, schema())
+    assert [(row["engine"], row["batch"]) for row in document["ratios"]] == kept
+    assert f"interrupted: {complete} of 2 settings (precision and batch) are complete" in document["warnings"]
+    assert {"memory/in-place", "memory/onnxruntime-requested/fp32/batch-1"} <= {
+        row["name"] for row in document["claims"]
+    }
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {"bench.json", "bench.png", "memory.png"}
+    captured = capsys.readouterr()
+    assert "onnxruntime" in captured.out
+    assert captured.err.endswith(f"rd-bench: interrupted: {tmp_path / 'o'} has what was measured until then\n")
+
+
+def test_ctrl_c_before_anything_was_measured_writes_nothing(tmp_path, monkeypatch, capsys):
+    fails_at(1, KeyboardInterrupt(), monkeypatch)
+    assert bench(*two_engines(tmp_path)) == 130
+    assert capsys.readouterr().err.endswith("rd-bench: interrupted\n")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("given", "taken"), [([], 0.2), (["--seconds", "0.3"], 0.3)])
+def test_quick_samples_for_the_seconds_that_are_given(given, taken):
+    assert cli_bench._parse(["plain20", "--quick", *given]).seconds == taken
 
 
 # Networks the ledger cannot count, and other machines ---------------------------------------------------------------

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from rd_deploy import cli_export, native
-from rd_deploy.export.images import folder_images, spread
+from rd_deploy.common import CheckFailed, UserError
+from rd_deploy.export.images import folder_images, read_once, spread
 from rd_deploy.export.onnx import read_metadata
 from rd_deploy.export.source import _without_folders
 from rd_deploy.native import library
@@ -197,7 +198,14 @@ def test_a_named_architecture_becomes_an_rdp(rd_export, tmp_path):
 
 def test_a_native_engine_that_computes_something_else_gives_1_and_writes_nothing(rd_export, model, monkeypatch):
     run = native.Context.run
-    monkeypatch.setattr(native.Context, "run", lambda context, images: run(context, images)[:, ::-1])
+
+    def backwards(context, images, out=None):
+        logits = run(context, images)[:, ::-1]
+        if out is not None:
+            out[:] = logits
+        return logits
+
+    monkeypatch.setattr(native.Context, "run", backwards)
     code, _, err = rd_export(model, "--native", "--precision", "bf16")
     assert code == 1
     assert "parity failed" in err
@@ -437,6 +445,8 @@ def test_a_full_disk_leaves_nothing(rd_export, model, monkeypatch):
         (["--arch", "plain20", "--precision", "fp61"], "did you mean 'fp16'"),
         (["--arch", "plain20", "--native", "--trt"], "--native writes no ONNX file, which --trt needs"),
         (["--arch", "plain20", "--native", "--triton-server", "a"], "which --triton-server needs"),
+        (["--arch", "plain20", "--precision", "bf16", "--triton-server", "m"], "no bf16 convolution on a CPU"),
+        (["--arch", "plain20", "--precision", "fp8", "--triton-server", "m"], "drops the ReLU .* add --trt"),
         (["--arch", "plain20", "--trt", "--out", "a.onnx"], r"must end in \.engine"),
         (["--arch", "plain20", "--trt", "--trt-flavour", "nvinfer"], "unknown TensorRT flavour 'nvinfer'"),
         (["--arch", "plain20", "--trt", "--trt-flavour", "rtx", "--target", "sm90"], "has no target sm90"),
@@ -475,6 +485,81 @@ def test_a_full_disk_leaves_nothing(rd_export, model, monkeypatch):
 def test_bad_arguments(rd_export, tmp_path, arguments, pattern):
     assert_refused(rd_export(*arguments), pattern)
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([option, ""] for option in ("--precision", "--out", "--triton-server", "--images", "--shortcuts")),
+        ["--native", "--triton-server", ""],
+        *(["--trt", option, ""] for option in ("--batch", "--trt-flavour", "--target")),
+        *(["--precision", "int8", option, ""] for option in ("--calibrator", "--keep")),
+    ],
+    ids=" ".join,
+)
+def test_empty_options_are_not_taken_for_none(rd_export, tmp_path, arguments):
+    assert_refused(rd_export("--arch", "plain20", *SMALL, *arguments), f"{arguments[-2]} is empty; give a value")
+    assert files(tmp_path) == []
+
+
+def test_an_empty_model_and_an_empty_data_folder(rd_export, model):
+    assert_refused(rd_export(""), r"model\.pt is empty")
+    assert_refused(rd_export("", "--arch", "plain20"), r"model\.pt is empty")
+    assert_refused(rd_export(model, "--data-dir", ""), "--data-dir is empty")
+    assert files(model.parent) == ["model.pt"]
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(rd_export, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_images(tmp_path / "home" / "pictures", 3)
+    code, _, err = rd_export(
+        *("--arch", "plain20", *SMALL, "--out=~/net.onnx", "--images=~/pictures", "--triton-server=~/models")
+    )
+    assert (code, err) == (0, "")
+    assert files(tmp_path) == ["home"]
+    assert files(tmp_path / "home") == ["models", "net.json", "net.onnx", "pictures"]
+    assert rd_export("~/net.onnx", "--triton-server", "others")[0] == 0
+
+
+def test_what_a_check_says_reaches_the_terminal_as_text(rd_export, model, monkeypatch):
+    def fail(options, say):
+        raise CheckFailed("layer \x1b[2J")
+
+    monkeypatch.setattr("rd_deploy.export.run.from_network", fail)
+    assert rd_export(model) == (1, "", "rd-export: layer \\x1b[2J; nothing was written\n")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_data_set_is_read_once_and_its_workers_end(rd_export, model, monkeypatch, fails):
+    """For calibration, choice, gate and parity together, and when the gate fails."""
+    read, closed = [], []
+
+    def load(*arguments, **options):
+        read.append(arguments)
+        dataset = load_dataset(*arguments, **options)
+        monkeypatch.setattr(dataset.workers, "close", lambda: closed.append(dataset))
+        return dataset
+
+    monkeypatch.setattr("rd_train.data.load_dataset", load)
+    monkeypatch.setattr("rd_deploy.quantize.choose._points", lambda before, after: 7.0 if fails else 0.0)
+    options = ["--precision", "int8", "--calibrator", "minmax", "--calibration-images", 16]
+    assert rd_export(model, *options)[0] == fails
+    assert (len(read), len(closed)) == (1, 1)
+
+
+def test_the_workers_of_other_data_end(model, digits, monkeypatch):
+    closed = []
+
+    def load(*arguments, **options):
+        dataset = load_dataset(*arguments, **options)
+        monkeypatch.setattr(dataset.workers, "close", lambda: closed.append(dataset))
+        return dataset
+
+    monkeypatch.setattr("rd_train.data.load_dataset", load)
+    other = dataclasses.replace(digits, recipe={"data": "digits", "size": 12})
+    with pytest.raises(UserError, match="not the data that the checkpoint was trained on"), read_once() as read:
+        read(other, None, "no images", "unnamed", "elsewhere")
+    assert len(closed) == 1
 
 
 def test_folders_of_the_trainer_do_not_travel_with_the_network():

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -152,6 +153,7 @@ def test_what_would_be_ignored_is_refused(rd_export, tmp_path):
     for arguments, reason in (
         (["--triton-server", "m", "--out", "a.onnx"], "--out needs --trt"),
         (["--triton-server", "m", "--tolerance", "1"], "--tolerance needs --trt"),
+        (["--triton-server", "m", "--no-parity"], "--no-parity needs --trt"),
         (["--triton-server", "m", "--batch", "4:8:16"], "smallest batch is 1"),
         ([*TRT, "--images", "nowhere"], "for running the engine, which cannot be"),
     ):
@@ -221,6 +223,24 @@ def test_where_the_engine_can_run_it_is_compared(rd_export, tmp_path, monkeypatc
     assert [run["batch"] for run in engine.sidecar["parity"]["runs"]] == [1, 2, 4]
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_engine_of_an_onnx_file_says_why_its_images_are_random(rd_export, model, monkeypatch, trained):
+    """The engine itself is left out: what it would be compared on is asked for."""
+    from rd_deploy.export import run
+
+    name = model if trained else "plain20.onnx"
+    assert rd_export(*([name] if trained else UNCHECKED), "--no-parity")[0] == 0
+    origins = []
+    settings = SimpleNamespace(unseen=None)
+    monkeypatch.setattr(run, "_settings", lambda options, precision: settings)
+    monkeypatch.setattr(run, "_add_engine", lambda *given: origins.append(given[-1](4).origin))
+    assert rd_export(Path(name).with_suffix(".onnx"), "--trt")[0] == 0
+    (origin,) = origins
+    assert origin.startswith("seeded random images (seed 1; ")
+    assert ("--images" in origin) == trained
+    assert ("weights are random" in origin) == (not trained)
+
+
 # --- refused
 
 
@@ -254,6 +274,17 @@ def test_a_model_repository(rd_export, tmp_path):
     assert "max_batch_size: 8" in (tmp_path / "models/plain20/config.pbtxt").read_text()
     assert rd_export("plain20.onnx", "--triton-server", "others")[0] == 0
     assert "max_batch_size: 32" in (tmp_path / "others/plain20/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_onnx_files_that_the_server_would_run_wrongly(rd_export, tmp_path, precision):
+    options = ["--calibrator", "minmax", "--calibration-images", 8] if precision == "fp8" else []
+    assert rd_export(*UNCHECKED, "--precision", precision, "--no-parity", *options)[0] == 0
+    before = files(tmp_path)
+    code, out, err = rd_export(f"plain20-{precision}.onnx", "--triton-server", "models")
+    assert (code, out) == (2, "")
+    assert re.search("the server runs ONNX files by ONNX Runtime, which .*; add --trt", err)
+    assert files(tmp_path) == before
 
 
 @rtx

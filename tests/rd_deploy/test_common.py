@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rd_deploy.common import UserError, require, run_command
+from rd_deploy.common import Parser, Stopped, UserError, require, run_command
 
 
 @pytest.mark.parametrize(("make", "said"), [(lambda: np.empty(1 << 62, np.uint8), "Unable to allocate"), (None, "")])
@@ -37,3 +37,32 @@ def test_a_dependency_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch,
     with pytest.raises(UserError) as error:
         require("dependency", "train")
     assert str(error.value).startswith(f"dependency is {said}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("input \x1b[2J\x9b"), Stopped("input \x1b[2J\x9b", 2), OSError(28, "No space left", "\x1b[2J\x9b")],
+    ids=["mistake", "stop", "disk"],
+)
+def test_what_a_file_says_does_not_reach_the_terminal_as_commands(capsys, error):
+    def command() -> None:
+        raise error
+
+    assert run_command("rd-test", command) == 2
+    said = capsys.readouterr().err
+    assert r"\x1b[2J\x9b" in said
+    assert said[:-1].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--out", ""], "--out is empty"), (["--out="], "--out is empty"), (["", "--out", "x"], "model.pt is empty")],
+)
+def test_empty_text_is_not_an_option_that_was_left_away(arguments, said):
+    parser = Parser()
+    parser.add_argument("model", nargs="?", metavar="model.pt")
+    parser.add_argument("--out")
+    parser.add_argument("--size", type=int)
+    with pytest.raises(UserError, match=said):
+        parser.parse_args(arguments)
+    assert parser.parse_args(["--size", "0"]).size == 0

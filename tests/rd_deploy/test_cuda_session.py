@@ -8,10 +8,14 @@ torch = pytest.importorskip("torch")
 
 from chains import basics, bottlenecks, images_for, reference
 
+from rd_deploy.chain import Conv, Linear
 from rd_deploy.common import UserError
+from rd_deploy.cuda.plan import places
+from rd_deploy.cuda.session import pack
 from rd_deploy.engines import Unsupported, get_engine
 from rd_deploy.engines.cuda import CudaSession
 from rd_deploy.export.onnx import to_onnx
+from rd_deploy.triton_kernels.cards import get_card
 
 # Largest error / standard deviation of the logits: each of about ten layers rounds once, to 2^-11 or 2^-8 of a value.
 TOLERANCE = {"fp16": 0.02, "bf16": 0.15}
@@ -95,6 +99,23 @@ def test_accounts_and_profile():
     assert figures["cuda arena"] == session.program.arena.nbytes
     assert len(session.profile()) == len(session.plan.steps)
     assert session.variant == "interpreter"
+
+
+@pytest.mark.parametrize(("precision", "step"), [("fp16", 2.0**-10), ("bf16", 2.0**-7)])
+def test_float64_weights_are_rounded_once(precision, step):
+    """Just above a tie: float32 would round to the tie, and the tie then to even. Biases stay float32."""
+    chain = bottlenecks(stages=(2, 1))
+    for layer in chain.steps:
+        if isinstance(layer, Conv | Linear):
+            layer.weight[:] = 1 + step / 2 + 2.0**-40
+            layer.bias[:] = 1 + 2.0**-20
+    pieces = [piece for ways in places(chain, 1) for way in ways for piece in way]
+    assert len({type(piece.kernel) for piece in pieces}) > 4
+    for piece in pieces:
+        launch = piece.kernel.launch(piece.kernel.configs(get_card("h100"))[0], False)
+        for name, values in pack(piece, precision, launch).items():
+            assert values.dtype == np.float32
+            assert set(np.unique(values)) <= ({0, 1 + step} if name.startswith("w") else {0, np.float32(1 + 2.0**-20)})
 
 
 def test_weights_beyond_fp16_are_refused():

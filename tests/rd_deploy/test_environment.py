@@ -1,19 +1,21 @@
 """The environment is read from files of other machines, made up here as on Arm, in containers, and where nothing is."""
 
 import json
+import os
 import platform
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
 
+import jsonschema
 import pytest
+from fake_files import write
 
 from rd_deploy.bench import environment
 
 
-def write(root, files: dict[str, str]):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+def schema() -> dict:
+    return json.loads(resources.files("rd_deploy.bench").joinpath("schema.json").read_text())
 
 
 def test_an_empty_machine_gives_none_and_no_error(tmp_path):
@@ -57,54 +59,16 @@ def test_arm_without_a_model_name(tmp_path):
     assert cpu["flags"] == ["asimd", "asimddp", "bf16", "sve"]
 
 
-def test_cgroup_v2_takes_the_smallest_limit_along_the_path(tmp_path):
-    group = "sys/fs/cgroup"
-    root = write(
-        tmp_path,
-        {
-            f"{group}/cgroup.controllers": "cpu memory",
-            "proc/self/cgroup": "0::/pods/mine\n",
-            f"{group}/pods/cpu.max": "150000 100000\n",
-            f"{group}/pods/mine/cpu.max": "max 100000\n",
-            f"{group}/pods/memory.max": "max\n",
-            f"{group}/pods/mine/memory.max": "1073741824\n",
-        },
-    )
-    assert environment.cgroup(root) == {"version": 2, "cpus": 1.5, "memory_bytes": 1 << 30}
-
-
-def test_cgroup_v1(tmp_path):
-    group = "sys/fs/cgroup"
-    root = write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "4:cpu,cpuacct:/docker/x\n2:memory:/docker/x\n",
-            f"{group}/cpu/cpu.cfs_quota_us": "-1\n",
-            f"{group}/cpu/cpu.cfs_period_us": "100000\n",
-            f"{group}/cpu/docker/x/cpu.cfs_quota_us": "50000\n",
-            f"{group}/cpu/docker/x/cpu.cfs_period_us": "100000\n",
-            f"{group}/memory/memory.limit_in_bytes": "9223372036854771712\n",
-            f"{group}/memory/docker/x/memory.limit_in_bytes": "9223372036854771712\n",
-        },
-    )
-    assert environment.cgroup(root) == {"version": 1, "cpus": 0.5, "memory_bytes": None}
-    assert environment.available_threads(root) == 1
-
-
-@pytest.mark.parametrize(("quota", "threads"), [("max 100000", 4), ("250000 100000", 3), ("900000 100000", 4)])
-def test_threads_are_what_the_affinity_and_the_quota_leave(tmp_path, monkeypatch, quota, threads):
-    monkeypatch.setattr(environment, "affinity", lambda: [0, 1, 2, 3])
-    root = write(tmp_path, {"sys/fs/cgroup/cgroup.controllers": "cpu", "sys/fs/cgroup/cpu.max": quota})
-    assert environment.available_threads(root) == threads
-
-
 def test_variables_of_threads_and_kernels_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setenv("OVERRIDE_TOKEN", "private")
+    gpus = ("CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "TORCHINDUCTOR_MAX_AUTOTUNE", "TRITON_PTXAS_PATH")
+    for name in (*gpus, "OVERRIDE_TOKEN", "NVIDIA_API_KEY"):
+        monkeypatch.setenv(name, "0")
     values = environment.capture(1, tmp_path)["variables"]
     assert (values["ONEDNN_MAX_CPU_ISA"], values["OMP_NUM_THREADS"]) == ("AVX2", "3")
-    assert "OVERRIDE_TOKEN" not in values
+    assert {*gpus} <= {*values}
+    assert not {"OVERRIDE_TOKEN", "NVIDIA_API_KEY"} & {*values}
 
 
 @pytest.mark.parametrize(
@@ -122,3 +86,47 @@ def test_steal_share(tmp_path):
     before = environment.cpu_ticks(write(tmp_path, {"proc/stat": "cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 2\n"}))
     after = environment.cpu_ticks(write(tmp_path, {"proc/stat": "cpu  150 0 100 830 0 0 0 20 7 0\ncpu0 1 2\n"}))
     assert environment.steal_share(before, after) == pytest.approx(0.2)
+
+
+def test_a_gpu_with_its_driver_and_compilers(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=140 << 30)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    root = write(tmp_path, {"sys/module/nvidia/version": "570.86.15\n"})
+    found = environment.gpu(root)
+    jsonschema.validate(
+        found, schema()["properties"]["environment"]["properties"]["gpu"] | {"$defs": schema()["$defs"]}
+    )
+    assembler = found.pop("ptxas")
+    assert found == {
+        "name": "NVIDIA H200",
+        "capability": 90,
+        "multiprocessors": 132,
+        "memory_bytes": 140 << 30,
+        "driver": "570.86.15",
+        "cuda": "13.0",
+    }
+    try:
+        from rd_deploy.triton_kernels.assembler import BUNDLED, VARIABLE, version_of
+    except ImportError:
+        assert assembler is None
+    else:
+        path = Path(os.environ.get(VARIABLE, BUNDLED / "ptxas"))
+        assert assembler == ".".join(map(str, version_of(path)))
+
+
+def test_without_a_gpu_there_is_none(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert environment.gpu(tmp_path) is None
+
+
+def test_results_that_are_committed_follow_the_schema():
+    """They are older than some entries, which therefore are not required."""
+    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*-bench-*.json"))
+    assert paths
+    for path in paths:
+        jsonschema.validate(json.loads(path.read_text()), schema())

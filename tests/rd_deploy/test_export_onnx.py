@@ -164,6 +164,17 @@ def test_a_foreign_model_has_no_metadata():
         read_metadata(onnx.ModelProto())
 
 
+@pytest.mark.parametrize(("precision", "step"), [("fp16", 2.0**-10), ("bf16", 2.0**-7)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float64_weights_are_rounded_once(chain, precision, step, sign):
+    """Just above a tie: float32 would round to the tie, and the tie then to even."""
+    value = sign * (1 + step / 2 + 2.0**-40)
+    tensor = to_onnx(with_first_weight(chain, value), precision).graph.initializer[0]
+    assert float(onnx.numpy_helper.to_array(tensor).flat[0]) == sign * (1 + step)
+    tie = to_onnx(with_first_weight(chain, sign * (1 + step / 2)), precision).graph.initializer[0]
+    assert float(onnx.numpy_helper.to_array(tie).flat[0]) == sign
+
+
 # --- what cannot be exported
 
 

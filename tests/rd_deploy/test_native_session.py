@@ -247,18 +247,21 @@ def test_the_process_may_end_while_daemon_threads_run(tmp_path):
 # --- Session
 
 
-def test_a_session_takes_whole_batches(data, tmp_path):
+def test_a_session_takes_any_number_of_images(data, tmp_path):
     path = tmp_path / "net.rdp"
     path.write_bytes(data)
-    images = images_for(CHAIN, 4)
+    images = images_for(CHAIN, 5)
     expected = reference(CHAIN, images)
     for session in (Session(path, batch=2, threads=1), Session(str(path)), Session(data, batch=4, isa="portable")):
-        np.testing.assert_allclose(session.run(images), expected, atol=1e-3)
+        for count in (5, 4, 3, 1):
+            np.testing.assert_allclose(session.run(images[:count]), expected[:count], atol=1e-3)
     assert (session.info.batch, session.info.isa) == (4, "portable")
     assert (session.classes, session.preprocessing) == (CHAIN.classes, CHAIN.preprocessing)
-    for wrong in (images[:3], images[:0], images[0]):
-        with pytest.raises(UserError, match=r"images must be \(N, 3, 20, 20\), N a multiple of 4"):
+    for wrong in (images[:0], images[0], images[:3, :1], images[:3, :, :1, :1], np.float32(1)):
+        with pytest.raises(UserError, match=r"images must be \(N, 3, 20, 20\), N at least 1, not \("):
             session.run(wrong)
+    with pytest.raises(UserError, match="not uint8"):
+        session.run(np.zeros((3, 3, 20, 20), np.uint8))
 
 
 def test_from_photos_to_logits(data):

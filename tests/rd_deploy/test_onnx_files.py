@@ -11,12 +11,21 @@ from onnx_builder import network, save
 
 from rd_deploy.common import UserError
 from rd_deploy.memory import ledger
-from rd_deploy.onnx_files import load_model
+from rd_deploy.onnx_files import fixed_batch, load_model
 
 
 def test_load_model_gives_what_was_saved(tmp_path):
     model = network(18, True)
     assert load_model(save(model, tmp_path / "net.onnx")) == model
+
+
+@pytest.mark.parametrize(("written", "fixed"), [(4, 4), ("N", None), (None, None), (-1, None), (0, None)])
+def test_a_batch_is_fixed_where_the_file_gives_a_number(written, fixed):
+    """Some exporters write -1 for a free dimension."""
+    model = with_external_weight("w.bin")
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, [written, 3, 2, 2]))
+    assert fixed_batch(model) == fixed
+    assert ledger(model, batch=4, element_bytes=1).peak_bytes == 4 * (3 * 4 + 8 * 4)
 
 
 def with_external_weight(location: str, **entries: int) -> onnx.ModelProto:

@@ -1,5 +1,9 @@
 """Shapes that are computed inside the network, given by the file, or unknown."""
 
+import math
+import tracemalloc
+
+import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_builder import Builder
@@ -61,3 +65,47 @@ def test_a_batch_fixed_inside_the_network_is_refused():
         assert ledger(model, element_bytes=1).peak_bytes == 2 * 36
         with pytest.raises(UserError, match="dynamic"):
             ledger(model, batch=2)
+
+
+def small(builder: Builder, *shape: int) -> str:
+    """A weight of ones, small enough to be given to shape inference."""
+    name = f"small{next(builder.count)}"
+    builder.initializers.append(helper.make_tensor(name, TensorProto.INT64, shape, [1] * math.prod(shape)))
+    return name
+
+
+def text(name: str) -> onnx.TensorProto:
+    """64 strings, of which one is long."""
+    return helper.make_tensor(name, TensorProto.STRING, [64], [b"x" * 20_000, *[b""] * 63])
+
+
+HOSTILE = {
+    "Where": lambda b: b.op(
+        "Where", b.op("Cast", small(b, 100, 1, 1), to=TensorProto.BOOL), small(b, 1, 100, 1), small(b, 1, 1, 100)
+    ),
+    "Max": lambda b: b.op("Max", small(b, 100, 1, 1), small(b, 1, 100, 1), small(b, 1, 1, 100)),
+    "Mul": lambda b: b.op("Mul", small(b, 1000, 1), small(b, 1, 1000)),
+    "Gather": lambda b: b.op("Gather", small(b, 2, 500), small(b, 1000)),
+    "Concat": lambda b: b.op("Concat", *[small(b, 1000)] * 1000, axis=0),
+    "Constant": lambda b: b.op("Constant", value=text("value")),
+    "strings": lambda b: b.op("Identity", b.initializers.append(text("strings")) or "strings"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_small_file_cannot_ask_for_much_memory(kind):
+    """A million elements, or letters, of some kilobytes: what shapes are not made of is not computed."""
+    builder = Builder()
+    ones = builder.op("Constant", value_ints=[1])
+    batch = builder.op("Div", builder.op("Shape", "image", start=0, end=1), ones)  # which has to be computed
+    target = builder.op("Concat", batch, builder.op("Constant", value_ints=[-1]), axis=0)
+    x = builder.op("Relu", builder.op("Reshape", "image", target))
+    HOSTILE[kind](builder)
+    model = builder.model(["N", 6, 3, 3], x)
+    tracemalloc.start()
+    try:
+        found = ledger(model, batch=2, element_bytes=1)
+        assert tracemalloc.get_traced_memory()[1] < 3 << 20
+    finally:
+        tracemalloc.stop()
+    assert [(step.op, step.live_bytes) for step in found.steps] == [("Relu", 2 * 2 * 54)]

@@ -109,6 +109,8 @@ def test_record_survives_json():
         {"pad": True},
         {"channels": 3},
         {"mean": [float("nan")]},
+        {"mean": [10**400]},
+        {"std": [10**400]},
         {"mean": 0.3},
         {"mean": ["0.3"]},
         {"std": [0.0]},

@@ -17,7 +17,7 @@ from rd_deploy.export.onnx import to_onnx
 from rd_deploy.serving import folders, triton_server
 from rd_deploy.serving.folders import atomic_folder
 from rd_deploy.serving.triton_config import config_text, quoted
-from rd_deploy.serving.triton_server import check_engine, check_repository, write_model
+from rd_deploy.serving.triton_server import check_engine, check_onnx, check_repository, write_model
 
 HOSTILE = (
     'say "hi"',
@@ -174,6 +174,26 @@ def test_engines_that_the_server_cannot_use(tmp_path):
         write(tmp_path, **TENSORRT, batches=(2, 4, 8))
     assert list(tmp_path.iterdir()) == []
     check_engine("tensorrt", (1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("precision", "reason"), [("bf16", "no bf16 convolution on a CPU"), ("fp8", "drops the ReLU before a float8 Q")]
+)
+def test_onnx_files_that_the_server_cannot_run(tmp_path, precision, reason):
+    for refused in (
+        lambda: check_onnx(precision),
+        lambda: write_model(
+            tmp_path, "net", b"", {**sidecar_of(b""), "precision": precision}, engine=False, batches=BATCHES
+        ),
+    ):
+        with pytest.raises(UserError, match=f"{reason}.*; add --trt to serve a TensorRT engine, or export in fp32"):
+            refused()
+    assert list(tmp_path.iterdir()) == []
+    write_model(
+        tmp_path, "plan", b"", {**sidecar_of(b"", **TENSORRT), "precision": precision}, engine=True, batches=BATCHES
+    )
+    for other in ("fp32", "fp16", "int8"):
+        check_onnx(other)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 
 from rd_train.audit import gradient_audit, plot_audit
@@ -19,8 +20,8 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
 
 
-def joint(student: Network) -> ResidualDistillation:
-    return ResidualDistillation(student, tiny("resnet20", 2), feature_weight=0.0).double()
+def joint(student: Network, **options) -> ResidualDistillation:
+    return ResidualDistillation(student, tiny("resnet20", 2), **{"feature_weight": 0.0, **options}).double()
 
 
 def stage_gradients(make, scale: float) -> list[torch.Tensor]:
@@ -31,8 +32,10 @@ def stage_gradients(make, scale: float) -> list[torch.Tensor]:
     return [torch.cat([parameter.grad.flatten() for parameter in stage]) for stage in stages]
 
 
-def test_paths_are_those_of_the_losses():
-    figures = gradient_audit(joint(tiny("plain20", 1)).train(), *batch())
+# Whatever else the loss has, the paths are of cross-entropies alone.
+@pytest.mark.parametrize("more", [{}, {"feature_weight": 1.0}, {"kd_weight": 0.5}, {"splice_weight": 3.0}])
+def test_paths_are_those_of_the_cross_entropies(more):
+    figures = gradient_audit(joint(tiny("plain20", 1), **more).train(), *batch())
     assert set(figures) == {f"audit{k}_{name}" for k in (1, 2) for name in ("plain", "teacher", "cosine")}
     # At m = 1 the joint loss is a third of the sum of the student's and the splices' cross-entropies.
     plain, whole = stage_gradients(CrossEntropy, 1.0), stage_gradients(joint, 3.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_loop import assert_same, stop_at
 
 from rd_deploy.common import UserError, run_command
 from rd_train.cli import _parse, _recipe, command
@@ -285,9 +286,132 @@ def test_a_run_goes_on_with_its_files_elsewhere(tmp_path, monkeypatch):
     # Where the old place is another one here: a link, on this machine.
     (tmp_path / "old").symlink_to(tmp_path / "elsewhere")
     assert call("--resume", str(tmp_path)) == 2
-    assert len(taken) == 2
-    assert call("--resume", str(tmp_path), "--data-dir", "new") == 2
-    assert taken[2] == replace(recipe, data_dir=str(tmp_path / "new"))
+    assert taken[2] == replace(recipe, data_dir=str(tmp_path / "elsewhere"))
+
+
+def test_a_run_goes_on_on_another_machine(tmp_path, monkeypatch, capsys):
+    """With the same numbers as far as there are such, and what changes their rounding is said."""
+    taken = []
+
+    def take(recipe, folder, **options):
+        taken.append(recipe)
+        raise UserError("taken")
+
+    def resumed(*arguments: str) -> tuple[Recipe, list[str]]:
+        assert call("--resume", str(tmp_path), *arguments) == 2
+        said = capsys.readouterr()
+        assert said.err == "rd-train: error: taken\n"
+        return taken[-1], said.out.splitlines()
+
+    monkeypatch.setattr("rd_train.run.run", take)
+    monkeypatch.setattr("rd_train.bf16.cpu_multiplies_bf16", lambda: True)
+    recipe = settle(Recipe(method="ce", device="cpu", threads=4))
+    assert recipe.precision == "bf16"
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+    assert resumed() == (recipe, [])
+    monkeypatch.setattr("rd_train.bf16.cpu_multiplies_bf16", lambda: False)
+    emulated, notes = resumed()
+    assert emulated == replace(recipe, precision="bf16-emulated")
+    [note] = notes
+    assert note.startswith("note     goes on with precision=bf16-emulated (bf16 before): not bit-equal")
+    other, [note] = resumed("--precision", "fp32", "--threads=1")
+    assert other == replace(recipe, precision="fp32", threads=1)
+    assert "precision=fp32 (bf16 before), threads=1 (4 before)" in note
+    # Of a GPU, on a machine without one.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(replace(recipe, device="cuda")))
+    assert call("--resume", str(tmp_path)) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+    other, [note] = resumed("--device", "cpu")
+    assert other == emulated
+    assert "device=cpu (cuda before), precision=bf16-emulated" in note
+
+
+def test_numbers_of_another_machine_are_gone_on_with(tmp_path, monkeypatch):
+    flags = ["--method", "ce", "--epochs", "2", "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path)]
+    stop_at(monkeypatch, 5)
+    assert call("digits", *SMALL, *flags) == 130
+    monkeypatch.undo()
+    assert call("--resume", str(tmp_path), "--precision", "bf16-emulated", "--threads", "2") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["precision"], result["threads"]) == ("bf16-emulated", 2)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert (recipe["precision"], recipe["threads"]) == ("bf16-emulated", 2)
+
+
+def test_one_command_starts_a_run_goes_on_with_it_and_tells_its_result(tmp_path, monkeypatch, capsys):
+    run = ["digits", *SMALL, "--method", "ce", "--epochs", "2", "--device", "cpu"]
+    command = [*run, "--go-on", "--out", str(tmp_path / "run")]
+    stop_at(monkeypatch, 5)
+    assert call(*command) == 130
+    monkeypatch.undo()
+    assert call(*command, "--save-minutes", "5", "--max-corrupt=3") == 0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["save_minutes"] == 5
+    assert call(*run, "--out", str(tmp_path / "whole")) == 0
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    capsys.readouterr()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert call(*command) == 0
+    said = capsys.readouterr().out
+    accuracy = json.loads((tmp_path / "whole" / "result.json").read_text())["test_accuracy"]
+    assert f"holds this run, complete\ntest accuracy {accuracy:.2%}" in said
+    # Another run is not this one, even if it has a result.
+    assert call(*command, "--seed", "1") == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} holds another run, seed=0 there, 1 here; give the options of that one" in error
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "run" / "result.json").write_text("[]")
+    assert call(*command) == 2
+    assert "result.json is damaged" in capsys.readouterr().err
+
+
+def test_a_command_goes_on_as_the_run_began_but_for_what_it_names(tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def take(recipe, folder, **options):
+        taken.append((recipe, options.get("resume", False)))
+        raise UserError("taken")
+
+    def goes_on(*arguments: str) -> tuple[Recipe, bool] | str:
+        assert call("fashion-plain20", "--out", str(tmp_path), "--go-on", *arguments) == 2
+        error = capsys.readouterr().err
+        return taken[-1] if "taken" in error else error
+
+    monkeypatch.setattr("rd_train.run.run", take)
+    monkeypatch.setattr("rd_train.bf16.cpu_multiplies_bf16", lambda: True)
+    began, resumed = goes_on("--data-dir", str(tmp_path), "--threads", "3", "--max-corrupt", "50")
+    assert not resumed
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(began))
+    assert (began.precision, began.threads) == ("bf16", 3)
+    assert goes_on() == (began, True)
+    assert goes_on("--precision", "auto", "--threads", "2") == (replace(began, threads=2), True)
+    # A precision that was asked for is another run's, unless it is the same bf16 in another way.
+    assert "precision=bf16 there, fp32 here" in goes_on("--precision", "fp32")
+    monkeypatch.setattr("rd_train.bf16.cpu_multiplies_bf16", lambda: False)
+    emulated = replace(began, precision="bf16-emulated")
+    assert goes_on() == goes_on("--precision", "bf16") == (emulated, True)
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(emulated))
+    monkeypatch.setattr("rd_train.bf16.cpu_multiplies_bf16", lambda: True)
+    assert goes_on() == (emulated, True)
+    assert goes_on("--precision", "bf16") == (began, True)
+    assert "epochs=10 there, 3 here" in goes_on("--epochs", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--go-on"], "goes on with the run that --out names; give both"),
+        (["--go-on", "--out", "x", "--overwrite"], "give one of the two"),
+        (["--go-on", "--out", "x", "--dry"], "leave --go-on away"),
+        (["--go-on", "--resume", "x"], "leave the other options away"),
+        (["--goon"], "did you mean 'go-on'?"),
+    ],
+)
+def test_what_going_on_does_not_go_with(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_an_earlier_version_goes_on_where_nothing_is_otherwise(tmp_path, monkeypatch, capsys):
@@ -313,14 +437,14 @@ def test_a_run_of_an_earlier_version_goes_on_where_nothing_is_otherwise(tmp_path
     assert taken[-1].data_dir == str(tmp_path)
     (tmp_path / "recipe.yaml").write_text("".join(lines))
     assert call("--resume", str(tmp_path), "--teacher-weights", "x.pt") == 2
-    assert "has no teacher_weights to change; leave --teacher-weights away" in capsys.readouterr().err
+    assert "leave the other options away" in capsys.readouterr().err
 
 
 def test_a_bare_flag_is_true():
     given = _recipe(_parse(["--flip", "--epochs", "2"], {}))
     assert given.flip is True
     assert _recipe(_parse(["--flip", "false"], {})).flip is False
-    assert _recipe(_parse([], {})).flip is None
+    assert _parse([], {}).flip is None
 
 
 def test_options_without_effect_are_said(tmp_path, capsys):
@@ -419,6 +543,23 @@ def test_the_recipe_of_a_run_by_another_method_has_that_methods_defaults(tmp_pat
     assert asked(monkeypatch, str(tmp_path / "mine.yaml"), "--method", "rd").optimizer == "sgd"
     assert asked(monkeypatch, "finetune", "x.pt", "--method", "rd", "--teacher-weights", "y.pt").optimizer == "sgd"
     assert "note" not in capsys.readouterr().out
+
+
+def test_the_recipe_of_a_run_on_other_data_varies_images_as_is_usual_for_these(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    ours = settle(Recipe(data="fashion-mnist", crop_padding=3, device="cpu"))
+    path.write_text(dump_yaml(ours))
+    assert (ours.flip, ours.crop_padding, ours.smallest_crop) == (True, 3, 1.0)
+    other = asked(monkeypatch, str(path), "--data", "folder", "--data-dir", "x")
+    assert (other.flip, other.crop_padding, other.smallest_crop) == (True, 3, 0.08)  # what was given, stays
+    assert "smallest_crop=0.08 (1.0 there)" in capsys.readouterr().out
+    assert asked(monkeypatch, str(path), "--data", "digits").flip is False
+    # Of a run from before recipes had it: by the data, too.
+    path.write_text(
+        dump_yaml(ours).replace("flip: true", "flip: null").replace("crop_padding: 3", "crop_padding: null")
+    )
+    assert asked(monkeypatch, str(path)) == replace(ours, crop_padding=2)
+    assert asked(monkeypatch, str(path), "--data", "digits").crop_padding == 1
 
 
 def test_branches_of_a_deep_run_go_with_what_asked_for_them(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from rd_train.augment import Augment
 from rd_train.data import (
     DATASETS,
     READERS,
+    MemorySplit,
     batches,
     channel_statistics,
     evaluation_batches,
@@ -189,6 +190,36 @@ def test_every_batch_is_augmented_with_a_seed_of_its_own(digits):
     for epoch in range(2):
         list(batches(split, 64, seed=0, epoch=epoch))
     assert len(set(split.seeds)) == split.calls == 38
+
+
+class OnDevice(MemorySplit):
+    """A split whose images lie on a device, as those of benchmarks/accuracy/gpu.py."""
+
+    def augmented(self, indices, seed, part=slice(None)):
+        return super().augmented(indices, seed, part).to("meta")
+
+
+def test_pinned_batches_are_new_copies_of_what_is_on_the_cpu(digits, monkeypatch):
+    made = []
+
+    def pin(x):
+        made.append(x.clone())
+        return made[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)  # which needs a GPU
+    options = {"seed": 1, "epoch": 4, "start": 16}
+    expected = list(batches(digits.train, 64, **options))
+    assert not made
+    found = list(batches(digits.train, 64, pinned=True, **options))
+    assert len(found) == 3
+    assert [id(x) for batch in found for x in batch] == [id(x) for x in made]
+    assert all(torch.equal(*pair) for pairs in map(zip, found, expected) for pair in pairs)
+    made.clear()
+    split = OnDevice(digits.train.pixels, digits.train.labels, digits.train.preprocessing, digits.train.augment)
+    for images, labels in batches(split, 64, pinned=True, **options):
+        assert images.is_meta
+        assert any(labels is x for x in made)
+    assert len(made) == 3
 
 
 def all_of(split, train, rank=0, world=1):

@@ -22,9 +22,10 @@ from photographs import write_imagenet
 from processes import environment, flags, run_rd_train, started
 from torch import nn
 
-from rd_deploy.bench.environment import available_threads
 from rd_deploy.common import UserError
+from rd_deploy.cpus import available_threads
 from rd_train import distributed, loop
+from rd_train import run as run_module
 from rd_train.build import build_task, meta_task, student_arch, teacher_arch
 from rd_train.checkpoint import load_checkpoint
 from rd_train.data import batches, derive_seed, load_dataset
@@ -218,10 +219,10 @@ def by_slices(recipe: Recipe, teacher: str, world: int = 2) -> tuple[dict, dict,
         optimizer.zero_grad()
         for rank, (x, y) in enumerate(zip(images.chunk(world), labels.chunk(world), strict=True)):
             generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, step))
-            if recipe.mixup:
-                x, y = mixed(x, y, 10, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator)
             outcomes = task.outcomes(step / total)
             outcome = outcomes[generator.choice(len(outcomes), p=[p for p, _ in outcomes])][1]
+            if recipe.mixup:
+                x, y = mixed(x, y, 10, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator)
             for name, value in task.named_buffers():
                 value.copy_(buffers[rank][name])
             (task(x, y, torch.tensor(step / total), **outcome)["loss"] / world).backward()
@@ -282,6 +283,8 @@ def test_without_sync_bn_two_processes_equal_one_that_normalises_by_slices(name,
         moved = [ours["task"][name] - start[name.removeprefix("student.")] for name in kernels]
         ours["task"], task = ({k: v for k, v in state.items() if k not in kernels} for state in (ours["task"], task))
         assert all(float(change.norm()) > 1e-3 for change in moved)
+    if recipe.teacher_mode == "frozen":  # is no part of the state
+        task = {name: value for name, value in task.items() if not name.startswith("teacher.")}
     assert furthest(ours["task"], task) < TOLERANCE
     if recipe.ema:
         averaged = {name.removeprefix("module."): value for name, value in ours["averaged"].items()}
@@ -518,6 +521,29 @@ def test_a_run_of_another_launch_is_refused_after_a_restart_as_well(two):
     again = train(WHOLE, two / "whole", after=group)  # as torchrun does after any error
     assert again.join() == [2, 2]
     assert "already holds recipe.yaml" in one_line(again)
+
+
+def test_a_run_of_another_launch_is_gone_on_with_where_that_is_asked_for(two):
+    group = train(WHOLE, two / "whole", "--go-on")
+    assert group.join() == [0, 0]
+    assert "test accuracy" in group.text("out", 0)
+    other = train(replace(WHOLE, seed=5), two / "whole", "--go-on")
+    assert other.join() == [2, 2]
+    assert "holds another run, seed=0 there, 5 here" in one_line(other)
+
+
+def train_in_folders(recipe: Recipe, folder: Path) -> int:
+    """Train in a folder that is another one for each process, as on machines that do not share it."""
+    run_module.SEEN_WITHIN = 0.5
+    return distributed.run_together("test", lambda: run(recipe, folder / str(distributed.rank())) and 0)
+
+
+def test_a_folder_that_is_not_shared_is_noticed_before_anything_is_trained(tmp_path):
+    group = start(train_in_folders, tmp_path, replace(SMALL, method="rd"), tmp_path)
+    assert group.join() == [2, 2]
+    assert "the processes see different files in" in one_line(group)
+    assert [path.name for path in (tmp_path / "0").iterdir()] == ["recipe.yaml"]
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_restarted_launch_goes_on_with_its_own_run_and_tells_its_result(tmp_path):

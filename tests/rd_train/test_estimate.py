@@ -143,7 +143,7 @@ def test_steps_that_differ_are_weighed_by_their_macs(monkeypatch, tmp_path):
     meta = meta_task(recipe, arch)
     take = Take(Stepper(task, 2, context), meta)
     monkeypatch.setattr("rd_train.estimate.monotonic", lambda: take.clock)
-    seconds, macs, timed = _timed_steps(take, meta, _endless(context.dataset.train, recipe, Meter()))
+    seconds, macs, timed = _timed_steps(take, meta, _endless(context, Meter()))
     # So that the mean over all steps can be told from these five, whichever kinds they were.
     assert (seconds, timed) == (pytest.approx(1e-6 * macs), 5)
     assert macs != pytest.approx(5 * (mean_step_macs(meta, 8, take.stepper.size_at) + update_macs(recipe, meta)))
@@ -157,10 +157,10 @@ def test_slow_steps_are_timed_until_a_limit(monkeypatch, tmp_path):
     monkeypatch.setattr("rd_train.estimate.monotonic", lambda: next(clock))
 
     def take(number, images, labels):
-        return Step({}, 0.1, 8, {})
+        return Step({}, {"lr": 0.1}, 8, {})
 
     take.total, take.context = 8, context
-    stream = _endless(context.dataset.train, RECIPE, Meter())
+    stream = _endless(context, Meter())
     assert _timed_steps(take, meta, stream)[::2] == (100, 1)
     context.stop.set()
     with pytest.raises(Stopped, match="nothing was written"):

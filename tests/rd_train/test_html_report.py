@@ -5,7 +5,7 @@ import io
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -88,8 +88,8 @@ def made(classes: list[str], images: int = 200, channels: int = 3) -> tuple[Data
     )
 
 
-def written(dataset: Dataset, seen: Predictions) -> str:
-    row = {"phase": "student", "epoch": 1, "loss": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5, "lr": 0.1,
+def written(dataset: Dataset, seen: Predictions, recipe: Recipe | None = None, **more) -> str:
+    row = {"phase": "student", "epoch": 1, "loss": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5, "lr": 0.1, **more,
            "images_per_second": 100.0, "seconds": 1.0}  # fmt: skip
     result = {
         "arch": "plain20", "method": "ce", "data": "made", "test_accuracy": seen.accuracy, "torch": "2",
@@ -97,7 +97,7 @@ def written(dataset: Dataset, seen: Predictions) -> str:
         "epochs": 1, "parameters": 1, "macs_per_image": 1, "step_cost": 1.0, "train_images": 10, "seconds": 1.0,
         "teacher_seconds": 0.0,
     }  # fmt: skip
-    return page(Recipe(method="ce"), result, [row], dataset, seen, {"curves": "<svg></svg>"})
+    return page(recipe or Recipe(method="ce"), result, [row], dataset, seen, {"curves": "<svg></svg>"})
 
 
 def test_counts_equal_scikit_learns():
@@ -204,6 +204,35 @@ def test_no_mistakes_and_classes_without_images():
     assert_whole(text)
     assert "No test image was classified wrongly" in text
     assert "none to measure" in text
+
+
+def listed(text: str, caption: str) -> list[str]:
+    """The first cells of the table with this caption."""
+    (found,) = re.findall(f"<table[^>]*><caption>{caption}</caption>(.*?)</table>", text, re.DOTALL)
+    return re.findall('<th scope="row">([^<]*)</th>', found)
+
+
+@pytest.mark.parametrize("given", [{}, {"arch": "plain56"}, {"method": "kd"}, {"arch": "resnet20", "method": "ce"}])
+def test_what_others_decide_is_a_default(given):
+    dataset, seen = made(["a", "b", "c"])
+    text = written(dataset, seen, Recipe(**given))
+    assert {*listed(text, "Entries of recipe.yaml that are not defaults.")} == {*given}
+    everything = {field.name for field in fields(Recipe)} - {"summary"}
+    assert {*listed(text, "Entries at their defaults.")} == everything - {*given}
+    text = written(dataset, seen, Recipe(**given, clip_norm=0.5, seed=3))
+    assert {*listed(text, "Entries of recipe.yaml that are not defaults.")} == {*given, "clip_norm", "seed"}
+
+
+def test_the_rates_of_both_optimisers_are_shown():
+    dataset, seen = made(["a", "b", "c"])
+    cells = "<td>50.00%</td><td>50.00%</td><td>0.1</td>{}<td>100</td>"
+    text = written(dataset, seen)
+    assert cells.format("") in text
+    assert ">learning rate<" in text
+    text = written(dataset, seen, muon_lr=0.015)
+    assert cells.format("<td>0.015</td>") in text
+    assert ">learning rate of SGD</th>" in text
+    assert ">of Muon</th>" in text
 
 
 @pytest.fixture(scope="module")

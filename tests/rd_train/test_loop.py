@@ -19,14 +19,15 @@ import pytest
 import torch
 from processes import environment, flags, run_rd_train, started
 from steps import stepped
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rd_deploy.common import Stopped, UserError
-from rd_train.build import build_student, build_task, student_arch
+from rd_train.build import build_student, build_task, meta_task, student_arch, teacher_arch
 from rd_train.checkpoint import load_checkpoint
 from rd_train.context import Context
 from rd_train.data import batches, fixed_sample, load_dataset
 from rd_train.distill import CrossEntropy
-from rd_train.loop import Stepper
+from rd_train.loop import Stepper, fit
 from rd_train.networks import Network, fading_blocks, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
@@ -125,7 +126,7 @@ def test_weights_that_are_no_numbers_are_not_saved_within_an_epoch(tmp_path, mon
         return learning_rate(step, total, **options) if step < 2 else math.inf
 
     monkeypatch.setattr("rd_train.loop.learning_rate", rate)
-    with pytest.raises(Stopped, match="a weight became NaN or infinite before step 3; last good state"):
+    with pytest.raises(Stopped, match="a weight became NaN or infinite before step 3; start anew with a lower --lr"):
         run(replace(RECIPE, method="ce", ema=0.0, clip_norm=0.0, save_minutes=1e-6), tmp_path)
     state = torch.load(tmp_path / "student-state.pt", weights_only=True)
     assert state["step"] == 2
@@ -168,7 +169,7 @@ def test_divergence_stops_with_the_last_good_state(tmp_path, monkeypatch):
     with pytest.raises(Stopped, match="NaN or infinite") as stopped:
         run(replace(RECIPE, method="ce", ema=0.0, clip_norm=0.0), tmp_path)
     assert stopped.value.code == 1
-    assert "last good state" in str(stopped.value)
+    assert "start anew with a lower --lr (or --muon-lr)" in str(stopped.value)
     state = torch.load(tmp_path / "student-state.pt", weights_only=True)
     assert state["step"] == first_epoch
     assert all(torch.isfinite(value).all() for value in state["task"].values())
@@ -211,7 +212,8 @@ def test_a_given_teacher_is_used_as_it_is(uninterrupted, tmp_path):
     result = run(recipe, tmp_path)
     before = json.loads((uninterrupted / "result.json").read_text())
     assert result["teacher_test_accuracy"] == before["teacher_test_accuracy"]
-    assert not (tmp_path / "teacher.pt").exists()
+    kept, given = (load_checkpoint(folder / "teacher.pt").state_dict for folder in (tmp_path, uninterrupted))
+    assert all(torch.equal(kept[name], value) for name, value in given.items())
 
 
 def test_damaged_state_is_one_line(uninterrupted, tmp_path):
@@ -348,3 +350,75 @@ def test_each_optimiser_follows_the_schedule_from_its_own_peak(tmp_path, optimiz
     take = stepped(recipe, tmp_path)
     expected = [0.05 / 2] * 2 + [0.004 / 2] * (optimizer == "muon")  # the first of two steps of warm-up
     assert [group["lr"] for group in take.optimizer.param_groups] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_each_rate_that_moves_weights_is_logged(tmp_path, optimizer):
+    recipe = replace(RECIPE, method="ce", ema=0.0, optimizer=optimizer, muon_lr=0.004, lr=0.05, epochs=1)
+    run(recipe, tmp_path)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    last = 0.5 * (1 + math.cos(math.pi / 2))  # two steps of warm-up; of the two of the cosine, the second
+    expected = {"lr": 0.05 * last} | ({"muon_lr": 0.004 * last} if optimizer == "muon" else {})
+    assert {name: row[name] for name in ("lr", "muon_lr") if name in row} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}, {}])
+def test_the_kind_of_a_step_does_not_depend_on_how_many_images_a_process_has(tmp_path, mixing):
+    recipe = replace(RECIPE, method="rd", ema=0.0, splice_probability=0.7, kd_weight=0.5, kd_probability=0.5, **mixing)
+    dataset = load_dataset("digits", limit=200)
+    images, labels = next(batches(dataset.train, 20, seed=0, epoch=0))
+    arch = student_arch(recipe, 1, 10)
+    context = Context(recipe, dataset, tmp_path, torch.device("cpu"), threading.Event())
+    drawn = []
+    for count in (20, 10, 4):  # of one process, of two, of five
+        take = Stepper(build_task(recipe, Network(arch), Network(teacher_arch(recipe, arch))).train(), 25, context)
+        drawn.append([take(number, images[:count], labels[:count]).kind for number in range(16)])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({str(kind) for kind in drawn[0]}) > 3
+
+
+class Copies(TorchDispatchMode):
+    """Notes what is copied to the meta device, shape and dtype, apart by whether a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited_for, self.others = [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result, options = function(*arguments, **(options or {})), options or {}
+        if torch.is_tensor(result) and result.device.type == "meta":
+            moved = torch.is_tensor(arguments[0]) and arguments[0].device.type == "cpu" if arguments else False
+            if moved or function is torch.ops.aten.lift_fresh.default:  # which is how torch.tensor(..., device=) ends
+                noted = self.others if options.get("non_blocking") else self.waited_for
+                noted.append((tuple(result.shape), result.dtype))
+        return result
+
+
+@pytest.mark.parametrize(
+    "own", [{"method": "rd", "mixup": 0.2, "cutmix": 1.0, "optimizer": "muon"}, {"clip_norm": 0.0}]
+)
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, own):
+    """Not until the log of the epoch: on the meta device, where nothing has a value, it is the first to fail."""
+    recipe = replace(RECIPE, ema=0.0, epochs=1, **own)
+    context = Context(recipe, load_dataset("digits", limit=200), tmp_path, torch.device("meta"), threading.Event())
+    monkeypatch.setattr(Context, "cast", lambda self: contextlib.nullcontext())  # there is no autocast for it
+    task = meta_task(recipe, student_arch(recipe, 1, 10))
+    with Copies() as copies, pytest.raises(RuntimeError, match="meta tensors"):
+        fit("student", task, 1, context, resume=False)
+    assert context.view.phases[0].done == 200 // 50
+    assert copies.others.count(((50, 1, 8, 8), torch.float32)) == 4
+    assert copies.others.count(((50,), torch.int64)) == (8 if recipe.mixup else 4)
+    assert {*copies.waited_for} == {((), torch.float64)}  # once an epoch: its sums begin on the CPU
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "resize_start", "searches"), [("cuda", 1.0, True), ("cuda", 0.5, False), ("cpu", 1.0, False)]
+)
+def test_cudnn_searches_where_shapes_stay(tmp_path, monkeypatch, device, resize_start, searches):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    recipe = replace(RECIPE, method="ce", ema=0.0, resize_start=resize_start)
+    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
+    dataset = load_dataset("digits", limit=200)
+    Stepper(CrossEntropy(network), 1, Context(recipe, dataset, tmp_path, torch.device(device), threading.Event()))
+    assert torch.backends.cudnn.benchmark == searches

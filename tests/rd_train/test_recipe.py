@@ -7,8 +7,9 @@ import pytest
 
 from rd_deploy.common import UserError
 from rd_train.cli import list_presets
+from rd_train.data import ENCODED, READERS
 from rd_train.networks import ARCH_NAMES
-from rd_train.recipe import Recipe, dump_yaml, preset_names, preset_values, read_values
+from rd_train.recipe import BY_DATA, Recipe, dump_yaml, preset_names, preset_values, read_values
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -124,6 +125,28 @@ def test_what_is_not_given_is_the_methods_own():
             "teacher_bn": "eval",
         }.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("data", "usual"),
+    [
+        ("digits", (1, False, 1.0)),
+        ("fashion-mnist", (2, True, 1.0)),
+        ("idx", (2, False, 1.0)),
+        ("npz", (2, False, 1.0)),
+        ("cifar10", (4, True, 1.0)),
+        ("cifar100", (4, True, 1.0)),
+        *((name, (0, True, 0.08)) for name in ("folder", "webdataset", "mit67", "caltech101")),
+    ],
+)
+def test_images_are_varied_as_is_usual_for_the_data(data, usual):
+    """By hand, from the table in docs/training-reference.md."""
+    recipe = Recipe(data=data)
+    assert (recipe.crop_padding, recipe.flip, recipe.smallest_crop) == usual
+    assert Recipe(data=data, flip=not usual[1], crop_padding=0).to_dict().items() >= {
+        "flip": not usual[1], "crop_padding": 0, "smallest_crop": usual[2],
+    }.items()  # fmt: skip
+    assert set(BY_DATA) == {*READERS, *ENCODED}
 
 
 def test_options_without_effect_are_named():

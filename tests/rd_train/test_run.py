@@ -1,16 +1,18 @@
-"""What a run makes of its recipe before it trains."""
+"""What a run makes of its recipe before it trains, and the teacher that it keeps."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from test_loop import assert_same, stop_at
 
-from rd_deploy.common import UserError
+from rd_deploy.common import Stopped, UserError
 from rd_train.augment import Augment
-from rd_train.checkpoint import load_checkpoint
+from rd_train.checkpoint import load_checkpoint, save_checkpoint
 from rd_train.data import fixed_sample, load_dataset
 from rd_train.recipe import Recipe
-from rd_train.run import augmentation, run
+from rd_train.run import augmentation, dry_run, products_of_fp32, run, settle
 
 # Steps too small to change a weight.
 STILL = Recipe(
@@ -53,3 +55,121 @@ def test_images_are_varied_as_the_recipe_says(tmp_path, monkeypatch):
     assert seen == [Augment(crop_padding=3, flip=True)]
     with pytest.raises(UserError, match="smallest_crop is for image folders"):
         run(replace(STILL, smallest_crop=0.5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "allowed"),
+    [("cuda", "fp32", False), ("cuda", "bf16", True), ("cpu", "fp32", True)],
+)
+def test_fp32_on_a_gpu_is_not_tf32(device, precision, allowed):
+    """By torch's settings, which can be read without a GPU."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:  # as the first is by default, and in some containers the other
+            backend.allow_tf32 = True
+        with products_of_fp32(replace(STILL, device=device, precision=precision)):
+            assert [backend.allow_tf32 for backend in backends] == [allowed] * 2
+        assert all(backend.allow_tf32 for backend in backends)
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def test_a_run_computes_as_its_precision_says(tmp_path, monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def noted(recipe):
+        asked.append(recipe)
+        yield
+        asked.append("trained")
+
+    monkeypatch.setattr("rd_train.run.products_of_fp32", noted)
+    run(STILL, tmp_path)
+    assert asked == [STILL, "trained"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path, resume):
+    if resume:
+        run(STILL, tmp_path)
+        (tmp_path / "result.json").unlink()
+    left = [".student-state.pt.a1_b2c3d.pt", ".result.json.x_x_x_x_.json", ".skipped.txt.12345678.txt"]
+    others = [".recipe.yaml.swp", ".model.pt.backup", "student-state.pt.a1_b2c3d.pt", ".mine.a1_b2c3d.pt"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("x")
+    run(STILL, tmp_path, resume=resume)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert not there & {*left}
+    assert there >= {*others, "result.json"}
+
+
+# --- a teacher that is given
+
+TAUGHT = replace(STILL, method="rd", epochs=2, lr=0.05, muon_lr=0.01, init_noise=0.1, batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    run(replace(STILL, arch="resnet20", lr=0.05), folder)
+    return folder / "model.pt"
+
+
+def test_a_run_keeps_its_teacher_and_goes_on_with_it(teacher, tmp_path, monkeypatch):
+    """Whatever became of the file that it was given."""
+    given = tmp_path / "given.pt"
+    given.write_bytes(teacher.read_bytes())
+    recipe = settle(replace(TAUGHT, teacher_weights=str(given)))
+    result = run(recipe, tmp_path / "whole")
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    kept, wanted = (load_checkpoint(path) for path in (tmp_path / "run" / "teacher.pt", teacher))
+    assert (kept.arch, kept.classes) == (wanted.arch, wanted.classes)
+    assert all(torch.equal(kept.state_dict[name], value) for name, value in wanted.state_dict.items())
+    state = torch.load(tmp_path / "run" / "student-state.pt", weights_only=True)
+    assert not [name for name in state["task"] if name.startswith("teacher")]
+    for value in wanted.state_dict.values():  # another network of the same shape
+        value.add_(1)
+    save_checkpoint(given, wanted)
+    assert settle(recipe, begun=True) == recipe
+    again = run(recipe, tmp_path / "run", resume=True)
+    assert again["teacher_test_accuracy"] == result["teacher_test_accuracy"]
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_file_that_it_was_given(teacher, tmp_path, monkeypatch):
+    """Its state has the teacher, and there is no other copy."""
+    given = tmp_path / "given.pt"
+    given.write_bytes(teacher.read_bytes())
+    recipe = settle(replace(TAUGHT, teacher_weights=str(given)))
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    path = tmp_path / "run" / "student-state.pt"
+    state = torch.load(path, weights_only=True)
+    theirs = {f"teacher.{name}": value for name, value in load_checkpoint(teacher).state_dict.items()}
+    torch.save({**state, "task": {**state["task"], **theirs}}, path)
+    (tmp_path / "run" / "teacher.pt").unlink()
+    given.rename(tmp_path / "moved.pt")
+    with pytest.raises(
+        UserError, match=r"given.pt does not exist, and the run in .* has no teacher.pt; put the file back"
+    ):
+        run(recipe, tmp_path / "run", resume=True)
+    (tmp_path / "moved.pt").rename(given)
+    run(recipe, tmp_path / "run", resume=True)
+    run(recipe, tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert (tmp_path / "run" / "teacher.pt").exists()
+
+
+def test_a_teacher_that_is_kept_is_counted_before(teacher, tmp_path):
+    recipe = settle(replace(TAUGHT, teacher_weights=str(teacher)))
+    [phase] = dry_run(recipe, tmp_path / "none")
+    run(recipe, tmp_path / "run")
+    files = [tmp_path / "run" / name for name in ("student-state.pt", "model.pt", "teacher.pt")]
+    assert phase.disk == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)

@@ -11,16 +11,17 @@ import torch
 import torchvision
 from photographs import write_imagenet
 
-from rd_deploy.common import UserError, run_command
+from rd_deploy.common import Stopped, UserError, run_command
 from rd_deploy.preprocessing import Preprocessing
 from rd_train.build import load_teacher, meta_task, teacher_arch
+from rd_train.checkpoint import load_checkpoint
 from rd_train.cli import command
 from rd_train.data import load_dataset
 from rd_train.distill import LogitDistillation, ResidualDistillation
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.networks import Network, parse_arch
 from rd_train.recipe import Recipe
-from rd_train.run import settle
+from rd_train.run import run, settle
 from rd_train.teachers import load_published, look_up, parse_published, settled_name
 
 IMAGENET = Preprocessing(64, 73, 3, IMAGENET_MEAN, IMAGENET_STD)
@@ -141,6 +142,33 @@ def test_weights_are_fetched_once(hub):
     assert_same_function(load_published("torchvision/resnet18", None, IMAGENET, 5), theirs)
     file.unlink()
     assert_same_function(load_published("torchvision/resnet18", None, IMAGENET, 5), theirs)
+
+
+def test_a_run_goes_on_with_what_it_fetched(hub, tmp_path, monkeypatch):
+    """Without the library, and without its hub."""
+    write_imagenet(tmp_path / "data")
+    recipe = Recipe(data="folder", data_dir=str(tmp_path / "data"), size=32, teacher="torchvision/resnet18", workers=0,
+                    arch="plain18", epochs=1, batch_size=20, warmup_epochs=0.5, precision="fp32", device="cpu",
+                    threads=1)  # fmt: skip
+    record = replace(look_up(parse_published("torchvision/resnet18")), classes=2)
+    theirs = randomised(torchvision.models.resnet18(num_classes=2))
+    monkeypatch.setattr("rd_train.teachers._torchvision_record", lambda published: record)
+    monkeypatch.setattr("rd_train.teachers.fetch", lambda published, record: theirs.state_dict())
+    recipe = settle(recipe)
+
+    def stop(*arguments, **options):
+        raise Stopped("stopped", 130)
+
+    monkeypatch.setattr("rd_train.run.fit", stop)
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "run")
+    kept = load_checkpoint(tmp_path / "run" / "teacher.pt")
+    assert all(torch.equal(kept.state_dict[name], value) for name, value in theirs.state_dict().items())
+    for name in ("_torchvision_record", "fetch"):
+        monkeypatch.setattr(f"rd_train.teachers.{name}", lambda *arguments: pytest.fail("was asked"))
+    assert settle(recipe, begun=True) == recipe
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "run", resume=True)
 
 
 def test_weights_of_other_classes_are_not_even_fetched(hub):

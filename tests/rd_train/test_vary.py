@@ -59,6 +59,18 @@ def test_both_take_turns_and_the_same_generator_gives_the_same():
     assert 70 < fractional < 130  # mixup: 100 expected, standard deviation 7
 
 
+def test_share_and_box_are_the_same_for_any_number_of_images():
+    """As of processes: each has a part of the batch, and all mix it alike."""
+    images, labels = coded(24)
+    for seed in range(10):
+        made = []
+        for count in (24, 12):
+            options = {"mixup": 0.0, "cutmix": 1.0, "generator": np.random.default_rng(seed)}
+            out, targets = mixed(images[:count], labels[:count], 24, **options)
+            made.append(((out != images[:count])[:, 0].any(0), targets.max(1).values.min(), targets[targets > 0].min()))
+        torch.testing.assert_close(*made)
+
+
 def test_images_grow_from_start_to_full_size_within_the_window():
     sizes = [growing_size(step / 100, 32, 0.5, 0.5) for step in range(101)]
     assert (sizes[0], sizes[50], sizes[100]) == (16, 32, 32)
@@ -92,6 +104,7 @@ def test_the_teacher_sees_the_same_mixed_images_as_the_student(tmp_path, method)
     # Each is a mixture of itself and of another one of the batch, by the same share.
     assert not torch.allclose(seen["student"], before)
     generator = np.random.default_rng(derive_seed(STEP_SEED, recipe.seed, 0))
+    generator.random()  # the kind of the step
     expected, _ = mixed(before, labels, 10, mixup=1.0, cutmix=0.0, generator=generator)
     torch.testing.assert_close(seen["teacher"], expected)
 

@@ -1,0 +1,164 @@
+"""``rd-train evaluate``: the accuracy of a trained network on a split of a data set."""
+
+import argparse
+import threading
+from pathlib import Path
+
+from rd_deploy.common import UserError, expanded, printable, require, write_json
+from rd_train.recipe import Recipe
+
+SPLITS = ("train", "val", "test")
+MOST_LINES = 20  # classes that are printed; all of them are in the JSON
+
+
+def command(arguments: list[str]) -> int:
+    """Evaluate by the options; print, and write with ``--out``."""
+    options = _parse(arguments)
+    require("torch", "train")
+    from rd_train import distributed
+
+    if distributed.launched():
+        raise UserError("rd-train evaluate is one process; run it without torchrun")
+    result = evaluate_checkpoint(options)
+    print(f"network  {result['arch']}, of {result['model']}")
+    print(
+        f"data     {result['data']}: {result['images']:,} {result['split']} images, {len(result['classes'])} classes"
+        + (f"; {result['corrupt_images']} corrupt left out" if result["corrupt_images"] else "")
+    )
+    low, high = result["interval"]
+    print(
+        f"accuracy {result['accuracy']:.2%} ({low:.2%} to {high:.2%}, 95%), mean of the classes "
+        f"{result['mean_class_accuracy']:.2%}, cross-entropy {result['loss']:.4f}"
+    )
+    if len(result["classes"]) <= MOST_LINES:
+        for each in result["classes"]:
+            share = "-" if each["accuracy"] is None else f"{each['accuracy']:.2%}"
+            print(f"  {share:>7} of {each['images']:>6,}  {printable(each['name'])}")
+    if options.out is not None:
+        write_json(options.out, result)
+        print(f"wrote {options.out}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see rd-train evaluate --help)")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="rd-train evaluate",
+        description="The accuracy of a model.pt on a split of the data it was trained on, or of others of its classes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL.pt")
+    parser.add_argument("--data", help="a data set, as for rd-train (default: the one that it was trained on)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where its files are (default: where they were)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: as rd-train, bf16 where the machine multiplies it (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode image files (default: the CPUs)"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures, with the confusion matrix")
+    options = parser.parse_args(arguments)
+    if options.out is not None:
+        options.out = expanded("--out", options.out, "file")
+        if options.out.is_dir() or not options.out.parent.is_dir():
+            raise UserError(f"--out {options.out}: name a file in a folder that is there")
+    return options
+
+
+def evaluate_checkpoint(options: argparse.Namespace) -> dict:
+    """What ``--out`` gets: accuracies in [0, 1], their 95% interval, and the confusion matrix (true class by row).
+
+    Images are preprocessed as the network was trained for, whichever data set they are of. Data with other classes, or
+    of another kind, are a `UserError`.
+    """
+    import torch
+
+    from rd_train import bf16
+    from rd_train.checkpoint import load_checkpoint
+    from rd_train.context import Context
+    from rd_train.data import load_dataset
+    from rd_train.evaluation import predict
+    from rd_train.html_report import confusion_matrix, interval
+    from rd_train.run import products_of_fp32, settle
+    from rd_train.workers import default_workers
+
+    checkpoint = load_checkpoint(options.model)
+    recipe = settle(_recipe(checkpoint.recipe, options))
+    torch.set_num_threads(recipe.threads)
+    dataset = load_dataset(
+        recipe.data,
+        recipe.data_dir,
+        size=checkpoint.preprocessing.size,
+        like=checkpoint.preprocessing,
+        split_seed=recipe.split_seed,
+        workers=default_workers() if recipe.workers is None else recipe.workers,
+        max_corrupt=recipe.max_corrupt,
+    )
+    try:
+        if dataset.classes != checkpoint.classes:
+            raise UserError(
+                f"{options.model} and {recipe.data} differ in {_unlike(checkpoint.classes, dataset.classes)}"
+            )
+        if dataset.preprocessing != checkpoint.preprocessing:
+            raise UserError(f"images of {recipe.data} are not prepared as those that {options.model} was trained on")
+        context = Context(recipe, dataset, Path(), torch.device(recipe.device), threading.Event())
+        with bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
+            seen = predict(context.place(checkpoint.network()), getattr(dataset, options.split), context)
+    finally:
+        dataset.workers.close()
+    matrix = confusion_matrix(seen, len(dataset.classes))
+    per_class = [
+        {"name": name, "images": int(row.sum()), "accuracy": int(row[number]) / int(row.sum()) if row.any() else None}
+        for number, (name, row) in enumerate(zip(dataset.classes, matrix, strict=True))
+    ]
+    return {
+        "model": str(options.model),
+        "arch": checkpoint.arch.name,
+        "data": dataset.name,
+        "split": options.split,
+        "images": len(seen.labels),
+        "corrupt_images": len(getattr(dataset, options.split)) - len(seen.labels),
+        "accuracy": seen.accuracy,
+        "interval": interval(seen.accuracy, len(seen.labels)),
+        "mean_class_accuracy": seen.mean_class_accuracy,
+        "loss": seen.loss,
+        "classes": per_class,
+        "confusion": matrix.tolist(),
+        "precision": recipe.precision,
+        "device": recipe.device,
+        "torch": str(torch.__version__),
+    }
+
+
+def _recipe(trained: object, options: argparse.Namespace) -> Recipe:
+    """The part of a recipe that evaluating needs: the data of the options, or else those that ``trained`` names."""
+    trained = trained if isinstance(trained, dict) else {}
+    data = options.data or trained.get("data")
+    if not isinstance(data, str):
+        raise UserError(f"{options.model} does not say which data it was trained on; pass --data and --data-dir")
+    same = trained if data == trained.get("data") else {}
+    folder, split_seed = options.data_dir or same.get("data_dir"), same.get("split_seed", 0)
+    if not isinstance(folder, str | None) or type(split_seed) is not int:
+        raise UserError(f"the recipe in {options.model} holds wrong values; train again")
+    given = {"device": options.device, "precision": options.precision, "threads": options.threads}
+    return Recipe(data=data, data_dir=folder, split_seed=split_seed, method="ce", workers=options.workers, **given)
+
+
+def _unlike(known: list[str], there: list[str]) -> str:
+    """How two lists of classes differ."""
+    if sorted(known) == sorted(there):
+        return "the order of their classes"
+    if len(known) != len(there):
+        return f"the number of classes, {len(known)} and {len(there)}"
+    one, other = next(pair for pair in zip(known, there, strict=True) if pair[0] != pair[1])
+    return f"their classes: '{printable(one)}' and '{printable(other)}', say"
