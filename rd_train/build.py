@@ -13,7 +13,6 @@ from rd_train.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain,
 from rd_train.distill import CrossEntropy, LogitDistillation, ResidualDistillation
 from rd_train.networks import Arch, Network, fade_shortcuts, parse_arch
 from rd_train.recipe import Recipe
-from rd_train.start import start_from
 from rd_train.teachers import (
     check_statistics,
     checked_state,
@@ -50,13 +49,8 @@ def teacher_arch(recipe: Recipe, student: Arch) -> Arch:
     )
 
 
-def build_student(recipe: Recipe, arch: Arch, teacher: Network | None, start: Checkpoint | None = None) -> Network:
-    """The student as it starts: initialised, with the weights of ``start``, or with ``warm_start`` as the teacher.
-
-    The shortcuts of the latter will fade.
-    """
-    if start is not None:
-        return start_from(start, arch)
+def build_student(recipe: Recipe, arch: Arch, teacher: Network | None) -> Network:
+    """The student as it starts anew: initialised, or with ``warm_start`` as the teacher, whose shortcuts will fade."""
     if not recipe.warm_start or teacher is None:
         return Network(arch, recipe.init, recipe.init_noise)
     if teacher.arch != replace(arch, shortcuts="all") or arch.shortcuts == "all":

@@ -41,7 +41,7 @@ from rd_train.metrics import TENSORBOARD, tensorboard_writer
 from rd_train.names import is_name
 from rd_train.networks import Arch, Network, parameter_count, start_as_identity
 from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
-from rd_train.start import from_start, load_start
+from rd_train.start import from_start, keeps_classifier, load_start, start_from
 from rd_train.state import check_images, saved_preprocessing
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers
@@ -167,7 +167,7 @@ def _planned(recipe: Recipe, begun: Path | None = None) -> Iterator[_Plan]:
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
         with distributed.one_per_machine_first(fetched_teacher(recipe)):
             teacher = _given_teacher(recipe, dataset, arch, begun)
-        plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher))
+        plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher, start))
         with bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
             yield plan
     except RuntimeError as error:  # as torch's allocators say it, of the GPU and of the CPU
@@ -330,7 +330,11 @@ def _student_task(context: Context, plan: _Plan) -> nn.Module:
     recipe = context.recipe
     teacher = None if plan.teacher is None else context.place(plan.teacher)
     torch.manual_seed(recipe.seed)
-    student = context.place(build_student(recipe, plan.arch, teacher, plan.start))
+    if plan.start is None:
+        student = build_student(recipe, plan.arch, teacher)
+    else:
+        student = start_from(plan.start, plan.arch, context.dataset.classes)
+    student = context.place(student)
     if applied_init(plan.arch, recipe) == "identity":
         start_as_identity(student, context.place(_first_images(recipe, context.dataset)), recipe.init_noise)
     task = build_task(recipe, student, teacher)
@@ -436,7 +440,7 @@ def deployed_parameters(arch: Arch) -> int:
         return parameter_count(Network(arch.deployed))
 
 
-def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | None) -> dict:
+def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | None, start: Checkpoint | None) -> dict:
     """Say what will be trained on what and at which cost; returns the figures."""
     size = dataset.preprocessing.size
     task = meta_task(recipe, arch, teacher.arch if teacher is not None else None)
@@ -459,7 +463,13 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
     )
     cost = f"a step costs {plan['step_cost']:.2f} x a plain cross-entropy step"
     if recipe.start_weights is not None:
-        print(f"start    {recipe.start_weights}, with a new classifier of {len(dataset.classes)} classes")
+        own = start is not None and keeps_classifier(start, dataset.classes)
+        classifier = (
+            "its classifier, which knows these classes"
+            if own
+            else f"a new classifier of {len(dataset.classes)} classes"
+        )
+        print(f"start    {recipe.start_weights}{'' if start is None else f', with {classifier}'}")
     if needs_teacher(recipe):
         origin = recipe.teacher_weights or ("trained jointly" if recipe.teacher_mode == "joint" else "trained first")
         if is_published(recipe.teacher):

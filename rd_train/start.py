@@ -42,7 +42,7 @@ def load_start(start: str) -> Checkpoint:
     state = with_counters(own, state)
     check_state(own, state, f"{what} (as {arch.name})")
     preprocessing = replace(encoded_preprocessing(None, None), mean=statistics[0], std=statistics[1])
-    return Checkpoint(arch, state, preprocessing, [str(number) for number in range(arch.classes)])
+    return Checkpoint(arch, state, preprocessing, [f"class {number}" for number in range(arch.classes)])  # of no data
 
 
 def _arch_of(state: dict[str, Tensor], what: str) -> Arch:
@@ -79,10 +79,17 @@ def from_start(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
     return replace(recipe, **own)
 
 
-def start_from(checkpoint: Checkpoint, arch: Arch) -> Network:
-    """A network with the checkpoint's weights and a new classifier for the classes of ``arch``."""
+def keeps_classifier(checkpoint: Checkpoint, classes: list[str]) -> bool:
+    """Whether a training on these classes goes on with the checkpoint's own classifier: they are its own."""
+    return checkpoint.classes == classes
+
+
+def start_from(checkpoint: Checkpoint, arch: Arch, classes: list[str]) -> Network:
+    """A network with the checkpoint's weights; with a new classifier, unless it knows just these classes."""
     network = Network(arch)
-    state = {name: value for name, value in checkpoint.state_dict.items() if not name.startswith("fc.")}
-    fresh = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
-    load_strictly(network, {**state, **fresh}, "start_weights")
+    state = checkpoint.state_dict
+    if not keeps_classifier(checkpoint, classes):
+        fresh = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
+        state = {**state, **fresh}
+    load_strictly(network, state, "start_weights")
     return network

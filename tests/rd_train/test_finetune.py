@@ -24,8 +24,9 @@ TINY = ["--batch-size", "8", "--epochs", "1", "--warmup-epochs", "0.5", "--threa
 
 def write_model(path, name: str = "plain18", preprocessing: Preprocessing = RECORD, **options) -> Checkpoint:
     torch.manual_seed(3)
-    arch = parse_arch(name, width=1 / 16, classes=5, in_channels=preprocessing.channels, **options)
-    checkpoint = Checkpoint(arch, Network(arch).state_dict(), preprocessing, [f"old {n}" for n in range(5)])
+    arch = parse_arch(name, **{"width": 1 / 16, "classes": 5, "in_channels": preprocessing.channels} | options)
+    names = [f"old {number}" for number in range(arch.classes)]
+    checkpoint = Checkpoint(arch, Network(arch).state_dict(), preprocessing, names)
     save_checkpoint(path, checkpoint)
     return checkpoint
 
@@ -70,12 +71,13 @@ def test_each_transfer_recipe_runs(data, tmp_path, kind, name, options, capsys):
 def test_training_starts_from_the_weights_with_a_new_classifier(tmp_path):
     old = write_model(tmp_path / "model.pt")
     torch.manual_seed(0)
-    network = start_from(load_checkpoint(tmp_path / "model.pt"), replace(old.arch, classes=2))
+    new = replace(old.arch, classes=2), ["cat", "dog"]
+    network = start_from(load_checkpoint(tmp_path / "model.pt"), *new)
     state = network.state_dict()
     assert all(torch.equal(state[name], value) for name, value in old.state_dict.items() if not name.startswith("fc."))
     assert state["fc.weight"].shape[0] == 2
     torch.manual_seed(1)
-    again = start_from(load_checkpoint(tmp_path / "model.pt"), replace(old.arch, classes=2)).state_dict()
+    again = start_from(load_checkpoint(tmp_path / "model.pt"), *new).state_dict()
     assert not torch.equal(again["fc.weight"], state["fc.weight"])
 
 
@@ -87,6 +89,20 @@ def test_a_run_that_learns_nothing_keeps_the_weights(data, tmp_path):
     for name, value in old.state_dict.items():
         if name.endswith("weight") and not name.startswith("fc."):
             torch.testing.assert_close(new[name], value)
+
+
+def test_a_network_of_the_same_classes_keeps_its_classifier(data, tmp_path, capsys):
+    old = write_model(tmp_path / "model.pt", classes=2)
+    names = load_dataset("folder", data / "folder").classes
+    flags = ["--data-dir", str(data / "folder"), "--lr", "1e-12", "--weight-decay", "0"]
+    for classes, kept in ((names, True), (names[::-1], False)):
+        save_checkpoint(tmp_path / "model.pt", replace(old, classes=classes))
+        run = tmp_path / f"run-{kept}"
+        assert call("finetune", str(tmp_path / "model.pt"), *TINY, *flags, "--out", str(run)) == 0
+        new = load_checkpoint(run / "model.pt").state_dict["fc.weight"]
+        assert torch.allclose(new, old.state_dict["fc.weight"]) == kept
+        said = "its classifier, which knows these classes" if kept else "a new classifier of 2 classes"
+        assert f"model.pt, with {said}\n" in capsys.readouterr().out
 
 
 def test_its_size_can_be_changed_and_its_normalisation_stays(data, tmp_path):

@@ -45,7 +45,7 @@ def test_augmentation_is_the_data_sets_unless_the_recipe_says_otherwise():
 def test_images_are_varied_as_the_recipe_says(tmp_path, monkeypatch):
     seen = []
 
-    def stop(recipe, dataset, arch, teacher):
+    def stop(recipe, dataset, arch, teacher, start):
         seen.append(dataset.train.augment)
         raise UserError("seen")
 
