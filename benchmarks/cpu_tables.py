@@ -34,6 +34,11 @@ def _general_warnings(bench: dict) -> list[str]:
     return [text for text in bench["warnings"] if not re.match(r"[^:]* batch \d+:", text)]
 
 
+def _was_busy(bench: dict) -> bool:
+    """Whether the machine was when the measurement began."""
+    return any(text.startswith("load ") for text in bench["warnings"])
+
+
 def speed() -> str:
     """Latency of both networks per engine, and the paired ratio with its interval."""
     bench = newest("*-bench-plain50.json", MACHINE)
@@ -186,7 +191,7 @@ def speed_summary() -> str:
         times = [first[f"{which}_times"]["median_ms"] for which in ("compare", "model")]
         rows.append(
             [
-                f"{machine}, {precision}{' †' if _general_warnings(first_bench) else ''}",
+                f"{machine}, {precision}{' †' if _was_busy(first_bench) else ''}",
                 " → ".join(f"{time:.1f}" for time in times),
                 *(of(*found[batch]) for of in (_together, _alone) for batch in batches),
             ]
@@ -200,7 +205,7 @@ def speed_summary() -> str:
     note = (
         f"{_BOLD} ms: ResNet-50 on the best other engine → plain-50 on ours. 224x224, random weights, "
         f"{' or '.join(map(str, threads))} threads, from NumPy to NumPy; ratios are medians of interleaved quads. *: "
-        "unsteady times. †: other programs ran when it began. [Details, versions and "
+        "unsteady times. †: the load was over 0.5 per CPU when it began. [Details, versions and "
         "commands](docs/results.md#every-machine)."
     )
     return f"{markdown(header, rows)}\n\n{note}"

@@ -13,9 +13,9 @@ import onnx
 from onnx import NodeProto, numpy_helper
 
 from rd_deploy.chain import INPUT, Chain, ChainError, Conv, GlobalAveragePool, Linear, MaxPool, Step
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, first_line
 from rd_deploy.export.onnx import KEY, Metadata, read_metadata
-from rd_deploy.onnx_files import first_line, fixed_batch, runtime_inputs
+from rd_deploy.onnx_files import fixed_batch, runtime_inputs
 from rd_deploy.onnx_shapes import is_standard
 from rd_deploy.preprocessing import Preprocessing
 

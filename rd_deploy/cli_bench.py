@@ -238,9 +238,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> tuple
     machine, before = environment.capture(plan.threads), environment.cpu_ticks()
     model, compare = _subjects(options)
     _check_folder(options.out)
+    machine["gpu"] = environment.gpu() if options.device == "cuda" else None  # now: it may be lost in what follows
     report = measure(model, compare, plan, skipped, say)
     machine["steal_share"] = environment.steal_share(before, environment.cpu_ticks())
-    machine["gpu"] = environment.gpu() if options.device == "cuda" else None
+    if machine["gpu"]:
+        machine["gpu"]["ptxas"] = environment.ptxas(machine["gpu"]["capability"])
     report.warnings += environment.doubts(machine)
     if options.quick:
         report.warnings.insert(0, "--quick: a smoke run; its times support no conclusion")

@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
         options, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
             if getattr(options, action.dest, None) == "":
-                raise UserError(f"{'/'.join(action.option_strings) or action.metavar} is empty; give a value")
+                raise UserError(
+                    f"{'/'.join(action.option_strings) or action.metavar or action.dest} is empty; give a value"
+                )
         return options, unknown
 
 

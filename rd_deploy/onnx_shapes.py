@@ -12,8 +12,8 @@ import onnx
 import onnx.inliner
 import onnx.numpy_helper
 
-from rd_deploy.common import UserError
-from rd_deploy.onnx_files import first_line, fixed_batch, runtime_inputs
+from rd_deploy.common import UserError, first_line
+from rd_deploy.onnx_files import fixed_batch, runtime_inputs
 
 KEPT_WEIGHTS = 1024  # initializers of up to this many elements may decide shapes and are given to shape inference
 SHAPE_ONLY = {"Shape", "Size"}  # they read no data, and with a fixed batch their results are constants

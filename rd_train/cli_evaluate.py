@@ -4,7 +4,7 @@ import argparse
 import threading
 from pathlib import Path
 
-from rd_deploy.common import UserError, expanded, printable, require, write_json
+from rd_deploy.common import Parser, UserError, expanded, printable, require, write_json
 from rd_train.recipe import Recipe
 
 SPLITS = ("train", "val", "test")
@@ -40,13 +40,8 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see rd-train evaluate --help)")
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="rd-train evaluate",
         description="The accuracy of a model.pt on a split of the data it was trained on, or of others of its classes.",
         allow_abbrev=False,

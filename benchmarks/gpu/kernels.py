@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, MaxPool
+from rd_deploy.common import first_line
 from rd_deploy.cuda.tune import MOST_LOST
-from rd_deploy.engines.base import first_line
 from rd_deploy.helper import Fatal, Lost
 from rd_deploy.triton_kernels.launch import ELEMENT, INTERPRETED, is_taken
 

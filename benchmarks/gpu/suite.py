@@ -15,9 +15,9 @@ from gpu import dry, reference
 from gpu.record import Record
 from rd_deploy.bench.agreement import random_images
 from rd_deploy.chain import Chain
-from rd_deploy.common import Stopped, UserError
+from rd_deploy.common import Stopped, UserError, first_line
 from rd_deploy.engines import ON_ONNXRUNTIME
-from rd_deploy.engines.base import Engine, Unsupported, first_line
+from rd_deploy.engines.base import Engine, Unsupported
 from rd_deploy.engines.cuda import SETTINGS, Cuda
 from rd_deploy.engines.device import DeviceSession
 from rd_deploy.engines.inductor_cuda import InductorCuda

@@ -67,10 +67,9 @@ def cpu(root: Path = ROOT) -> dict:
 
 
 def gpu(root: Path = ROOT) -> dict | None:
-    """Torch's current GPU, its driver, and what compiles for it; None where there is none.
+    """Torch's current GPU and its driver; None where there is none.
 
-    ``capability``: 90 for sm_90. ``cuda``: torch's. ``ptxas``: release of the assembler that Triton takes for this GPU,
-    which is the one that was used once an engine has compiled kernels.
+    ``capability``: 90 for sm_90. ``cuda``: torch's.
     """
     from rd_deploy.engines.device import no_gpu
 
@@ -79,19 +78,18 @@ def gpu(root: Path = ROOT) -> dict | None:
     import torch
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    capability = 10 * properties.major + properties.minor
     return {
         "name": properties.name,
-        "capability": capability,
+        "capability": 10 * properties.major + properties.minor,
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "driver": read(root / "sys/module/nvidia/version"),
         "cuda": torch.version.cuda,
-        "ptxas": _ptxas(capability),
     }
 
 
-def _ptxas(capability: int) -> str | None:
+def ptxas(capability: int) -> str | None:
+    """Release of the assembler that Triton takes for a GPU: the one in use once an engine has compiled kernels."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 

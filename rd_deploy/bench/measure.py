@@ -160,9 +160,9 @@ def _setting(model, against, truths, precision: str, batch: int, plan: Plan, rep
         label = f"{engine.name} {precision} batch {batch}"
         try:
             sessions = _load(engine, (model, against), truths, precision, batch, plan, report)
-        except UserError:
-            raise  # a mistake in the input: no engine's failure
         except Exception as error:  # engines raise classes of their own
+            if isinstance(error, UserError) and not report.results:
+                raise  # a mistake in the input, as it seems, and there is nothing to lose yet
             _leave_out(engine.name, precision, batch, error, report, say)
             continue
         say(f"{label}: timing {model.name} and {against.name} interleaved")
@@ -208,7 +208,11 @@ def _time(sessions: tuple[Session, Session], names: tuple[str, str], label: str,
     for name, session in zip(names, sessions, strict=True):
         memory += engine_rows(name, session)
         if plan.profile and isinstance(session, NativeSession):
-            profiles.append(profile(name, session, _images(session, plan), min(plan.seconds, PROFILE_SECONDS)))
+            try:
+                profiles.append(profile(name, session, _images(session, plan), min(plan.seconds, PROFILE_SECONDS)))
+            except Exception as error:  # that must not cost the times measured
+                reason = f"its profile of {name} failed: {first_line(error)}"
+                report.skipped.append(_skip(where["engine"], where["precision"], where["batch"], reason))
     report.results += [{"model": name, **where, **times} for name, times in zip(names, timing.times, strict=True)]
     report.ratios.append({**where, **_ratio(timing.ratio)})
     report.warnings += timing.warnings

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import onnx
 
-from rd_deploy.common import UserError, first_line, nearest, require
+from rd_deploy.common import UserError, expanded, first_line, nearest, require
 from rd_deploy.engines.base import image_shape
 from rd_deploy.export.onnx import KEY, read_metadata, to_onnx
 from rd_deploy.onnx_files import load_model
@@ -55,9 +55,9 @@ def load_subject(text: str, like: Subject | None = None, size: int | None = None
         raise UserError("an empty name is no network: give an architecture such as plain50, a model.pt or a model.onnx")
     suffix = Path(text).suffix.lower()
     if suffix == ".onnx":
-        return _onnx_file(text, size)
+        return _onnx_file(str(expanded("the network", text)), size)
     if suffix == ".pt":
-        return _checkpoint(text, size)
+        return _checkpoint(str(expanded("the network", text)), size)
     library, colon, name = text.partition(":")
     if colon and library in LIBRARIES:
         return _foreign(library, name, like, size, seed)

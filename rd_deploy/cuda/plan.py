@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from rd_deploy.chain import INPUT, Chain, Conv, GlobalAveragePool, Linear, MaxPool, Step, sources
 from rd_deploy.common import UserError
 from rd_deploy.cuda.arena import Interval, most_alive, place
-from rd_deploy.engines.cuda import SETTINGS
 from rd_deploy.triton_kernels.bottleneck import BottleneckKernel
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.conv import ConvKernel
@@ -30,7 +29,7 @@ from rd_deploy.triton_kernels.pools import AveragePoolKernel, MaxPoolKernel
 from rd_deploy.triton_kernels.stem import StemKernel
 
 Fusion = Literal["auto", "always", "never"]
-FUSIONS: tuple[Fusion, ...] = SETTINGS["RD_FUSION"]
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 TYPE_BYTES = {ELEMENT: 2, "fp32": 4, "i32": 4}
 
 

@@ -78,8 +78,9 @@ def pack(piece: Piece, precision: str, launch: Launch) -> dict[str, np.ndarray]:
     for name, values in operands.items():
         if launch.tensors[name] == ELEMENT and not np.isfinite(values).all():
             names = " · ".join(step.name for step in piece.steps)
+            most = max(np.abs(step.weight).max() for step in piece.steps if isinstance(step, Conv | Linear))
             advice = "use bf16" if precision == "fp16" else "train again"
-            raise UserError(f"{names}: a weight is more than {precision} holds; {advice}")
+            raise UserError(f"{names}: a weight of {most:.3g} is more than {precision} holds; {advice}")
     return operands
 
 

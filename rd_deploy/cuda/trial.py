@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from rd_deploy.chain import Chain
+from rd_deploy.common import first_line
 from rd_deploy.cuda.plan import Piece, places
 from rd_deploy.cuda.session import pack
-from rd_deploy.engines.base import first_line
 from rd_deploy.helper import Fatal
 from rd_deploy.triton_kernels.launch import ELEMENT, Kernel, Launch
 

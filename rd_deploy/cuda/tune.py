@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from rd_deploy.chain import Chain
-from rd_deploy.common import UserError
+from rd_deploy.common import UserError, first_line
 from rd_deploy.cuda.plan import Fusion, NothingToRun, Piece, Plan, build_plan, configs, places
 from rd_deploy.cuda.trial import Choice, Trial, context_is_lost
-from rd_deploy.engines.base import first_line
 from rd_deploy.helper import Helper, Lost
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.compile import Job, fill_cache

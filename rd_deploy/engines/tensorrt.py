@@ -25,9 +25,9 @@ class TensorRtSession(DeviceSession):
         self._output = self._torch.zeros(batch, count_classes(half), dtype=self.dtype, device=self.device)
         try:
             self._prepare(half.SerializeToString(), engine.flavour)
+            self._capture(self._forward)
         except UserError as reason:  # the arguments are checked: it is the network or the GPU
             raise Unsupported(str(reason)) from reason
-        self._capture(self._forward)
 
     def _prepare(self, model: bytes, name: str) -> None:
         from rd_deploy.trt.build import Profile, build, choose_targets

@@ -14,9 +14,8 @@ import onnx
 from onnx import helper
 
 from rd_deploy.chain import INPUT, Chain
-from rd_deploy.common import UserError, nearest, require
+from rd_deploy.common import UserError, first_line, nearest, require
 from rd_deploy.export.onnx import to_onnx
-from rd_deploy.onnx_files import first_line
 from rd_deploy.quantize.qdq import KINDS, quantized_tensors
 
 # onnxruntime's names, and options where its defaults are of no use. Its entropy calibrator has as many bins as it

@@ -359,16 +359,38 @@ def test_an_engine_that_fails_while_it_is_timed_costs_its_own_times_alone(tmp_pa
     assert "native fp32 batch 1: it failed" in capsys.readouterr().out
 
 
-def test_an_engine_whose_profile_fails_leaves_no_half_of_its_rows(tmp_path, monkeypatch):
+def test_a_profile_that_fails_costs_no_times(tmp_path, monkeypatch):
     def failing(*arguments):
         raise MemoryError
 
     monkeypatch.setattr(measure, "profile", failing)
     assert bench(*two_engines(tmp_path, "--profile")) == 0
     document = read(tmp_path / "o")
-    assert [row["reason"] for row in document["skipped"]] == ["it failed: MemoryError"]
-    for part in ("results", "ratios", "profiles", "memory"):
-        assert "native" not in {row["engine"] for row in document[part]}
+    jsonschema.validate(document, schema())
+    assert [row["reason"] for row in document["skipped"]] == [
+        f"its profile of {name} failed: MemoryError" for name in ("a", "a (compare)")
+    ]
+    assert document["profiles"] == []
+    for part in ("results", "ratios", "memory"):
+        assert "native" in {row["engine"] for row in document[part]}
+
+
+@pytest.mark.parametrize("refusing", ["onnxruntime", "native"])
+def test_what_is_a_mistake_in_the_input_to_the_first_engine_costs_a_later_one_alone(tmp_path, monkeypatch, refusing):
+    load = measure._load
+
+    def refused(engine, *others):
+        if engine.name == refusing:
+            raise UserError("it cannot run the network")
+        return load(engine, *others)
+
+    monkeypatch.setattr(measure, "_load", refused)
+    first = refusing == "onnxruntime"
+    assert bench(*two_engines(tmp_path)) == (2 if first else 0)
+    if not first:
+        document = read(tmp_path / "o")
+        assert [row["reason"] for row in document["skipped"]] == ["it failed: it cannot run the network"]
+        assert {row["engine"] for row in document["results"]} == {"onnxruntime"}
 
 
 def test_a_wrong_answer_that_is_an_exception_costs_the_engine_alone(tmp_path, monkeypatch):

@@ -58,17 +58,18 @@ def test_the_plan_follows_the_setting(monkeypatch, capsys, files):
 
 
 GPU = {"name": "Some GPU", "capability": 90, "multiprocessors": 132, "memory_bytes": 1 << 37}
-GPU |= {"driver": "570.86.15", "cuda": "13.0", "ptxas": "13.3"}
+GPU |= {"driver": "570.86.15", "cuda": "13.0"}
 
 
 def test_a_run_in_the_interpreter_is_a_whole_report(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rd_deploy.bench.environment.gpu", lambda: GPU)
+    monkeypatch.setattr("rd_deploy.bench.environment.gpu", lambda: dict(GPU))
+    monkeypatch.setattr("rd_deploy.bench.environment.ptxas", "13.{}".format)
     out = tmp_path / "out"
     options = ("--engines", "cuda", "--precision", "fp16", "--batch", "1", "--quick", "--seconds", "0.01")
     assert bench(files[0], "--compare", files[1], *options, "--out", out) == 0
     document = json.loads((out / "bench.json").read_text())
     jsonschema.validate(document, json.loads(resources.files("rd_deploy.bench").joinpath("schema.json").read_text()))
-    assert document["environment"]["gpu"] == GPU
+    assert document["environment"]["gpu"] == GPU | {"ptxas": "13.90"}
     assert document["environment"]["variables"]["TRITON_INTERPRET"] == "1"
     assert capsys.readouterr().out.startswith("Some GPU (sm_90, 132 multiprocessors, 128 GiB), driver 570.86.15, ")
     assert {(row["engine"], row["variant"], row["precision"]) for row in document["results"]} == {

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rd_deploy.bench.models import load_subject
 from rd_deploy.cli_bench import _parse
 from rd_deploy.common import UserError
 
@@ -25,3 +26,10 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch, tmp_path):
     assert _parse(["plain20"]).out == "bench"
     with pytest.raises(UserError, match="no such user"):
         _parse(["plain20", "--out=~nobody-of-this-name/results"])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt"])
+def test_so_it_is_in_the_name_of_a_network(monkeypatch, tmp_path, suffix):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}/a.{suffix} does not exist"):
+        load_subject(f"~/a.{suffix}")

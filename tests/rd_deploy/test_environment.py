@@ -96,11 +96,9 @@ def test_a_gpu_with_its_driver_and_compilers(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     root = write(tmp_path, {"sys/module/nvidia/version": "570.86.15\n"})
-    found = environment.gpu(root)
-    jsonschema.validate(
-        found, schema()["properties"]["environment"]["properties"]["gpu"] | {"$defs": schema()["$defs"]}
-    )
-    assembler = found.pop("ptxas")
+    found, assembler = environment.gpu(root), environment.ptxas(90)
+    definition = schema()["properties"]["environment"]["properties"]["gpu"] | {"$defs": schema()["$defs"]}
+    jsonschema.validate(found | {"ptxas": assembler}, definition)
     assert found == {
         "name": "NVIDIA H200",
         "capability": 90,
