@@ -106,8 +106,9 @@ def _explained(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --(\S+)", message)
     if unknown:
         name = unknown[1].partition("=")[0].replace("_", "-")
-        known = [*set(TYPES) - {"summary"}, "list", "out", "dry", "overwrite", "resume", "go_on", "as_released"]
-        known += ["tensorboard"]
+        known = {*TYPES, "list", "out", "dry", "overwrite", "resume", "go_on", "as_released", "tensorboard"} - {
+            "summary"
+        }
         return f"unknown option --{name}{nearest(name, [option.replace('_', '-') for option in known])}"
     wrong = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)$', message, re.DOTALL)
     if not wrong or wrong[1] not in TYPES:
@@ -201,11 +202,12 @@ def _start(options: Namespace, named: set[str]) -> dict | None:
     for refused, reason in _conflicts(options, distributed.launched()):
         if refused:
             raise UserError(reason)
-    recipe = settle(_recipe(options), named=named)
+    asked = _recipe(options)
+    recipe = settle(asked, named=named)
     if options.go_on or distributed.restarted():
         folder = expanded("--out", options.out, "folder")
-        if there := _run_in(folder, options, recipe):
-            return _go_on(folder, options.tensorboard, _changes(there, options, recipe, named), told=True)
+        if there := _run_in(folder, asked, recipe, options.go_on):
+            return _go_on(folder, options.tensorboard, _changes(there, asked, recipe, named), told=True)
     folder = _new_folder(options)
     if options.dry:
         dry_run(recipe, folder)
@@ -233,15 +235,15 @@ def _conflicts(options: Namespace, launched: bool) -> list[tuple[bool, str]]:
 
 
 # How a run is computed: to go on otherwise changes the rounding of its sums, which is said.
-MACHINE = ("device", "precision", "threads")
+MACHINE = ("device", "precision", "threads", "compile")
 # What a run may go on with otherwise than it began: also where its files are, and what does not change its sums.
 RESUMABLE = ("data_dir", "workers", "max_corrupt", "save_minutes", *MACHINE)
 # Entries that earlier versions lacked, whose defaults do as these did.
 ADDED = {"flip", "crop_padding", "smallest_crop", "save_minutes"}
 
 
-def _run_in(folder: Path, options: Namespace, recipe: Recipe) -> Recipe | None:
-    """The recipe of the run that the folder holds, if it is one by these options; ``recipe``: what they are here.
+def _run_in(folder: Path, asked: Recipe, recipe: Recipe, go_on: bool) -> Recipe | None:
+    """The recipe of the run that the folder holds, if it is the one ``asked`` for, which is ``recipe`` when settled.
 
     Another run there is a `UserError` of --go-on; None for torchrun's restarts, which it refuses as any new run.
     """
@@ -249,18 +251,18 @@ def _run_in(folder: Path, options: Namespace, recipe: Recipe) -> Recipe | None:
 
     path = folder / "recipe.yaml"
     there = Recipe(**read_values(path)) if path.is_file() else None
-    difference = None if there is None else _difference(there, recipe, _recipe(options).precision == "auto")
+    difference = None if there is None else _difference(there, asked, recipe)
     same = there is not None and difference is None
     if not distributed.same_everywhere(int(same)):
         raise UserError(f"the processes see different files in {folder}; all machines must share that folder")
-    if options.go_on and difference is not None:
+    if go_on and difference is not None:
         raise UserError(f"{folder} holds another run, {difference}; give the options of that one, or another --out")
     return there if same else None
 
 
-def _difference(there: Recipe, recipe: Recipe, by_machine: bool) -> str | None:
-    """In words, the first entry that makes two recipes different runs; ``by_machine``: the precision is its choice."""
-    may_differ = {*RESUMABLE} if by_machine else {*RESUMABLE} - {"precision"}
+def _difference(there: Recipe, asked: Recipe, recipe: Recipe) -> str | None:
+    """In words, the first entry that makes a run another one than is asked for; a precision that is named is one."""
+    may_differ = {*RESUMABLE} if asked.precision == "auto" else {*RESUMABLE} - {"precision"}
     for name in [each.name for each in fields(Recipe) if each.name not in may_differ]:
         found, wanted = getattr(there, name), getattr(recipe, name)
         if found != wanted and {found, wanted} != {"bf16", "bf16-emulated"}:
@@ -268,9 +270,8 @@ def _difference(there: Recipe, recipe: Recipe, by_machine: bool) -> str | None:
     return None
 
 
-def _changes(there: Recipe, options: Namespace, recipe: Recipe, named: set[str]) -> dict:
-    """What the options name otherwise than the run has it, of what it may go on with."""
-    asked = _recipe(options)
+def _changes(there: Recipe, asked: Recipe, recipe: Recipe, named: set[str]) -> dict:
+    """What is asked for by name otherwise than the run has it, of what it may go on with."""
     given = {name for name in RESUMABLE if name in named and getattr(asked, name) not in (None, "auto")}
     return {name: getattr(recipe, name) for name in given if getattr(recipe, name) != getattr(there, name)}
 
@@ -285,23 +286,28 @@ def _resume(arguments: list[str]) -> dict:
         )
     folder = expanded("--resume", options.resume, "folder")
     require("torch", "train")
-    return _go_on(folder, options.tensorboard, {name: options[name] for name in RESUMABLE if name in given})
+    from rd_train import distributed
+
+    changes = {name: options[name] for name in RESUMABLE if name in given}
+    return _go_on(folder, options.tensorboard, changes, told=distributed.restarted())
 
 
-def _go_on(folder: Path, tensorboard: bool, changes: dict, *, told: bool = False) -> dict:
+def _go_on(folder: Path, tensorboard: bool, changes: dict, *, told: bool) -> dict:
     """Resume the run in ``folder`` with some entries of its recipe changed, which its ``recipe.yaml`` then has.
 
-    A complete one is an error, or with ``told`` what it found.
+    A complete one is an error, or with ``told`` what it found. (torchrun restarts also those that ended with a process
+    dying when everything was written.)
     """
     from rd_train import distributed
     from rd_train.run import run, settle
 
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")
-    if (folder / "result.json").exists():
-        if told or distributed.restarted():  # of this attempt: a process died when everything was written
+    if distributed.any_process((folder / "result.json").exists()):  # which a file system may show to some first
+        if told:
             print(f"note     {folder} holds this run, complete")
-            return {"folder": folder, **_found(folder / "result.json")}
+            found = distributed.of_first(json.dumps(_found(folder / "result.json") if distributed.first() else None))
+            return {"folder": folder, **json.loads(found)}
         raise UserError(f"{folder} is already complete; see {folder / 'report.html'}")
     values = read_values(folder / "recipe.yaml")
     missing = {each.name for each in fields(Recipe)} - set(values)
@@ -325,7 +331,7 @@ def _found(path: Path) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         return {name: result[name] for name in ("test_accuracy", "teacher_test_accuracy", "corrupt_images")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; start a new run") from error
 
 

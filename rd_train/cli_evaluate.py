@@ -7,7 +7,7 @@ from pathlib import Path
 from rd_deploy.common import Parser, UserError, expanded, printable, require, write_json
 from rd_train.recipe import Recipe
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")  # and all
 MOST_LINES = 20  # classes that are printed; all of them are in the JSON
 
 
@@ -22,7 +22,7 @@ def command(arguments: list[str]) -> int:
     result = evaluate_checkpoint(options)
     print(f"network  {result['arch']}, of {result['model']}")
     print(
-        f"data     {result['data']}: {result['images']:,} {result['split']} images, {len(result['classes'])} classes"
+        f"data     {result['data']}: {result['images']:,} images ({result['split']}), {len(result['classes'])} classes"
         + (f"; {result['corrupt_images']} corrupt left out" if result["corrupt_images"] else "")
     )
     low, high = result["interval"]
@@ -49,7 +49,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL.pt")
     parser.add_argument("--data", help="a data set, as for rd-train (default: the one that it was trained on)")
     parser.add_argument("--data-dir", metavar="DIR", help="where its files are (default: where they were)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     parser.add_argument(
         "--precision",
@@ -60,6 +60,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: all)")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that decode image files (default: the CPUs)"
+    )
+    parser.add_argument(
+        "--max-corrupt", type=int, metavar="N", help="image files that may be unreadable (default: as in its training)"
     )
     parser.add_argument("--out", metavar="FILE.json", help="write the figures, with the confusion matrix")
     options = parser.parse_args(arguments)
@@ -78,13 +81,12 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
     """
     import torch
 
-    from rd_train import bf16
     from rd_train.checkpoint import load_checkpoint
     from rd_train.context import Context
     from rd_train.data import load_dataset
-    from rd_train.evaluation import predict
+    from rd_train.evaluation import joined, predict
     from rd_train.html_report import confusion_matrix, interval
-    from rd_train.run import products_of_fp32, settle
+    from rd_train.run import computing, settle
     from rd_train.workers import default_workers
 
     checkpoint = load_checkpoint(options.model)
@@ -94,6 +96,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
         recipe.data,
         recipe.data_dir,
         size=checkpoint.preprocessing.size,
+        limit=recipe.train_limit,
         like=checkpoint.preprocessing,
         split_seed=recipe.split_seed,
         workers=default_workers() if recipe.workers is None else recipe.workers,
@@ -107,8 +110,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
         if dataset.preprocessing != checkpoint.preprocessing:
             raise UserError(f"images of {recipe.data} are not prepared as those that {options.model} was trained on")
         context = Context(recipe, dataset, Path(), torch.device(recipe.device), threading.Event())
-        with bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
-            seen = predict(context.place(checkpoint.network()), getattr(dataset, options.split), context)
+        splits = [getattr(dataset, name) for name in (SPLITS if options.split == "all" else (options.split,))]
+        with computing(recipe):
+            network = context.place(checkpoint.network())
+            seen = joined([predict(network, split, context) for split in splits])
     finally:
         dataset.workers.close()
     matrix = confusion_matrix(seen, len(dataset.classes))
@@ -122,7 +127,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
         "data": dataset.name,
         "split": options.split,
         "images": len(seen.labels),
-        "corrupt_images": len(getattr(dataset, options.split)) - len(seen.labels),
+        "corrupt_images": sum(map(len, splits)) - len(seen.labels),
         "accuracy": seen.accuracy,
         "interval": interval(seen.accuracy, len(seen.labels)),
         "mean_class_accuracy": seen.mean_class_accuracy,
@@ -141,12 +146,14 @@ def _recipe(trained: object, options: argparse.Namespace) -> Recipe:
     data = options.data or trained.get("data")
     if not isinstance(data, str):
         raise UserError(f"{options.model} does not say which data it was trained on; pass --data and --data-dir")
-    same = trained if data == trained.get("data") else {}
-    folder, split_seed = options.data_dir or same.get("data_dir"), same.get("split_seed", 0)
-    if not isinstance(folder, str | None) or type(split_seed) is not int:
-        raise UserError(f"the recipe in {options.model} holds wrong values; train again")
-    given = {"device": options.device, "precision": options.precision, "threads": options.threads}
-    return Recipe(data=data, data_dir=folder, split_seed=split_seed, method="ce", workers=options.workers, **given)
+    same = trained if data == trained.get("data") and options.data_dir in (None, trained.get("data_dir")) else {}
+    names = ("data_dir", "train_limit", "split_seed", "max_corrupt", "device", "precision", "threads", "workers")
+    values = {name: same[name] for name in names[:4] if name in same}
+    values |= {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    try:
+        return Recipe(data=data, method="ce", **values)
+    except (TypeError, ValueError) as error:  # a hostile file's
+        raise UserError(f"the recipe in {options.model} holds wrong values ({error}); train again") from error
 
 
 def _unlike(known: list[str], there: list[str]) -> str:

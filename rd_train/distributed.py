@@ -95,9 +95,9 @@ def run_together(name: str, command: Callable[[], int]) -> int:
     """
     global _of_launch
     store, number, count = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # otherwise it ends with the attempt
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # otherwise each attempt has a store of its own
         _of_launch = store
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     # CPU tensors go by gloo, which makes no GPU wait; CUDA tensors by NCCL.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count)

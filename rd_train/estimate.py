@@ -112,6 +112,9 @@ def _wait(context: Context) -> None:
 def _evaluation_seconds(task: nn.Module, context: Context) -> float:
     """Seconds an image of evaluation takes, by one batch of the validation split."""
     part = _First(context.dataset.val, evaluation_size(context.recipe))
+    if context.device.type == "cuda":  # cuDNN tries its algorithms when it meets a shape for the first time
+        predict(task.student, part, context)
+        _wait(context)
     start = monotonic()
     predict(task.student, part, context)
     task.train()

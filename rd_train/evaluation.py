@@ -53,6 +53,18 @@ class Predictions:
         return float((right[images > 0].double() / images[images > 0]).mean())
 
 
+def joined(parts: list[Predictions]) -> Predictions:
+    """Of several splits, as if they were one; ``indices`` are those of each."""
+    counts = [len(part.labels) for part in parts]
+    tensors = [
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("indices", "labels", "predicted", "confidence", "truth")
+    ]
+    return Predictions(
+        *tensors, sum(part.loss * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+    )
+
+
 @torch.no_grad()
 def predict(network: Network, split: Split, context: Context) -> Predictions:
     """Run a network over a whole split but for its corrupt images, once.

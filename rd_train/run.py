@@ -168,14 +168,28 @@ def _planned(recipe: Recipe, begun: Path | None = None) -> Iterator[_Plan]:
         with distributed.one_per_machine_first(fetched_teacher(recipe)):
             teacher = _given_teacher(recipe, dataset, arch, begun)
         plan = _Plan(dataset, arch, teacher, start, print_plan(recipe, dataset, arch, teacher, start))
-        with bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
+        with computing(recipe):
             yield plan
-    except RuntimeError as error:  # as torch's allocators say it, of the GPU and of the CPU
+    finally:
+        dataset.workers.close()
+
+
+@contextlib.contextmanager
+def told_of_memory() -> Iterator[None]:
+    """What torch's allocators say, of the GPU and of the CPU, as a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(one_line(error)[:160]) from error
         raise
-    finally:
-        dataset.workers.close()
+
+
+@contextlib.contextmanager
+def computing(recipe: Recipe) -> Iterator[None]:
+    """Let torch compute as a settled recipe says."""
+    with told_of_memory(), bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
+        yield
 
 
 @contextlib.contextmanager
@@ -217,12 +231,24 @@ def _one_run_in(folder: Path) -> Iterator[None]:
 
 
 def _check_shared(folder: Path) -> None:
-    """Refuse a folder that is not the same for all processes, which the student's phase would find out, hours later."""
+    """Refuse a folder that is not the same for all processes, which the student's phase would find out, hours later.
+
+    The first one has just written a file there: a copy of the folder has another time of that.
+    """
+    written = int(distributed.of_first(str(_written(folder / "recipe.yaml"))))
     deadline = time.monotonic() + SEEN_WITHIN
-    while not (seen := (folder / "recipe.yaml").exists()) and time.monotonic() < deadline:
+    while not (seen := _written(folder / "recipe.yaml") == written) and time.monotonic() < deadline:
         time.sleep(0.2)
     if distributed.any_process(not seen):
         raise UserError(f"the processes see different files in {folder}; all machines must share that folder")
+
+
+def _written(path: Path) -> int:
+    """When a file was written last, in nanoseconds; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _context(recipe: Recipe, plan: _Plan, folder: Path, stop: threading.Event, **options) -> Context:
@@ -398,11 +424,6 @@ def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch, begun: Path | N
         return None
     if begun is not None and (begun / "teacher.pt").exists():
         return load_teacher(begun / "teacher.pt", teacher_arch(recipe, arch), dataset.preprocessing, dataset.classes)
-    if begun is not None and recipe.teacher_weights is not None and not Path(recipe.teacher_weights).exists():
-        raise UserError(
-            f"teacher {recipe.teacher_weights} does not exist, and the run in {begun} has no "
-            "teacher.pt; put the file back"
-        )
     if is_published(recipe.teacher):
         return load_published(recipe.teacher, recipe.teacher_weights, dataset.preprocessing, len(dataset.classes))
     named = recipe.teacher != "auto"

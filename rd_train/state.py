@@ -90,7 +90,7 @@ class State:
             return
         values = _read(self.path)
         try:
-            self.task.load_state_dict(self._frozen() | values["task"], strict=True)  # earlier versions saved all of it
+            self.task.load_state_dict(values["task"] | self._frozen(), strict=True)
             self._load_optimizer(values["optimizer"])
             if self.averaged is not None:
                 self.averaged.load_state_dict(values["averaged"], strict=True)

@@ -325,6 +325,10 @@ def test_a_run_goes_on_on_another_machine(tmp_path, monkeypatch, capsys):
     other, [note] = resumed("--device", "cpu")
     assert other == emulated
     assert "device=cpu (cuda before), precision=bf16-emulated" in note
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(replace(recipe, compile=True)))
+    other, [note] = resumed("--compile", "false")
+    assert other == emulated
+    assert "compile=False (True before)" in note
 
 
 def test_numbers_of_another_machine_are_gone_on_with(tmp_path, monkeypatch):

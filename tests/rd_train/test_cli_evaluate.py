@@ -47,8 +47,25 @@ def test_accuracy_is_that_of_a_loop_over_the_images(tmp_path, capsys, split):
     assert result["loss"] == pytest.approx(float(loss), rel=1e-4)
     assert result["interval"][0] < result["accuracy"] < result["interval"][1]
     said = capsys.readouterr().out
-    assert f"digits: {len(labels):,} {split} images, 10 classes" in said
+    assert f"digits: {len(labels):,} images ({split}), 10 classes" in said
     assert f"accuracy {right / len(labels):.2%} (" in said
+
+
+def test_all_images_are_those_of_the_three_splits(tmp_path):
+    dataset = load_dataset("digits")
+    saved(tmp_path / "model.pt", dataset, data="digits", train_limit=300)
+    found = {}
+    for split in ("train", "val", "test", "all"):
+        flags = ["--split", split, "--precision", "fp32", "--threads", "1", "--out", str(tmp_path / "x.json")]
+        assert command(["evaluate", str(tmp_path / "model.pt"), *flags]) == 0
+        found[split] = json.loads((tmp_path / "x.json").read_text())
+    every = found.pop("all")
+    images = {split: each["images"] for split, each in found.items()}
+    assert images == {"train": 300, "val": len(dataset.val), "test": len(dataset.test)}
+    assert every["images"] == sum(images.values())
+    assert np.array_equal(every["confusion"], sum(np.array(each["confusion"]) for each in found.values()))
+    loss = sum(each["loss"] * each["images"] for each in found.values()) / every["images"]
+    assert every["loss"] == pytest.approx(loss)
 
 
 def test_other_data_of_the_same_classes(tmp_path, capsys):
@@ -64,8 +81,10 @@ def test_other_data_of_the_same_classes(tmp_path, capsys):
         assert command(["evaluate", str(tmp_path / "model.pt"), *flags]) == 0
         result = json.loads((tmp_path / "x.json").read_text())
         counts[name] = result["images"], result["corrupt_images"], [each["name"] for each in result["classes"]]
+    with pytest.raises(UserError, match="more corrupt images than --max-corrupt 0"):
+        command(["evaluate", str(tmp_path / "model.pt"), *flags, "--max-corrupt", "0"])
     assert counts == {"one": (6, 0, dataset.classes), "other": (9, 1, dataset.classes)}
-    assert "folder: 9 test images, 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
+    assert "folder: 9 images (test), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
@@ -76,7 +95,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         "unknown": ["--data", "digit"],
         "--out is empty": ["--out", ""],
         "in a folder that is there": ["--out", str(tmp_path / "no" / "x.json")],
-        "invalid choice": ["--split", "all"],
+        "invalid choice": ["--split", "both"],
         "unrecognized arguments: --epochs": ["--epochs", "3"],
     }
     for message, flags in cases.items():
@@ -85,9 +104,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     saved(path, digits)
     with pytest.raises(UserError, match="does not say which data it was trained on; pass --data"):
         command(["evaluate", str(path)])
-    saved(path, digits, data="digits", split_seed="x")
-    with pytest.raises(UserError, match="holds wrong values"):
-        command(["evaluate", str(path)])
+    for wrong in ({"split_seed": "x"}, {"data_dir": 3}, {"max_corrupt": []}, {"train_limit": 0.5}):
+        saved(path, digits, data="digits", **wrong)
+        with pytest.raises(UserError):
+            command(["evaluate", str(path)])
     for classes, message in (
         (digits.classes[::-1], "the order of their classes"),
         ([*digits.classes[:-1], "ten"], "'ten'"),

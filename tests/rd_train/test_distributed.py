@@ -546,6 +546,27 @@ def test_a_folder_that_is_not_shared_is_noticed_before_anything_is_trained(tmp_p
     assert not (tmp_path / "1").exists()
 
 
+def check_copies(folder: Path) -> int:
+    """Look whether a folder is shared, of which each process has a copy of its own."""
+    run_module.SEEN_WITHIN = 0.5
+
+    def check() -> int:
+        own = folder / str(distributed.rank())
+        own.mkdir()
+        (own / "recipe.yaml").write_text("the same")
+        distributed.barrier()
+        run_module._check_shared(own)
+        return 0
+
+    return distributed.run_together("test", check)
+
+
+def test_copies_of_a_folder_are_not_a_shared_one(tmp_path):
+    group = start(check_copies, tmp_path, tmp_path)
+    assert group.join() == [2, 2]
+    assert "the processes see different files in" in one_line(group)
+
+
 def test_a_restarted_launch_goes_on_with_its_own_run_and_tells_its_result(tmp_path):
     recipe = replace(SMALL, epochs=2, train_limit=80)
     group = train(recipe, tmp_path / "run", mishap="SIGKILL")  # in the second epoch

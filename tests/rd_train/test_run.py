@@ -11,6 +11,7 @@ from rd_deploy.common import Stopped, UserError
 from rd_train.augment import Augment
 from rd_train.checkpoint import load_checkpoint, save_checkpoint
 from rd_train.data import fixed_sample, load_dataset
+from rd_train.loop import fit
 from rd_train.recipe import Recipe
 from rd_train.run import augmentation, dry_run, products_of_fp32, run, settle
 
@@ -83,11 +84,16 @@ def test_a_run_computes_as_its_precision_says(tmp_path, monkeypatch):
     def noted(recipe):
         asked.append(recipe)
         yield
+        asked.append("left")
+
+    def fitted(*arguments, **options):
         asked.append("trained")
+        return fit(*arguments, **options)
 
     monkeypatch.setattr("rd_train.run.products_of_fp32", noted)
+    monkeypatch.setattr("rd_train.run.fit", fitted)
     run(STILL, tmp_path)
-    assert asked == [STILL, "trained"]
+    assert asked == [STILL, "trained", "left"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -141,8 +147,7 @@ def test_a_run_keeps_its_teacher_and_goes_on_with_it(teacher, tmp_path, monkeypa
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_the_file_that_it_was_given(teacher, tmp_path, monkeypatch):
-    """Its state has the teacher, and there is no other copy."""
+def test_a_run_that_was_killed_before_it_kept_its_teacher_takes_it_from_the_file(teacher, tmp_path, monkeypatch):
     given = tmp_path / "given.pt"
     given.write_bytes(teacher.read_bytes())
     recipe = settle(replace(TAUGHT, teacher_weights=str(given)))
@@ -150,15 +155,9 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_file_that_it_was_given(tea
     with pytest.raises(Stopped):
         run(recipe, tmp_path / "run")
     monkeypatch.undo()
-    path = tmp_path / "run" / "student-state.pt"
-    state = torch.load(path, weights_only=True)
-    theirs = {f"teacher.{name}": value for name, value in load_checkpoint(teacher).state_dict.items()}
-    torch.save({**state, "task": {**state["task"], **theirs}}, path)
     (tmp_path / "run" / "teacher.pt").unlink()
     given.rename(tmp_path / "moved.pt")
-    with pytest.raises(
-        UserError, match=r"given.pt does not exist, and the run in .* has no teacher.pt; put the file back"
-    ):
+    with pytest.raises(UserError, match=r"given.pt does not exist"):
         run(recipe, tmp_path / "run", resume=True)
     (tmp_path / "moved.pt").rename(given)
     run(recipe, tmp_path / "run", resume=True)
