@@ -197,7 +197,8 @@ def _start(options: Namespace, named: set[str]) -> dict | None:
     """Train, or estimate that; ``named``: the entries that the preset or an option names."""
     require("torch", "train")
     from rd_train import distributed  # torch is slow to import; --list and --help do without
-    from rd_train.run import dry_run, run, settle
+    from rd_train.plan import settle
+    from rd_train.run import dry_run, run
 
     for refused, reason in _conflicts(options, distributed.launched()):
         if refused:
@@ -299,7 +300,8 @@ def _go_on(folder: Path, tensorboard: bool, changes: dict, *, told: bool) -> dic
     dying when everything was written.)
     """
     from rd_train import distributed
-    from rd_train.run import run, settle
+    from rd_train.plan import settle
+    from rd_train.run import run
 
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds no run (no recipe.yaml); name the folder that --out named")

@@ -86,7 +86,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
     from rd_train.data import load_dataset
     from rd_train.evaluation import joined, predict
     from rd_train.html_report import confusion_matrix, interval
-    from rd_train.run import computing, settle
+    from rd_train.plan import computing, settle
     from rd_train.workers import default_workers
 
     checkpoint = load_checkpoint(options.model)

@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from runner import INTERRUPTED, Job, asked, check, parser_of, told_to_stop
 from table import report, say, state
 from torch import Tensor
 
+import rd_train.plan
 import rd_train.run
 from rd_deploy.bench.environment import packages
 from rd_deploy.common import Stopped, UserError, one_line, run_command, write_json
@@ -99,14 +101,14 @@ def _moments(split: MemorySplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @contextlib.contextmanager
-def _in_runs(name: str, value: object) -> Iterator[None]:
-    """Runs of rd_train in this process have ``value`` under a name of their module."""
-    before = getattr(rd_train.run, name)
-    setattr(rd_train.run, name, value)
+def _in_runs(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Runs of rd_train in this process have ``value`` under a name of one of its modules."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(rd_train.run, name, before)
+        setattr(module, name, before)
 
 
 def data_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -119,7 +121,7 @@ def data_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
         parts = {part: DeviceSplit.of(getattr(dataset, part), device) for part in ("train", "val", "test")}
         return replace(dataset, **parts)
 
-    return _in_runs("load_dataset", load)
+    return _in_runs(rd_train.plan, "load_dataset", load)
 
 
 def stops_kept(told: list[int]) -> contextlib.AbstractContextManager[None]:
@@ -141,7 +143,7 @@ def stops_kept(told: list[int]) -> contextlib.AbstractContextManager[None]:
             if stop.is_set():
                 told.append(signal.SIGTERM)
 
-    return _in_runs("stop_on_signals", listen)
+    return _in_runs(rd_train.run, "stop_on_signals", listen)
 
 
 def digest_of_images(dataset: Dataset) -> str:
@@ -180,7 +182,7 @@ def expected_seconds(job: Job) -> float:
 def train(job: Job) -> None:
     """One run, from where it stands; raises `Stopped` where it was told to or where its loss is NaN."""
     job.check_folder()
-    recipe = rd_train.run.settle(job.recipe())
+    recipe = rd_train.plan.settle(job.recipe())
     if (lock := job.lock()) is None:
         raise UserError("another process trains it")
     try:

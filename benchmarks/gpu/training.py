@@ -23,8 +23,9 @@ def rows(suite: Suite) -> Iterator[Row]:
 def _train(suite: Suite, network: str) -> dict:
     """Ordinary training; without the files of Fashion-MNIST the row is skipped with `rd_train`'s own reason."""
     require("jsonargparse", "train")
+    from rd_train.plan import settle
     from rd_train.recipe import Recipe
-    from rd_train.run import run, settle
+    from rd_train.run import run
 
     recipe = Recipe(data="fashion-mnist", arch=network, method="ce", epochs=EPOCHS, device="cuda", precision="bf16")
     if suite.dry:

@@ -9,11 +9,13 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+import rd_train.plan
 import rd_train.run
 from rd_deploy.common import Stopped, UserError
 from rd_train.augment import Augment
@@ -144,24 +146,28 @@ def test_the_time_limit_never_comes_when_nobody_listens(tmp_path, monkeypatch):
     assert listened == [True]
 
 
-def told(monkeypatch, name: str) -> None:
-    """A SIGTERM comes whenever a run calls this function of its module."""
-    function = getattr(rd_train.run, name)
+def told(monkeypatch, module: ModuleType, name: str) -> None:
+    """A SIGTERM comes whenever a run calls this function of a module."""
+    function = getattr(module, name)
 
     def after_a_signal(*arguments):
         signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # whoever listens hears it
         return function(*arguments)
 
-    monkeypatch.setattr(rd_train.run, name, after_a_signal)
+    monkeypatch.setattr(module, name, after_a_signal)
 
 
 @pytest.mark.parametrize(
-    ("moment", "left"), [("print_plan", [gpu.INTERRUPTED, "not begun"]), ("_finish", ["not begun"])]
+    ("module", "moment", "left"),
+    [
+        (rd_train.plan, "print_plan", [gpu.INTERRUPTED, "not begun"]),
+        (rd_train.run, "_finish", ["not begun"]),
+    ],
 )
-def test_a_stop_while_a_run_does_not_look_is_not_lost(tmp_path, monkeypatch, moment, left):
+def test_a_stop_while_a_run_does_not_look_is_not_lost(tmp_path, monkeypatch, module, moment, left):
     """In its planning, it stops after a step; in its test, it is complete and the next one is not begun."""
     threads, jobs = torch.get_num_threads(), jobs_of(tmp_path)
-    told(monkeypatch, moment)
+    told(monkeypatch, module, moment)
     monkeypatch.setattr(rd_train.run.report, "write", lambda *arguments: None)  # slow, and not what this is about
     missing = gpu.train_all([jobs[0], jobs[6]], None, lambda missing: None)
     torch.set_num_threads(threads)

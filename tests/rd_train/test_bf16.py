@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rd_deploy.common import UserError
 from rd_train import bf16
 from rd_train.optimizers import KernelMuon
+from rd_train.plan import settle
 from rd_train.recipe import Recipe
-from rd_train.run import run, settle
+from rd_train.run import run
 
 HALF_A_PLACE = 2**-8  # of 8 significant bits, at most, relative
 RECIPE = Recipe(device="cpu", precision="bf16-emulated", threads=1, method="ce", init="kaiming", width=0.25, epochs=1,

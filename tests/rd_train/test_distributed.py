@@ -32,8 +32,9 @@ from rd_train.data import batches, derive_seed, load_dataset
 from rd_train.loop import STEP_SEED
 from rd_train.networks import Network
 from rd_train.optimizers import KernelMuon, build_optimizer
+from rd_train.plan import settle
 from rd_train.recipe import Recipe
-from rd_train.run import run, settle
+from rd_train.run import run
 from rd_train.schedules import learning_rate
 from rd_train.state import State
 from rd_train.vary import mixed

@@ -14,8 +14,9 @@ from rd_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rd_train.cli import command
 from rd_train.data import load_dataset
 from rd_train.networks import Network, parse_arch
+from rd_train.plan import settle
 from rd_train.recipe import Recipe, dump_yaml
-from rd_train.run import run, settle
+from rd_train.run import run
 from rd_train.start import from_start, start_from
 
 RECORD = Preprocessing(32, 40, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

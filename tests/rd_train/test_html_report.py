@@ -249,7 +249,7 @@ def finished(tmp_path_factory):
     counted = Counted(test.pixels, test.labels, test.preprocessing, test.augment)
     hostile = replace(dataset, test=counted, classes=[*HOSTILE[:4], *dataset.classes[4:]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rd_train.run.load_dataset", lambda *arguments, **options: hostile)
+        patch.setattr("rd_train.plan.load_dataset", lambda *arguments, **options: hostile)
         result = run(RECIPE, folder)
     return folder, result, read
 

@@ -12,8 +12,8 @@ from rd_train.checkpoint import load_checkpoint
 from rd_train.cli import command
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.networks import Network, parse_arch
+from rd_train.plan import settle
 from rd_train.recipe import Recipe
-from rd_train.run import settle
 from rd_train.start import load_start
 from rd_train.teachers import look_up, parse_published
 

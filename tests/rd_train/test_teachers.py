@@ -20,8 +20,9 @@ from rd_train.data import load_dataset
 from rd_train.distill import LogitDistillation, ResidualDistillation
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
 from rd_train.networks import Network, parse_arch
+from rd_train.plan import settle
 from rd_train.recipe import Recipe
-from rd_train.run import run, settle
+from rd_train.run import run
 from rd_train.teachers import load_published, look_up, parse_published, settled_name
 
 IMAGENET = Preprocessing(64, 73, 3, IMAGENET_MEAN, IMAGENET_STD)
