@@ -61,6 +61,7 @@ class DeviceSplit(MemorySplit):
     """A split whose images lie framed on a device, uint8 (N, C, H + 2p, W + 2p), p the padding of the augmentation."""
 
     framed: Tensor
+    moments: Tensor  # mean and deviation of each channel, (2, C, 1, 1), there, too
 
     @classmethod
     def of(cls, split: MemorySplit, device: torch.device) -> "DeviceSplit":
@@ -68,7 +69,9 @@ class DeviceSplit(MemorySplit):
         pad = split.augment.crop_padding
         framed = np.pad(split.preprocessing.frame(split.pixels), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         images = torch.from_numpy(framed).permute(0, 3, 1, 2).contiguous().to(device)
-        return cls(split.pixels, split.labels, split.preprocessing, split.augment, images)
+        record = split.preprocessing
+        moments = torch.tensor([record.mean, record.std], device=device)[:, :, None, None]
+        return cls(split.pixels, split.labels, record, split.augment, images, moments)
 
     def images(self, indices: Tensor) -> Tensor:
         centre = torch.full((len(indices),), self.augment.crop_padding, device=self.framed.device)
@@ -90,14 +93,11 @@ class DeviceSplit(MemorySplit):
         if mirrored is not None:
             columns = torch.where(mirrored[:, None], size - 1 - columns, columns)
         rows, columns = top[:, None] + pixel, left[:, None] + columns
-        number = indices.to(device)[:, None, None, None]
+        pinned = indices.pin_memory() if device.type == "cuda" else indices  # so that nothing waits for the device
+        number = pinned.to(device, non_blocking=True)[:, None, None, None]
         cut = self.framed[number, channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in _moments(self))
+        mean, std = self.moments
         return (cut.float() / 255 - mean) / std
-
-
-def _moments(split: MemorySplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return split.preprocessing.mean, split.preprocessing.std
 
 
 @contextlib.contextmanager
