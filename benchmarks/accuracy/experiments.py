@@ -197,6 +197,7 @@ OURS_KD = Row(
     f"{OUR_ROW.name}-kd",
     f"{OUR_ROW.label}, with logit distillation in two thirds of the steps of the second half",
     OURS | SOME_KD | {"kd_start": 0.5, "kd_probability": 0.66},
+    key="ours-kd",
     base=OUR_ROW.name,
     teacher=RESNET_TUNED,
 )
@@ -294,9 +295,9 @@ MAIN = (
     *(RESNET, RESNET_TUNED, RESNET_TWICE, RESNET_KD),
     *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_FORMER_START, PLAIN_START),
     *(PUBLISHED, PUBLISHED_OPTIONS),
-    *(BY_SGD, FORMER, OUR_ROW),
+    *(BY_SGD, FORMER, OUR_ROW, OURS_KD),
 )
-CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_FORMER_START, FORMER)  # of main alone
+CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_FORMER_START, FORMER, OURS_KD)  # of main alone
 EVERY = tuple(row for row in MAIN if row not in CONTROLS)
 DECIDE = (RESNET, RESNET_TUNED, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
 

@@ -13,6 +13,7 @@ FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equ
 # What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
 AGAINST = {
     "ours": ("resnet", "resnet-tuned", "resnet-twice", "plain", "plain-muon", "start", "published"),
+    "ours-kd": ("resnet-tuned",),
     "former": ("resnet", "resnet-tuned", "former-start"),
     "sgd": ("resnet", "start-sgd", "published"),
 }

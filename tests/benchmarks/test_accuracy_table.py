@@ -122,14 +122,14 @@ def test_names_of_folders_that_results_exist_under():
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
     rows += ["resnet{}-muon02", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon02"]
-    rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned"]
+    rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned", "plain{}-rd-tuned-kd"]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
     assert folders == names | {f"resnet{depth}-muon02-twice-n20000-e20-s0" for depth in (20, 56)}
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 36 + [False] * 54
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 60
     for each in EXPERIMENTS.values():
         jobs = each.jobs((0, 1, 2), OUT)
         for number, job in enumerate(jobs):
@@ -727,7 +727,12 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
         named = [frozenset((pair["ours"], pair["other"])) for pair in pairs]
         assert len(set(named)) == len(named)
         others = {key: set() for key in summary.AGAINST}
-        keys = {"plain56-rd-tuned": "ours", "plain56-rd-muon": "former", "plain56-rd": "sgd"}
+        keys = {
+            "plain56-rd-tuned": "ours",
+            "plain56-rd-tuned-kd": "ours-kd",
+            "plain56-rd-muon": "former",
+            "plain56-rd": "sgd",
+        }
         for pair in [pair for pair in pairs if pair["ours"] in keys and pair["against"] != "lever"]:
             others[keys[pair["ours"]]].add(pair["against"])
         resnets = {"resnet", "resnet-tuned"}
@@ -735,13 +740,14 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
             "ours": resnets | {"resnet-twice", "plain", "plain-muon", "start", "published"},
             "former": resnets | {"former-start"},
             "sgd": {"resnet", "start-sgd", "published"},
+            "ours-kd": {"resnet-tuned"},
         }
-        levers = {"ours": resnets, "former": resnets, "sgd": {"resnet"}}
-        ablation = {"ours": {"resnet-tuned"}, "former": set(), "sgd": set()}
+        levers = {"ours": resnets, "former": resnets, "sgd": {"resnet"}, "ours-kd": {"resnet-tuned"}}
+        ablation = {"ours": {"resnet-tuned"}, "former": set(), "sgd": set(), "ours-kd": set()}
         assert others == {"main": main, "ablation": ablation, "levers": levers}[name]
         ours = [("rd-tuned", "rd-muon"), ("rd-muon", "rd")]  # each against what it was before
         varied = {
-            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02")],  # the start alone
+            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02"), ("rd-tuned-kd", "rd-tuned")],  # the start alone
             "ablation": [("ce-start-muon02", "rd-tuned"), ("rd-tuned-without-reparam", "rd-tuned")],
             "levers": [*ours, ("rd-tuned-kd", "rd-tuned")],
         }
@@ -775,7 +781,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 90, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 96, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):
