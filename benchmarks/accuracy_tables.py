@@ -70,12 +70,9 @@ def short() -> str:
 def short_differences() -> str:
     """The README's table of what ours is ahead by, in points."""
     document = newest("*-accuracy-main.json")
-    pairs = {
-        (pair["against"], pair["depth"]): pair
-        for pair in _pairs(document)
-        if pair["against"] in SHORT_PAIRS
-        and any(row["key"] == "ours" and row["name"] == pair["ours"] for row in document["rows"])
-    }
+    ours = {row["name"] for row in document["rows"] if row["key"] == "ours"}
+    found = [pair for pair in _pairs(document) if pair["ours"] in ours and pair["against"] in SHORT_PAIRS]
+    pairs = {(pair["against"], pair["depth"]): pair for pair in found}
     depths = sorted({depth for _, depth in pairs})
     emulated = _emulated(document)
     lines = []
@@ -229,7 +226,8 @@ def _not_in_main(pairs: list[dict]) -> list[dict]:
 
 def _verdicts(document: dict, pairs: list[dict]) -> str:
     """What pairs of seeds say, a line each."""
-    lines = [_compared(pair, _unlike(pair, _emulated(document))) for pair in pairs]
+    emulated = _emulated(document)
+    lines = [_compared(pair, _unlike(pair, emulated)) for pair in pairs]
     header = ["depth", "row", "against", "difference (95% interval)", "by seed", "goal", "must"]
     judged = len(header) if any({*line[-2:]} != {"-"} for line in lines) else -2
     return markdown(header[:judged], [line[:judged] for line in lines], texts=len(header[:judged])) if lines else ""

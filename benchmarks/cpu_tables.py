@@ -70,13 +70,9 @@ def memory() -> str:
     model, compare = _networks(bench)
     peaks = _peaks(bench)
     first = _batches(bench)[0]
-    shares = {source: found[compare, first]["shortcut_share"] for source, found in peaks.items()}
-    table = _memory(bench, {source: source for source in peaks})
-    header = f"{table[0]} held by shortcuts in {compare} |"
-    lines = [
-        f"{line} {'' if share is None else f'{share:.0%}'} |"
-        for line, share in zip(table[2:], shares.values(), strict=True)
-    ]
+    header, rows = _memory(bench, {source: source for source in peaks})
+    shares = [found[compare, first]["shortcut_share"] for found in peaks.values()]
+    rows = [[*row, "" if share is None else f"{share:.0%}"] for row, share in zip(rows, shares, strict=True)]
     least = peaks["ledger, in-place"][compare, first]["peak_bytes"]
     ours = ", ".join(
         f"`{source}` {least / found[model, first]['peak_bytes']:.2f}x"
@@ -87,7 +83,7 @@ def memory() -> str:
         f"Peak feature maps by each account; fp32, 224x224. A row's ratio is between two plans of one engine; against "
         f"the least that {compare} needs layer by layer on any (`ledger, in-place`) it is, at batch {first}: {ours}."
     )
-    return "\n".join([header, f"{table[1]} ---: |", *lines, "", f"{note} {provenance(bench)}"])
+    return f"{markdown([*header, f'held by shortcuts in {compare}'], rows)}\n\n{note} {provenance(bench)}"
 
 
 # The accounts that the README shows, and what it calls them.
@@ -105,11 +101,11 @@ def memory_summary() -> str:
     """The README's table: the accounts of what a run really takes."""
     bench = newest("*-bench-plain50.json", MACHINE)
     note = f"Peak feature maps, fp32, 224x224, {bench['environment']['threads']} threads, without weights."
-    return "\n".join([*_memory(bench, ACCOUNTS), "", f"{note} [All accounts, and where from](docs/results.md#memory)."])
+    return f"{markdown(*_memory(bench, ACCOUNTS))}\n\n{note} [All accounts, and where from](docs/results.md#memory)."
 
 
-def _memory(bench: dict, accounts: dict[str, str]) -> list[str]:
-    """The lines of a table: peaks at the first batch and the ratio at every one, by the accounts, so called."""
+def _memory(bench: dict, accounts: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: peaks at the first batch and the ratio at every one, by the accounts, so called."""
     model, compare = _networks(bench)
     batches, peaks = _batches(bench), _peaks(bench)
     rows = []
@@ -120,7 +116,7 @@ def _memory(bench: dict, accounts: dict[str, str]) -> list[str]:
         cells = [f"{peak / 2**20:.2f}" if peak else "none published" for peak in pairs[0]]
         rows.append([label, *cells, *ratios])
     header = ["account", *(f"{name}, MiB, batch {batches[0]}" for name in (compare, model))]
-    return markdown([*header, *(f"smaller by, batch {batch}" for batch in batches)], rows).splitlines()
+    return [*header, *(f"smaller by, batch {batch}" for batch in batches)], rows
 
 
 def _networks(bench: dict) -> tuple[str, str]:

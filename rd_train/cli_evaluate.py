@@ -2,6 +2,7 @@
 
 import argparse
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from rd_deploy.common import Parser, UserError, expanded, printable, require, write_json
@@ -83,25 +84,14 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
 
     from rd_train.checkpoint import load_checkpoint
     from rd_train.context import Context
-    from rd_train.data import load_dataset
     from rd_train.evaluation import joined, predict
     from rd_train.html_report import confusion_matrix, interval
-    from rd_train.plan import computing, settle
-    from rd_train.workers import default_workers
+    from rd_train.plan import computing, data_of, settle
 
     checkpoint = load_checkpoint(options.model)
-    recipe = settle(_recipe(checkpoint.recipe, options))
+    recipe = settle(replace(_recipe(checkpoint.recipe, options), size=checkpoint.preprocessing.size))
     torch.set_num_threads(recipe.threads)
-    dataset = load_dataset(
-        recipe.data,
-        recipe.data_dir,
-        size=checkpoint.preprocessing.size,
-        limit=recipe.train_limit,
-        like=checkpoint.preprocessing,
-        split_seed=recipe.split_seed,
-        workers=default_workers() if recipe.workers is None else recipe.workers,
-        max_corrupt=recipe.max_corrupt,
-    )
+    dataset = data_of(recipe, checkpoint.preprocessing)
     try:
         if dataset.classes != checkpoint.classes:
             raise UserError(

@@ -10,6 +10,7 @@ import yaml
 
 from rd_deploy.common import UserError, expanded, one_line
 from rd_deploy.cpus import available_threads
+from rd_deploy.preprocessing import Preprocessing
 from rd_train import bf16, distributed
 from rd_train.augment import Augment
 from rd_train.build import (
@@ -99,18 +100,7 @@ def planned(recipe: Recipe, begun: Path | None = None) -> Iterator[Plan]:
             start = load_start(recipe.start_weights)
             like = start.preprocessing
     with distributed.one_per_machine_first(recipe.download):
-        dataset = load_dataset(
-            recipe.data,
-            recipe.data_dir,
-            size=recipe.size,
-            limit=recipe.train_limit,
-            download=recipe.download,
-            augment=augmentation(recipe),
-            like=like,
-            split_seed=recipe.split_seed,
-            workers=default_workers() if recipe.workers is None else recipe.workers,
-            max_corrupt=recipe.max_corrupt,
-        )
+        dataset = data_of(recipe, like)
     try:
         check_shares(len(dataset.train), recipe.batch_size, distributed.world())
         arch = student_arch(recipe, dataset.preprocessing.channels, len(dataset.classes))
@@ -121,6 +111,22 @@ def planned(recipe: Recipe, begun: Path | None = None) -> Iterator[Plan]:
             yield plan
     finally:
         dataset.workers.close()
+
+
+def data_of(recipe: Recipe, like: Preprocessing | None) -> Dataset:
+    """The data set of a settled recipe; ``like``: the preprocessing of a network that there is already."""
+    return load_dataset(
+        recipe.data,
+        recipe.data_dir,
+        size=recipe.size,
+        limit=recipe.train_limit,
+        download=recipe.download,
+        augment=augmentation(recipe),
+        like=like,
+        split_seed=recipe.split_seed,
+        workers=default_workers() if recipe.workers is None else recipe.workers,
+        max_corrupt=recipe.max_corrupt,
+    )
 
 
 @contextlib.contextmanager

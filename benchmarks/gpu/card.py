@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from rd_deploy.common import UserError
+from rd_deploy.engines.device import current_gpu
 
 MOST_WORK = 3.0  # seconds of work while nvidia-smi answers
 CLOCK_CHANGE = 0.03  # of the multiprocessors' clock: above this, times before and after do not compare
@@ -28,13 +29,9 @@ def describe(dry: bool) -> dict:
         return {"name": "dry run", "capability": 90}
     import torch
 
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "name": properties.name,
-        "capability": 10 * properties.major + properties.minor,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
+        **current_gpu(),
+        "l2_bytes": torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
         "driver": _driver(),
         "power_limit_watts": _number(_ask(("power.limit",))[0]),
         "clock_limit_mhz": _number(_ask(("clocks.max.sm",))[0]),

@@ -67,25 +67,14 @@ def cpu(root: Path = ROOT) -> dict:
 
 
 def gpu(root: Path = ROOT) -> dict | None:
-    """Torch's current GPU and its driver; None where there is none.
-
-    ``capability``: 90 for sm_90. ``cuda``: torch's.
-    """
-    from rd_deploy.engines.device import no_gpu
+    """Torch's current GPU, its driver and torch's CUDA; None where there is none."""
+    from rd_deploy.engines.device import current_gpu, no_gpu
 
     if no_gpu():
         return None
     import torch
 
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "name": properties.name,
-        "capability": 10 * properties.major + properties.minor,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": read(root / "sys/module/nvidia/version"),
-        "cuda": torch.version.cuda,
-    }
+    return {**current_gpu(), "driver": read(root / "sys/module/nvidia/version"), "cuda": torch.version.cuda}
 
 
 def ptxas(capability: int) -> str | None:

@@ -36,6 +36,19 @@ def no_gpu() -> str | None:
     return None
 
 
+def current_gpu() -> dict:
+    """Name, compute capability (90 for sm_90), multiprocessors and memory of torch's current GPU."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": 10 * properties.major + properties.minor,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
 class DeviceSession(Session):
     """One network on one GPU. ``run`` is host to host; `enqueue` runs on what already lies in the GPU's memory.
 
