@@ -1,6 +1,6 @@
-"""The tables of accuracy: docs/accuracy.md from the experiments of accuracy/table.py, and the README's short one.
+"""The tables of accuracy: those of two pages from the experiments of accuracy/table.py, and the README's short one.
 
-What their columns and signs mean is said once, in accuracy/page.md ("How to read the tables").
+What their columns and signs mean is said once, in docs/accuracy.md ("How to read the tables").
 """
 
 import re
@@ -13,7 +13,10 @@ from string import ascii_uppercase
 
 from committed import command_of, cost_of, find, located, markdown, newest, read
 
-EXPERIMENTS = ("main", "fp32", "full", "depth", "ablation", "levers", "rates", "bottleneck", "glyphs", "gpu")
+# The experiments of docs/accuracy.md and of docs/accuracy-choice.md.
+RESULTS = ("main", "full", "depth", "bottleneck", "glyphs", "gpu")
+CHOICES = ("rates", "ablation", "levers", "fp32")
+EXPERIMENTS = RESULTS + CHOICES
 # What the README calls the rows that it shows, and those that it compares ours with.
 SHORT = {
     "resnet": "ResNet, SGD",
@@ -87,8 +90,11 @@ def short_differences() -> str:
     return markdown(["plain by `rd`, minus", *(f"depth {depth}" for depth in depths)], lines)
 
 
-def experiment(name: str) -> Callable[[], str]:
-    """What makes the table of an experiment, with what is missing and what follows."""
+def experiment(name: str, results: str = "") -> Callable[[], str]:
+    """What makes the table of an experiment, with what is missing and what follows; ``results``: the page to link to.
+
+    It says how to read the tables, and where each result is from; the table's own page needs no name.
+    """
 
     def table() -> str:
         document = _newest(name)
@@ -99,7 +105,8 @@ def experiment(name: str) -> Callable[[], str]:
         pairs = [] if name == "rates" else _pairs(document) if name == "main" else _not_in_main(_pairs(document))
         made = _rates(rows) if name == "rates" else _by_depth(rows, seconds=True)
         used = [key for key, source in _sources().items() if source.used[name]]
-        line = _line(document, f"source{'s' * (len(used) > 1)} {', '.join(used)}", f"../{document['path']}", "")
+        letters = f"[source{'s' * (len(used) > 1)}]({results}#sources) {', '.join(used)}"
+        line = _line(document, letters, f"../{document['path']}", results)
         notes = [*_more_threads(document), *_other_teachers(document)] if name == "main" else []
         return _joined(made, _unfinished(document), _verdicts(document, pairs), line, "\n".join(notes))
 

@@ -11,8 +11,8 @@ import sys
 import cpu_tables
 import gpu_tables
 import quantization_tables
-from accuracy_tables import EXPERIMENTS, choice, experiment, short, short_differences, sources
-from committed import ROOT, find
+from accuracy_tables import CHOICES, RESULTS, choice, experiment, short, short_differences, sources
+from committed import ROOT
 
 PAGES = {
     "README.md": {
@@ -41,10 +41,10 @@ PAGES = {
         "maps": gpu_tables.gpu_maps,
         "resources": gpu_tables.resources,
     },
-    "docs/accuracy.md": {
-        **{f"accuracy-{name}": experiment(name) for name in EXPERIMENTS},
+    "docs/accuracy.md": {**{f"accuracy-{name}": experiment(name) for name in RESULTS}, "accuracy-sources": sources},
+    "docs/accuracy-choice.md": {
+        **{f"accuracy-{name}": experiment(name, "accuracy.md") for name in CHOICES},
         "accuracy-choice": choice,
-        "accuracy-sources": sources,
     },
     "docs/training-reference.md": {"loader": cpu_tables.loader},
     "docs/tensorrt.md": {"trt-memory": gpu_tables.trt_memory},
@@ -67,14 +67,6 @@ def filled(page: str, text: str) -> str:
     return text
 
 
-def text_of(page: str) -> str | None:
-    """The text around a page's tables: the page's own; that of accuracy's is its template's, once there are results."""
-    if page == "docs/accuracy.md":
-        found = any(find(f"*-accuracy-{name}.json") for name in EXPERIMENTS)
-        return (ROOT / "benchmarks" / "accuracy" / "page.md").read_text(encoding="utf-8") if found else None
-    return (ROOT / page).read_text(encoding="utf-8")
-
-
 def main() -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,11 +75,9 @@ def main() -> int:
     differing = []
     for page in PAGES:
         path = ROOT / page
-        text = text_of(page)
-        if text is None:
-            continue
-        after = filled(page, text)
-        if path.exists() and after == path.read_text(encoding="utf-8"):
+        before = path.read_text(encoding="utf-8")
+        after = filled(page, before)
+        if after == before:
             continue
         differing.append(page)
         if not check:

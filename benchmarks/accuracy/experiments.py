@@ -305,7 +305,7 @@ DECIDE = (RESNET, RESNET_TUNED, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
 def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
     """All experiments; the one on glyphs only where their file is given (`glyphs.py` makes it)."""
     found = {
-        # Seed 0 took part in the choice of our optimiser, 0 to 4 in that of logit distillation; the others chose nothing.
+        # Seed 0 had part in the choice of our optimiser, 0 to 4 in that of logit distillation, the others in none.
         "main": Experiment(SUBSET, MAIN, (20, 56), more_seeds=(3, 4, 5, 6, 7)),
         "full": Experiment(
             FASHION.format("all 55,000 training images"),

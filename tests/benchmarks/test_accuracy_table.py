@@ -632,9 +632,9 @@ def test_emulated_bf16_is_bf16_and_is_counted():
     assert (pair["precisions"], bool(pair["holds"])) == (None, True)
     document = {"results": [*ours, *resnet], "what": "W"}
     document["rows"] = summary.summary(EXPERIMENTS["main"], document["results"])
-    said = accuracy_tables._line(document, "sources A", "x.json", "page.md")
+    said = accuracy_tables._line(document, "sources A", "x.json", "accuracy.md")
     assert said.startswith(
-        "W; 2 epochs, bf16 · 6 results, 3 emulated (e) · sources A · [JSON](x.json) · [how to read](page"
+        "W; 2 epochs, bf16 · 6 results, 3 emulated (e) · sources A · [JSON](x.json) · [how to read](accuracy.md"
     )
     text = accuracy_tables._by_depth(accuracy_tables._rows(document))
     assert ("90.33 ± 0.58 (3, 3 e)" in text, "80.00 ± 0.00 (3) |" in text) == (True, True)
@@ -852,7 +852,7 @@ def test_trained_for_real(tmp_path, monkeypatch, capsys):
     cell = f"{100 * found['rows'][1]['mean']:.2f} (1{emulated})"
     assert f"| plain, ours | {cell} | {found['rows'][1]['step_cost']:.2f} | " in text
     assert " 2 epochs, " in text
-    assert text.endswith(" · source A · [JSON](../results.json) · [how to read](#how-to-read-the-tables)")
+    assert text.endswith(" · [source](#sources) A · [JSON](../results.json) · [how to read](#how-to-read-the-tables)")
     assert accuracy_tables.sources().splitlines()[2:] == [
         f"| A | results.json | {found['machine']['cpu']} | {found['date']} | {found['commit']}; trained by "
         f"{runner.git_commit()} (2) | {', '.join(f'{name} 2' for name in accuracy_tables.EXPERIMENTS)} | - | "

@@ -1,4 +1,4 @@
-"""README.md and the pages under docs/ say what the committed results say; accuracy's page comes with its results."""
+"""README.md and the pages under docs/ say what the committed results say."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ MAIN = experiments()["main"]
 def checkout(tmp_path):
     """What the script reads, to be changed."""
     files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").rglob("*.json")]
-    files += [ROOT / "README.md", ROOT / "benchmarks" / "accuracy" / "page.md", *(ROOT / "docs").glob("*.md")]
+    files += [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for path in files:
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,16 +152,15 @@ def test_which_of_two_machines_results_of_one_day_counts_does_not_depend_on_the_
         assert committed.find("*-x.json")["path"] == "b/2030-01-02-x.json"
 
 
-def test_the_page_of_accuracy_comes_with_its_results(checkout):
+def test_the_pages_of_accuracy_say_what_the_results_say(checkout):
     page = checkout / "docs" / "accuracy.md"
-    page.unlink(missing_ok=True)
     commit(checkout, results())
     changed = tables(checkout, "--check")
     assert changed.returncode == 1
-    assert "README.md, docs/accuracy.md differs" in changed.stdout
-    assert not page.exists()
+    assert "README.md, docs/accuracy.md, docs/accuracy-choice.md differs" in changed.stdout
     assert tables(checkout).returncode == 0
-    text, readme = (path.read_text(encoding="utf-8") for path in (page, checkout / "README.md"))
+    others = (page.with_name("accuracy-choice.md"), checkout / "README.md")
+    text, choice, readme = (path.read_text(encoding="utf-8") for path in (page, *others))
     assert "| ResNet, cross-entropy | 90.10 ± 0.10 (3) | 90.10 ± 0.10 (3) | 1.50 | - | 7 |" in text
     assert "| plain, Kaiming, SGD, no teacher | 80.10 ± 0.10 (3) | 80.10 ± 0.10 (3) | 1.0 |\n" in readme
     assert "| **plain, `rd`** | 89.90 ± 0.10 (3) | 89.90 ± 0.10 (3) | 3.0 |\n" in readme  # 1.5, and its teacher's
@@ -180,10 +179,13 @@ def test_the_page_of_accuracy_comes_with_its_results(checkout):
     assert "| 56 | plain, ours by SGD | the ResNet by SGD |" in text
     assert "| 56 | plain, ours | plain, ours from the former start, " in text
     file = "benchmarks/results/here/2030-01-01-accuracy-main.json"
-    assert f"What was trained; 10 or 20 epochs, bf16 · 96 results · source A · [JSON](../{file}) · [how" in text
+    assert (
+        f"What was trained; 10 or 20 epochs, bf16 · 96 results · [source](#sources) A · [JSON](../{file}) · [how"
+        in text
+    )
     linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
     assert f"What was trained; 10 epochs, bf16 · 48 results · {linked}" in readme
-    assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in text
+    assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in choice
     assert "Unfinished" not in text
     assert tables(checkout, "--check").returncode == 0
     page.write_text(text.replace("90.10", "91.10", 1), encoding="utf-8")
@@ -268,8 +270,10 @@ def test_each_result_is_counted_at_the_file_that_held_it_first(repository):
         ["D", "CPU b", "2030-01-02", "c", "none", "-", "`other`"],
         ["E", "CPU b", "2030-01-02", "c", "main 1", "N / M", f"`table.py --earlier benchmarks/results/b/{name}`"],
     ]
-    assert " · 7 results · sources A, B, C, E · " in accuracy_tables.experiment("main")()
-    assert " · 4 results · sources A, B · " in accuracy_tables.experiment("levers")()
+    assert " · 7 results · [sources](#sources) A, B, C, E · " in accuracy_tables.experiment("main")()
+    assert (
+        " · 4 results · [sources](accuracy.md#sources) A, B · " in accuracy_tables.experiment("levers", "accuracy.md")()
+    )
 
 
 def test_a_file_is_known_by_what_wrote_it_also_under_a_later_name(repository):
