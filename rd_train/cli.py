@@ -12,17 +12,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rd_deploy.common import UserError, expanded, nearest, require, run_command
 from rd_train import cli_evaluate
-from rd_train.recipe import (
-    RUN_FILES,
-    Recipe,
-    as_released,
-    check_as_released,
-    preset_names,
-    preset_values,
-    read_values,
-    what_it_takes,
-    when_not_given,
-)
+from rd_train.recipe import RUN_FILES, Recipe, as_released, check_as_released, what_it_takes, when_not_given
+from rd_train.recipe_files import preset_names, preset_values, read_values
 
 TYPES = get_type_hints(Recipe)
 

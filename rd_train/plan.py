@@ -26,7 +26,8 @@ from rd_train.cost import macs_per_image, relative_cost, update_macs
 from rd_train.data import Dataset, check_shares, load_dataset
 from rd_train.names import is_name
 from rd_train.networks import Arch, Network, parameter_count
-from rd_train.recipe import Recipe, dump_yaml
+from rd_train.recipe import Recipe
+from rd_train.recipe_files import dump_yaml
 from rd_train.start import from_start, keeps_classifier, load_start
 from rd_train.state import saved_preprocessing
 from rd_train.teachers import is_published, load_published, settled_name

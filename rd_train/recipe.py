@@ -1,17 +1,12 @@
-"""The recipe of a run: one frozen dataclass; presets are YAML files that name what differs from its defaults."""
+"""The recipe of a run: one frozen dataclass. Its files, presets included, are `rd_train.recipe_files`'s."""
 
 import re
 from dataclasses import asdict, dataclass, fields
-from importlib import resources
-from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
-from rd_deploy.common import UserError, check_file, nearest
+from rd_deploy.common import UserError
 from rd_train.skipped import MAX_CORRUPT
 
-PRESETS = resources.files("rd_train") / "recipes"
 # Everything a run writes, but for TensorBoard's logs; ``result.json`` comes last and marks the run as complete.
 RUN_FILES = (
     *("recipe.yaml", "metrics.jsonl", "teacher-state.pt", "student-state.pt", "teacher.pt", "model.pt", "skipped.txt"),
@@ -445,42 +440,3 @@ def check_as_released(values: dict, stem: str) -> None:
             raise UserError(
                 f"--as-released sets {name}={released}, this run {name}={values[name]}; leave one of the two away"
             )
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
-
-
-def preset_values(name: str) -> dict:
-    """The entries of a preset, or of a recipe file if ``name`` ends in .yaml; names are checked, values are not yet."""
-    if name.endswith((".yaml", ".yml")):
-        return read_values(name)
-    if name not in preset_names():
-        raise UserError(
-            f"unknown preset '{name}'{nearest(name, preset_names())}; or give a recipe file ending in .yaml"
-        )
-    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-def read_values(path: str | Path) -> dict:
-    """The entries of a recipe file; anything but a mapping of known names to scalars is a `UserError`."""
-    path = check_file(path, "recipe", max_bytes=1 << 16)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # PyYAML's constructors let others through: IndexError of !!int "", KeyError of !!bool x
-        raise UserError(f"recipe {path} is not YAML ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} must be a mapping of names to values")
-    known = {field.name for field in fields(Recipe)}
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"recipe {path}: unknown entry '{name}'{nearest(str(name), known)}")
-        if not isinstance(value, str | int | float | bool | None):
-            raise UserError(f"recipe {path}: {name} must be a single value")
-    return values
-
-
-def dump_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, in the order of its definition; read back by `read_values`."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False)

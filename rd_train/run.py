@@ -35,7 +35,8 @@ from rd_train.loop import fit
 from rd_train.metrics import TENSORBOARD, tensorboard_writer
 from rd_train.networks import Arch, Network, start_as_identity
 from rd_train.plan import Plan, applied_init, planned
-from rd_train.recipe import RUN_FILES, Recipe, dump_yaml
+from rd_train.recipe import RUN_FILES, Recipe
+from rd_train.recipe_files import dump_yaml
 from rd_train.start import start_from
 from rd_train.state import check_images
 

@@ -27,7 +27,8 @@ from rd_train.checkpoint import load_checkpoint
 from rd_train.context import Context
 from rd_train.data import Dataset, MemorySplit, load_dataset
 from rd_train.evaluation import evaluate
-from rd_train.recipe import IN_MEMORY, Recipe, defaults, read_values
+from rd_train.recipe import IN_MEMORY, Recipe, defaults
+from rd_train.recipe_files import read_values
 from rd_train.splits import limited
 
 # Of a recipe what all runs that are compared share, and what another column or the run's name says.

@@ -28,7 +28,8 @@ sys.path.insert(0, ROOT)  # this checkout, installed or not
 from rd_deploy.bench.environment import cpu, git_commit
 from rd_deploy.common import UserError
 from rd_train import bf16
-from rd_train.recipe import Recipe, preset_values, read_values
+from rd_train.recipe import Recipe
+from rd_train.recipe_files import preset_values, read_values
 
 RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
 # Entries of a recipe that say where it runs and where its files are, not what is trained.

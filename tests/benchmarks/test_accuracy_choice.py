@@ -17,7 +17,8 @@ import choice
 from rd_deploy.common import UserError
 from rd_train.checkpoint import load_checkpoint
 from rd_train.data import load_dataset
-from rd_train.recipe import Recipe, dump_yaml
+from rd_train.recipe import Recipe
+from rd_train.recipe_files import dump_yaml
 from rd_train.run import run
 
 RECIPE = Recipe(

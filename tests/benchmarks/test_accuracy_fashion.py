@@ -10,7 +10,7 @@ sys.path.append(str(FOLDER))  # as the script has it
 
 import fashion
 
-from rd_train.recipe import dump_yaml
+from rd_train.recipe_files import dump_yaml
 
 
 def finish(job) -> None:

@@ -21,7 +21,7 @@ from rd_deploy.common import Stopped, UserError
 from rd_train.augment import Augment
 from rd_train.checkpoint import load_checkpoint
 from rd_train.data import load_dataset
-from rd_train.recipe import dump_yaml
+from rd_train.recipe_files import dump_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"
 sys.path.append(str(FOLDER))  # as the script has it

@@ -32,7 +32,8 @@ from experiments import OUR_ROW, PLAIN, RESNET, RESNET_TUNED, SEEDS, Experiment,
 from rd_deploy.common import UserError
 from rd_train.checkpoint import load_checkpoint
 from rd_train.cli import _parse, _recipe
-from rd_train.recipe import Recipe, dump_yaml, preset_values
+from rd_train.recipe import Recipe
+from rd_train.recipe_files import dump_yaml, preset_values
 from rd_train.run import run
 
 OUT = Path("runs/table")

@@ -17,7 +17,8 @@ from test_loop import assert_same, stop_at
 from rd_deploy.common import UserError, run_command
 from rd_train.cli import _parse, _recipe, command
 from rd_train.plan import settle
-from rd_train.recipe import AS_RELEASED, AS_RELEASED_BY_STEM, Recipe, dump_yaml, preset_names, preset_values
+from rd_train.recipe import AS_RELEASED, AS_RELEASED_BY_STEM, Recipe
+from rd_train.recipe_files import dump_yaml, preset_names, preset_values
 from rd_train.run import run
 from rd_train.sources import DEBIAN_FASHION
 

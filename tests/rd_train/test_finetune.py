@@ -15,7 +15,8 @@ from rd_train.cli import command
 from rd_train.data import load_dataset
 from rd_train.networks import Network, parse_arch
 from rd_train.plan import settle
-from rd_train.recipe import Recipe, dump_yaml
+from rd_train.recipe import Recipe
+from rd_train.recipe_files import dump_yaml
 from rd_train.run import run
 from rd_train.start import from_start, start_from
 
