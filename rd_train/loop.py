@@ -76,8 +76,6 @@ class Stepper:
         self.total, self.warmup = per_epoch * epochs, round(recipe.warmup_epochs * per_epoch)
         self.run_step = _compiled(task) if recipe.compile else task
         self.size_at = sizes_of(recipe, context.dataset.preprocessing.size)
-        if context.device.type == "cuda":  # cuDNN times its algorithms for each shape, which growing images change
-            torch.backends.cudnn.benchmark = recipe.resize_start == 1
 
     def share(self) -> None:
         """From now on, let gradients be the means over all processes; once the weights are those to start from."""

@@ -144,22 +144,27 @@ def told_of_memory() -> Iterator[None]:
 @contextlib.contextmanager
 def computing(recipe: Recipe) -> Iterator[None]:
     """Let torch compute as a settled recipe says."""
-    with told_of_memory(), bf16.products(emulated=recipe.precision == bf16.EMULATED), products_of_fp32(recipe):
+    with told_of_memory(), bf16.products(emulated=recipe.precision == bf16.EMULATED), on_gpu(recipe):
         yield
 
 
 @contextlib.contextmanager
-def products_of_fp32(recipe: Recipe) -> Iterator[None]:
-    """On a GPU in fp32, let products be of fp32, where torch's convolutions are TF32 by default: 10 bits of 23."""
-    backends = [torch.backends.cudnn, torch.backends.cuda.matmul] if recipe.device == "cuda" else []
-    before = {backend: backend.allow_tf32 for backend in backends if recipe.precision == "fp32"}
-    for backend in before:
-        backend.allow_tf32 = False
+def on_gpu(recipe: Recipe) -> Iterator[None]:
+    """Set torch's GPU backends for a settled recipe, and put back what they were.
+
+    fp32 is fp32, where torch's convolutions are TF32 by default: 10 bits of 23. Where shapes stay, which growing images
+    change, cuDNN times its algorithms for each.
+    """
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32, convolutions.benchmark
+    if recipe.device == "cuda":
+        if recipe.precision == "fp32":
+            convolutions.allow_tf32 = products.allow_tf32 = False
+        convolutions.benchmark = recipe.resize_start == 1
     try:
         yield
     finally:
-        for backend, allowed in before.items():
-            backend.allow_tf32 = allowed
+        convolutions.allow_tf32, products.allow_tf32, convolutions.benchmark = before
 
 
 def _given_teacher(recipe: Recipe, dataset: Dataset, arch: Arch, begun: Path | None) -> Network | None:

@@ -410,15 +410,3 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, own):
     assert copies.others.count(((50,), torch.int64)) == (8 if recipe.mixup else 4)
     assert {*copies.waited_for} == {((), torch.float64)}  # once an epoch: its sums begin on the CPU
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("device", "resize_start", "searches"), [("cuda", 1.0, True), ("cuda", 0.5, False), ("cpu", 1.0, False)]
-)
-def test_cudnn_searches_where_shapes_stay(tmp_path, monkeypatch, device, resize_start, searches):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    recipe = replace(RECIPE, method="ce", ema=0.0, resize_start=resize_start)
-    network = Network(parse_arch("plain20", width=0.25, in_channels=1, classes=10))
-    dataset = load_dataset("digits", limit=200)
-    Stepper(CrossEntropy(network), 1, Context(recipe, dataset, tmp_path, torch.device(device), threading.Event()))
-    assert torch.backends.cudnn.benchmark == searches

@@ -9,7 +9,7 @@ import torch
 from rd_deploy.common import UserError
 from rd_train.augment import Augment
 from rd_train.loop import fit
-from rd_train.plan import augmentation, products_of_fp32
+from rd_train.plan import augmentation, on_gpu
 from rd_train.recipe import Recipe
 from rd_train.run import run
 
@@ -43,22 +43,35 @@ def test_images_are_varied_as_the_recipe_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "allowed"),
-    [("cuda", "fp32", False), ("cuda", "bf16", True), ("cpu", "fp32", True)],
+    ("device", "precision", "resize_start", "tf32", "searches"),
+    [
+        *(("cuda", "fp32", 1.0, False, True), ("cuda", "fp32", 0.5, False, False)),
+        *(("cuda", "bf16", 1.0, True, True), ("cpu", "fp32", 1.0, True, False)),
+    ],
 )
-def test_fp32_on_a_gpu_is_not_tf32(device, precision, allowed):
+def test_fp32_on_a_gpu_is_not_tf32_and_cudnn_searches_where_shapes_stay(
+    device, precision, resize_start, tf32, searches
+):
     """By torch's settings, which can be read without a GPU."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
+    settings = ((torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32"))
+    settings += ((torch.backends.cudnn, "benchmark"),)
+
+    def found() -> list[bool]:
+        return [getattr(backend, name) for backend, name in settings]
+
+    def put(values: list[bool]) -> None:
+        for (backend, name), value in zip(settings, values, strict=True):
+            setattr(backend, name, value)
+
+    before = found()
+    usual = [True, True, False]  # TF32 as the first is by default, and in some containers the other
     try:
-        for backend in backends:  # as the first is by default, and in some containers the other
-            backend.allow_tf32 = True
-        with products_of_fp32(replace(STILL, device=device, precision=precision)):
-            assert [backend.allow_tf32 for backend in backends] == [allowed] * 2
-        assert all(backend.allow_tf32 for backend in backends)
+        put(usual)
+        with on_gpu(replace(STILL, device=device, precision=precision, resize_start=resize_start)):
+            assert found() == [tf32, tf32, searches]
+        assert found() == usual
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        put(before)
 
 
 def test_a_run_computes_as_its_precision_says(tmp_path, monkeypatch):
@@ -74,7 +87,7 @@ def test_a_run_computes_as_its_precision_says(tmp_path, monkeypatch):
         asked.append("trained")
         return fit(*arguments, **options)
 
-    monkeypatch.setattr("rd_train.plan.products_of_fp32", noted)
+    monkeypatch.setattr("rd_train.plan.on_gpu", noted)
     monkeypatch.setattr("rd_train.run.fit", fitted)
     run(STILL, tmp_path)
     assert asked == [STILL, "trained", "left"]
