@@ -107,7 +107,12 @@ def first_line(error: Exception) -> str:
 
 def printable(text: object) -> str:
     """Any text, such as a file's name, in one line that every terminal and file takes: other signs are escaped."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in one_line(text))
+    return escaped(one_line(text))
+
+
+def escaped(text: str) -> str:
+    """The text without what could make a terminal do anything but print it, line breaks included."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

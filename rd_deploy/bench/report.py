@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from rd_deploy.bench.statistics import difference
+from rd_deploy.common import escaped
 
 NUMBER = re.compile(r"-|[0-9.,]+%?")
 WORDS = {"speed": "{target:g}x faster", "memory": "{target:g}x smaller", "share": "about {target:.0%}"}
@@ -28,7 +29,8 @@ def render(document: dict) -> str:
         parts += ["Skipped", "\n".join(f"  {_place(entry)}: {entry['reason']}" for entry in document["skipped"])]
     if document["warnings"]:
         parts += ["Warnings", "\n".join(f"  {text}" for text in document["warnings"])]
-    return "\n\n".join(_join(parts))
+    # Reasons and warnings have what files name their parts.
+    return "\n".join(map(escaped, "\n\n".join(_join(parts)).split("\n")))
 
 
 def verdicts(claims: Sequence[dict]) -> str:
@@ -38,7 +40,8 @@ def verdicts(claims: Sequence[dict]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need; numbers are set right."""
+    """Columns as wide as they need; numbers are set right. What a terminal cannot print is escaped."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]

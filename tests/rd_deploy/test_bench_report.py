@@ -43,3 +43,14 @@ def test_the_pictures_title_names_the_gpu():
 
     assert title(document()) == "plain against resnet · Some CPU, 2 threads"
     assert title(document(gpu=GPU, threads=1)) == "plain against resnet · NVIDIA H200\nSome CPU, 1 thread"
+
+
+def test_what_files_name_cannot_steer_a_terminal():
+    name = "\x1b]0;owned\x07\nstep"
+    claim = {"name": f"speed/{name}", "target": 1.4, "text": name}
+    skipped = {"engine": name, "precision": "fp32", "batch": 1, "reason": "\x1b[2J gone"}
+    said = render(document() | {"model": name, "claims": [claim], "skipped": [skipped], "warnings": ["\x9b2J"]})
+    assert all(sign.isprintable() or sign == "\n" for sign in said)
+    assert "\n  speed/\\x1b]0;owned\\x07\\nstep  1.4x faster  \\x1b]0;owned\\x07\\nstep\n" in said
+    assert "\\x1b[2J gone" in said
+    assert "  \\x9b2J" in said
