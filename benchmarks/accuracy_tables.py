@@ -131,7 +131,7 @@ def choice() -> str:
     ]
     images = [" or ".join(sorted({f"{run[f'{key}_images']:,}" for run in runs})) for key in ("left_out", "val")]
     header = [
-        *("network", "otherwise than by default", "teacher", "seed"),
+        *("network", "otherwise than by the first default", "teacher", "seed"),
         *(f"left out ({images[0]}), %", f"validation ({images[1]}), %", "test, %"),
     ]
     line = f"Accuracy on {images[0]} training images that these runs left out · [JSON](../{document['path']})"

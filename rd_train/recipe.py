@@ -62,10 +62,11 @@ class Recipe:
         splice_window: Fraction of training over which m falls along a cosine.
         feature_weight: Weight w of the margin-ReLU feature distance; 0 leaves it out.
         feature_reduction: mean over C, H, W (one weight for all sizes) or sum (the paper's: 1e-4 at 224, 1e-3 at 32).
-        kd_weight: Weight of the logit distillation against the cross-entropy (kd: 0.5, rd: 0 when not given).
+        kd_weight: Weight of the logit distillation against the cross-entropy; 0.5, but 0 in rd from depth 38 on.
         kd_temperature: Temperature of the logit distillation.
-        kd_start: Fraction of training after which the logit distillation begins.
-        kd_probability: Share of the steps from then on with logit distillation (the cheaper, the fewer).
+        kd_start: Fraction of training after which the logit distillation begins; 0.5 in rd, else 0.
+        kd_probability: Share of the steps from then on with logit distillation (the cheaper, the fewer); 0.6 in rd,
+            else 1.
         mixup: Beta parameter of mixup; 0 is none. The teacher sees the same mixed images.
         cutmix: Beta parameter of CutMix; 0 is none. With both, each batch has one of them.
         resize_start: Size of the first training images as a share of the full size; 1 is full size all along.
@@ -135,8 +136,8 @@ class Recipe:
     feature_reduction: Literal["mean", "sum"] = "mean"
     kd_weight: float | None = None
     kd_temperature: float = 4.0
-    kd_start: float = 0.0
-    kd_probability: float = 1.0
+    kd_start: float | None = None
+    kd_probability: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     resize_start: float = 1.0
@@ -311,7 +312,8 @@ AS_RELEASED_BY_STEM = {
 BY_METHOD = {
     "teacher_bn": ("eval", "batch"),
     "splice_weight_end": (0.5, 0.0),
-    "kd_weight": (0.5, 0.0),
+    "kd_start": (0.0, 0.5),
+    "kd_probability": (1.0, 0.6),
     "clip_norm": (0.0, 1.0),
     "optimizer": ("sgd", "muon"),
 }
@@ -326,8 +328,9 @@ BY_DATA = {
     "cifar100": {"crop_padding": 4, "flip": True, "smallest_crop": 1.0},
     **dict.fromkeys(("folder", "webdataset", "mit67", "caltech101"), OF_FILES),
 }
-# From this depth on plain networks that start as the identity and learn by Muon keep it in branches: 56 was better with
-# them at our rate, 20 without, and between them nothing was tried (docs/accuracy.md).
+# From this depth on plain networks that start as the identity and learn by Muon keep it in branches, and rd distils no
+# logits: 56 was better with the ones at our rate and not by the others, 20 the other way round, and between them
+# nothing was tried (docs/accuracy-choice.md).
 LONG = 38
 # Data sets that are read at once: no files to decode later, by workers.
 IN_MEMORY = ("digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100")
@@ -376,17 +379,19 @@ BOUNDS = {
 
 
 def when_not_given(values: dict) -> dict:
-    """What entries become that others decide: the method, the data, and how a long chain starts as the identity."""
+    """What entries become that others decide: the method, the data, the depth, and how a long chain starts."""
     by_data = BY_DATA.get(values["data"], OF_FILES)  # an unknown set is refused when it is read
     by_method = {name: defaults[values["method"] == "rd"] for name, defaults in BY_METHOD.items()}
     from_identity = values["init"] == "identity" and values["start_weights"] is None and not is_warm(values)
     by_muon = (values["optimizer"] or by_method["optimizer"]) == "muon"
-    long = not is_residual(values) and _depth(values) >= LONG
-    own = "identity" if from_identity and by_muon and long else "none"
+    long = _depth(values) >= LONG
+    own = "identity" if from_identity and by_muon and long and not is_residual(values) else "none"
     reparam = own if values["reparam"] is None else values["reparam"]
     beside = from_identity and reparam in ("skip", "identity", "branches")
     # The noise is of a path beside the one that passes on, or else in the kernel that does.
-    return by_data | by_method | {"reparam": own, "init_noise": 0.3 if beside else 0.1}
+    noise = 0.3 if beside else 0.1
+    kd_weight = 0.0 if values["method"] == "rd" and long else 0.5
+    return by_data | by_method | {"reparam": own, "init_noise": noise, "kd_weight": kd_weight}
 
 
 def defaults(values: dict) -> dict:

@@ -6,8 +6,8 @@ The experiments train on 20,000 of the 55,000 training images of Fashion-MNIST. 
 the 5,000 validation images do not (a standard error of 0.13 points instead of 0.36 at 93%), without a look at the test
 images. Each folder is of a run of rd-train by ``--train-limit`` on images that are read at once; its ``model.pt``, the
 epoch that validation chose, is run as the run's recipe says. Written are, for each run, both accuracies, that of the
-test and what its recipe has otherwise than rd-train's default for its network. ``--earlier`` takes over what such files
-hold of other runs, whose folders need not be there.
+test and what its recipe has otherwise than rd-train's default for its network had been when the first was measured.
+``--earlier`` takes over what such files hold of other runs, whose folders need not be there.
 """
 
 import argparse
@@ -43,6 +43,9 @@ SHARED = {
     "precision",
     "teacher_weights",
 } | OF_THE_MACHINE
+
+# Defaults of rd when the first runs were measured that are others now, so that lines of all days say the same.
+FIRST = {"kd_weight": 0.0, "kd_start": 0.0, "kd_probability": 1.0}
 
 
 def read_run(folder: Path) -> tuple[Recipe, dict]:
@@ -87,17 +90,14 @@ def measured(folder: Path, recipe: Recipe, result: dict, dataset: Dataset) -> di
 
 
 def differences(recipe: Recipe) -> dict:
-    """The entries that have an effect and are not what they are by default beside the others."""
-    usual = defaults(vars(recipe))
+    """The entries that have an effect and are not what they were by default beside the others."""
+    usual = defaults(vars(recipe)) | (FIRST if recipe.method == "rd" else {})
     names = {field.name for field in fields(Recipe)} - SHARED - {*recipe.unused()}
     return {name: getattr(recipe, name) for name in sorted(names) if getattr(recipe, name) != usual[name]}
 
 
 def read_earlier(path: Path) -> list[dict]:
-    """The results in a file that this script wrote, checked for what their table is made of, with where they are from.
-
-    ``options`` are what was not rd-train's default on that day.
-    """
+    """The results in a file of this script, checked for what their table is made of, with where they are from."""
     text = check_file(path, "file of results", 16 << 20).read_bytes()
     try:
         results = with_origin(json.loads(text), path)

@@ -22,15 +22,16 @@ SHARED = {
 PRESET = "fashion-plain20"
 SEEDS = (0, 1, 2)
 
-# Our method: options of rd-train, which adds the branches of a long chain by itself. The ablation follows from it. What
-# distillation adds is seen against the same start by the same optimiser, which the ResNet is trained with, too.
+# Our method: options of rd-train, which adds the branches of a long chain and the logit distillation of a short one by
+# itself. The ablation follows from it. What distillation adds is seen against the same start by the same optimiser,
+# which the ResNet is trained with, too.
 MUON = {"optimizer": "muon", "muon_lr": 0.02, "muon_decay": 0.1}
 START = {"init": "identity"}
 OURS = {"method": "rd", **START, **MUON}
 # What it was before: at a rate that depth 56 bears without branches, and by SGD before that.
 SLOW = MUON | {"muon_lr": 0.004}
 FORMER_START = {"init": "identity", "init_noise": 0.1, "reparam": "none"}
-OURS_BY_SGD = {"method": "rd", **FORMER_START}
+FORMER_RD = {"method": "rd", "kd_weight": 0.0, **FORMER_START}
 # What a lever is without effect, where that is not the default of rd-train.
 NEUTRAL = {
     "init": "kaiming",
@@ -62,7 +63,8 @@ class Row:
     """A way to train: its name, with {} for the network's depth, what it says in a table, and its settings.
 
     ``key``: what comparisons call it. ``base``: the name of the row that it varies, and is compared with. ``times``: so
-    many times the experiment's epochs. ``teacher``: the row of its teacher, by default the ResNet by SGD.
+    many times the experiment's epochs. ``teacher``: the row of its teacher, by default the ResNet by SGD. ``was``: the
+    name under which earlier files hold its results.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Row:
     base: str = ""
     times: int = 1
     teacher: "Row | None" = None
+    was: str = ""
 
     @property
     def residual(self) -> bool:
@@ -84,6 +87,7 @@ class Row:
 
 
 SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
+IN_ALL_STEPS = {"kd_start": 0.0, "kd_probability": 1.0}
 KD = {"method": "kd", **SOME_KD}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, key="resnet")
 RESNET_MUON = Row("resnet{}-muon", "ResNet, cross-entropy by Muon, rate 0.004", {"method": "ce", **SLOW})
@@ -144,11 +148,11 @@ PUBLISHED_OPTIONS = Row(
         **{"teacher_bn": "batch", "recalibrate": 2000},
     },
 )
-BY_SGD = Row("plain{}-rd", "plain, ours by SGD", OURS_BY_SGD, key="sgd")
+BY_SGD = Row("plain{}-rd", "plain, ours by SGD", FORMER_RD, key="sgd")
 FORMER = Row(
     "plain{}-rd-muon",
     "plain, ours from the former start, taught by the ResNet by SGD, rate 0.004",
-    {"method": "rd", **FORMER_START, **SLOW},
+    FORMER_RD | SLOW,
     key="former",
     base=BY_SGD.name,
 )
@@ -156,13 +160,13 @@ OUR_ROW = Row("plain{}-rd-tuned", "plain, ours", OURS, key="ours", base=FORMER.n
 
 
 def _more(name: str, what: str, **settings) -> Row:
-    return Row(f"{BY_SGD.name}-{name}", f"{BY_SGD.label}, {what}", OURS_BY_SGD | settings, base=BY_SGD.name)
+    return Row(f"{BY_SGD.name}-{name}", f"{BY_SGD.label}, {what}", FORMER_RD | settings, base=BY_SGD.name)
 
 
 # What might make it better, one lever more at a time than by SGD; Muon did.
 WARM = {"warm_start": True, "warm_start_window": 0.7}
 MORE = (
-    _more("kd", "with logit distillation", **SOME_KD),
+    _more("kd", "with logit distillation", **SOME_KD, **IN_ALL_STEPS),
     _more("window1", "with splices to the end", splice_window=1.0),
     _more("warm-start", "started as its teacher", **WARM),
     _more(
@@ -192,12 +196,20 @@ RATES = tuple(
     )
 )
 
-# As much of it as keeps the cost at 1.2.
+# What logit distillation adds to ours where it has it, and would add where it has none.
+OURS_ALONE = Row(
+    f"{OUR_ROW.name}-alone",
+    f"{OUR_ROW.label} without logit distillation",
+    OURS | {"kd_weight": 0.0},
+    key="ours-alone",
+    base=OUR_ROW.name,
+    teacher=RESNET_TUNED,
+    was=OUR_ROW.name,
+)
 OURS_KD = Row(
     f"{OUR_ROW.name}-kd",
     f"{OUR_ROW.label}, with logit distillation in two thirds of the steps of the second half",
     OURS | SOME_KD | {"kd_start": 0.5, "kd_probability": 0.66},
-    key="ours-kd",
     base=OUR_ROW.name,
     teacher=RESNET_TUNED,
 )
@@ -274,18 +286,30 @@ class Experiment:
         shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs * row.times, "seed": seed}
         settings = shared | {"arch": f"{kind}{depth}"} | self.settings | row.settings
         teacher = None if row.taught_by is None else folder(row.taught_by)
-        return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.name in MUST)
+        was = row.was and self.name(replace(row, name=row.was), depth)
+        return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.name in MUST, was)
+
+    def rows_at(self, depth: int) -> list[Row]:
+        """The rows at a depth; not those that are there what they vary, as what has no logits to do without."""
+
+        def recipe(row: Row) -> Recipe:
+            return self.job(row, depth, 0, Path()).recipe()
+
+        named = {row.name: row for row in self.rows}
+        return [row for row in self.rows if row.base not in named or recipe(row) != recipe(named[row.base])]
 
     def jobs(self, seeds: tuple[int, ...], out: Path) -> list[Job]:
         """All runs, those that the comparisons need first, and of these a seed after the other."""
         first = sorted((row for row in self.rows if row.name in MUST), key=lambda row: MUST.index(row.name))
         others = [row for row in self.rows if row not in first]
+        at = {depth: self.rows_at(depth) for depth in self.depths}
         return [
             self.job(row, depth, seed, out)
             for rows in (first, others)
             for seed in seeds
             for row in rows
             for depth in self.depths
+            if row in at[depth]
         ]
 
 
@@ -295,9 +319,9 @@ MAIN = (
     *(RESNET, RESNET_TUNED, RESNET_TWICE, RESNET_KD),
     *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_FORMER_START, PLAIN_START),
     *(PUBLISHED, PUBLISHED_OPTIONS),
-    *(BY_SGD, FORMER, OUR_ROW, OURS_KD),
+    *(BY_SGD, FORMER, OURS_ALONE, OUR_ROW),
 )
-CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_FORMER_START, FORMER, OURS_KD)  # of main alone
+CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_FORMER_START, FORMER, OURS_ALONE)  # of main, and few others
 EVERY = tuple(row for row in MAIN if row not in CONTROLS)
 DECIDE = (RESNET, RESNET_TUNED, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
 
@@ -309,7 +333,7 @@ def experiments(glyphs: Path | None = None) -> dict[str, Experiment]:
         "main": Experiment(SUBSET, MAIN, (20, 56), more_seeds=(3, 4, 5, 6, 7)),
         "full": Experiment(
             FASHION.format("all 55,000 training images"),
-            DECIDE,
+            (*DECIDE, OURS_ALONE),
             (20, 56),
             train_images=55_000,
             seeds=SEEDS[:1],
@@ -362,7 +386,7 @@ def _on_glyphs(path: Path) -> Experiment:
     settings = {"data": "npz", "data_dir": str(path)}
     return Experiment(
         what,
-        (*DECIDE, RESNET_MUON, PLAIN_FORMER_START, FORMER),
+        (*DECIDE, OURS_ALONE, RESNET_MUON, PLAIN_FORMER_START, FORMER),
         (20, 56),
         settings=settings,
         tag=f"-glyphs-{digest_of(path)}",

@@ -24,7 +24,7 @@ from rd_deploy.common import UserError, atomic_path, check_file, run_command
 
 COLOURS = {
     **{"resnet": "#555555", "resnet-tuned": "#AAAAAA", "plain": "#D55E00", "ours": "#0072B2"},
-    **{"published": "#CC79A7", "start": "#009E73", "former": "#56B4E9", "ours-kd": "#332288"},
+    **{"published": "#CC79A7", "start": "#009E73", "former": "#56B4E9", "ours-alone": "#332288"},
 }
 NAMES = {"resnet": "ResNet", "resnet-tuned": "ResNet by Muon", "plain": "plain, cross-entropy"}
 NAMES |= {"published": "plain, the published loss"}

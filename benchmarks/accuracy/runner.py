@@ -43,7 +43,8 @@ class Job:
     """One training: its name, its folder (which must tell all settings that differ), preset and settings.
 
     ``settings``: options of ``rd-train`` over the preset. ``teacher``: the folder of the run that must be complete
-    first. ``must``: results need it most. ``earlier``: its result from another machine, whose folder is not here.
+    first. ``must``: results need it most. ``was``: what earlier files call it. ``earlier``: its result from another
+    machine, whose folder is not here.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Job:
     settings: dict
     teacher: Path | None = None
     must: bool = False
+    was: str = ""
     earlier: dict | None = None
 
     @property

@@ -13,7 +13,7 @@ FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equ
 # What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
 AGAINST = {
     "ours": ("resnet", "resnet-tuned", "resnet-twice", "plain", "plain-muon", "start", "published"),
-    "ours-kd": ("resnet-tuned",),
+    "ours-alone": ("resnet-tuned", "start"),
     "former": ("resnet", "resnet-tuned", "former-start"),
     "sgd": ("resnet", "start-sgd", "published"),
 }
@@ -32,8 +32,9 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     a whole cross-entropy training of the plain network, the latter None without one.
     """
     lines, usual = [], Counter(map(precision, results)).most_common(1)
+    at = {depth: experiment.rows_at(depth) for depth in experiment.depths}
     for row in experiment.rows:
-        for depth in experiment.depths:
+        for depth in [depth for depth in experiment.depths if row in at[depth]]:
             runs = _runs(experiment, row, depth, results)
             if not runs:
                 continue

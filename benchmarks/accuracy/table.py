@@ -119,16 +119,16 @@ def _check_result(result: dict) -> None:
 
 def with_earlier(jobs: list[Job], results: dict[tuple[str, int], list[dict]]) -> list[Job]:
     """The jobs, each with the first of the earlier ``results`` that is of its name, seed and settings."""
-    return [replace(job, earlier=_equal(job, results.get((job.name, job.seed), []))) for job in jobs]
+    return [replace(job, earlier=_equal(job, results)) for job in jobs]
 
 
-def _equal(job: Job, results: list[dict]) -> dict | None:
+def _equal(job: Job, every: dict[tuple[str, int], list[dict]]) -> dict | None:
     """An earlier result of today's settings; else it is said why those that there are do not count."""
     refused = []
-    for each in results:
+    for each in [each for name in (job.name, job.was) for each in every.get((name, job.seed), [])]:
         difference = job.difference(each["settings"])
         if difference is None:
-            return each
+            return each | {"name": job.name}
         refused.append(f"{job.name}, seed {job.seed}: not taken from {each['from']['file']}: {difference}")
     if refused:
         print("\n".join(refused))

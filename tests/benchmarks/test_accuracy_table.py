@@ -123,14 +123,23 @@ def test_names_of_folders_that_results_exist_under():
     rows = ["resnet{}", "resnet{}-kd", "plain{}-ce-kaiming", "plain{}-kd", "plain{}-jointrd-published"]
     rows += ["plain{}-jointrd-options", "plain{}-rd", "plain{}-ce-identity"]
     rows += ["resnet{}-muon02", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon02"]
-    rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned", "plain{}-rd-tuned-kd"]
+    rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned"]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
-    assert folders == names | {f"resnet{depth}-muon02-twice-n20000-e20-s0" for depth in (20, 56)}
+    names |= {f"resnet{depth}-muon02-twice-n20000-e20-s0" for depth in (20, 56)}
+    assert folders == names | {"plain20-rd-tuned-alone-n20000-e10-s0"}
+
+
+def test_a_row_stands_where_it_differs_from_what_it_varies():
+    main = EXPERIMENTS["main"]
+    assert experiments.OURS_ALONE not in main.rows_at(56)  # which distils no logits anyway
+    ours, alone = (main.job(row, 20, 0, OUT) for row in (OUR_ROW, experiments.OURS_ALONE))
+    assert (ours.recipe().kd_weight, alone.recipe().kd_weight) == (0.5, 0.0)
+    assert len(main.rows_at(20)) == len(main.rows_at(56)) + 1 == len(main.rows)
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 36 + [False] * 60
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 57
     for each in EXPERIMENTS.values():
         jobs = each.jobs((0, 1, 2), OUT)
         for number, job in enumerate(jobs):
@@ -170,11 +179,11 @@ def test_every_setting_of_ours_has_an_ablation_or_belongs_to_one():
 
 
 @pytest.mark.parametrize("arch", ["plain20", "plain44"])  # without branches and with them
-def test_ours_without_splices_is_cross_entropy_from_the_same_start(tmp_path, arch):
+def test_ours_without_splices_and_logits_is_cross_entropy_from_the_same_start(tmp_path, arch):
     shared = {**experiments.SHARED, **experiments.OURS, "arch": arch, "width": 0.25, "epochs": 1, "batch_size": 50}
     shared |= {"train_limit": 100, "size": 8, "precision": "fp32", "device": "cpu", "warmup_epochs": 0.5}
     weights = []
-    for method in ({"splice_weight": 0.0}, {"method": "ce"}):
+    for method in ({"splice_weight": 0.0, "kd_weight": 0.0}, {"method": "ce"}):
         run(Recipe(**shared | method), tmp_path / str(len(weights)))
         weights.append(load_checkpoint(tmp_path / str(len(weights)) / "model.pt").state_dict)
     assert weights[0].keys() == weights[1].keys()
@@ -730,7 +739,6 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
         others = {key: set() for key in summary.AGAINST}
         keys = {
             "plain56-rd-tuned": "ours",
-            "plain56-rd-tuned-kd": "ours-kd",
             "plain56-rd-muon": "former",
             "plain56-rd": "sgd",
         }
@@ -741,18 +749,24 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
             "ours": resnets | {"resnet-twice", "plain", "plain-muon", "start", "published"},
             "former": resnets | {"former-start"},
             "sgd": {"resnet", "start-sgd", "published"},
-            "ours-kd": {"resnet-tuned"},
         }
-        levers = {"ours": resnets, "former": resnets, "sgd": {"resnet"}, "ours-kd": {"resnet-tuned"}}
-        ablation = {"ours": {"resnet-tuned"}, "former": set(), "sgd": set(), "ours-kd": set()}
-        assert others == {"main": main, "ablation": ablation, "levers": levers}[name]
+        levers = {"ours": resnets, "former": resnets, "sgd": {"resnet"}}
+        ablation = {"ours": {"resnet-tuned"}, "former": set(), "sgd": set()}
+        assert others == {"main": main, "ablation": ablation, "levers": levers}[name] | {"ours-alone": set()}
         ours = [("rd-tuned", "rd-muon"), ("rd-muon", "rd")]  # each against what it was before
         varied = {
-            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02"), ("rd-tuned-kd", "rd-tuned")],  # the start alone
+            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02")],  # the start alone
             "ablation": [("ce-start-muon02", "rd-tuned"), ("rd-tuned-without-reparam", "rd-tuned")],
             "levers": [*ours, ("rd-tuned-kd", "rd-tuned")],
         }
         assert {frozenset(f"plain56-{each}" for each in pair) for pair in varied[name]} <= {*named}
+
+
+def test_ours_without_logits_is_judged_too_where_ours_has_them():
+    names = ("plain20-rd-tuned-alone", "plain20-rd-tuned", "resnet20-muon02", "plain20-ce-start-muon02")
+    rows = summary.summary(EXPERIMENTS["main"], [result(name, 0, 0.9) for name in names])
+    others = {pair["other"] for pair in summary.comparisons(rows) if pair["ours"] == names[0]}
+    assert others == {*names[1:]}
 
 
 def test_a_lever_is_judged_against_what_it_varies_on_the_seeds_that_both_have():
@@ -782,7 +796,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 96, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 93, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):

@@ -498,7 +498,7 @@ def test_as_released_sets_each_entry_and_nothing_else(arguments, stem, monkeypat
     before = Recipe(**(preset_values(arguments[0]) if len(arguments) == 1 else plain34))
     changed = {name for name, value in recipe.to_dict().items() if value != getattr(before, name)}
     # Besides: what goes by method and initialisation, without effect here.
-    assert changed - {"summary"} <= {*table, "kd_weight", "init_noise"}
+    assert changed - {"summary"} <= {*table, "kd_weight", "kd_start", "kd_probability", "init_noise"}
     assert recipe.unused() == []
     # By hand, from the facts in docs/method.md.
     assert (recipe.method, recipe.shortcuts, recipe.init, recipe.teacher_bn, recipe.clip_norm) == (
@@ -535,12 +535,14 @@ def test_the_recipe_of_a_run_by_another_method_has_that_methods_defaults(tmp_pat
     assert "note" not in capsys.readouterr().out
     theirs = asked(monkeypatch, str(path), "--method", "jointrd", "--teacher-bn", "batch")
     # By hand: what was not rd's default stays, and so does what is given.
-    expected = {"method": "jointrd", "optimizer": "sgd", "splice_weight_end": 0.5, "kd_weight": 0.5}
+    expected = {"method": "jointrd", "optimizer": "sgd", "splice_weight_end": 0.5}
+    expected |= {"kd_start": 0.0, "kd_probability": 1.0}  # without effect
     assert theirs == replace(ours, **expected)
     [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert f"otherwise than in {path}: " in note
     assert sorted(note.partition(": ")[2].split(", ")) == [
-        "kd_weight=0.5 (0.0 there)", "optimizer=sgd (muon there)", "splice_weight_end=0.5 (0.0 there)",
+        "kd_probability=1.0 (0.6 there)", "kd_start=0.0 (0.5 there)",
+        "optimizer=sgd (muon there)", "splice_weight_end=0.5 (0.0 there)",
     ]  # fmt: skip
     assert asked(monkeypatch, str(path), "--reparam", "identity").init_noise == 0.3  # goes by that
     capsys.readouterr()

@@ -61,10 +61,10 @@ def test_senseless_values_are_refused(values, message):
 
 def test_what_is_not_given_is_the_methods_own():
     ours, theirs = Recipe(), Recipe(method="jointrd")
-    assert (ours.method, ours.teacher_bn, ours.kd_weight, ours.clip_norm) == ("rd", "batch", 0.0, 1.0)
+    assert (ours.method, ours.teacher_bn, ours.clip_norm) == ("rd", "batch", 1.0)
     assert (ours.splice_weight_end, theirs.splice_weight_end) == (0.0, 0.5)
     assert (ours.optimizer, theirs.optimizer) == ("muon", "sgd")
-    assert (theirs.teacher_bn, theirs.kd_weight, theirs.clip_norm) == ("eval", 0.5, 0.0)
+    assert (theirs.teacher_bn, theirs.clip_norm) == ("eval", 0.0)
     assert (
         Recipe(clip_norm=0, kd_weight=1, teacher_bn="eval").to_dict().items()
         >= {
@@ -73,6 +73,27 @@ def test_what_is_not_given_is_the_methods_own():
             "teacher_bn": "eval",
         }.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "weight", "start", "probability"),
+    [
+        ({}, 0.5, 0.5, 0.6),
+        ({"arch": "plain34", "optimizer": "sgd", "init": "kaiming"}, 0.5, 0.5, 0.6),
+        ({"arch": "plain44"}, 0.0, 0.5, 0.6),
+        ({"arch": "plain56", "kd_weight": 0.9}, 0.9, 0.5, 0.6),
+        ({"kd_weight": 0.0}, 0.0, 0.5, 0.6),
+        ({"kd_start": 0.2, "kd_probability": 1.0}, 0.5, 0.2, 1.0),
+        ({"method": "kd"}, 0.5, 0.0, 1.0),
+        ({"method": "kd", "arch": "plain56"}, 0.5, 0.0, 1.0),
+    ],
+)
+def test_rd_distils_logits_of_short_chains_in_part_of_the_steps_and_kd_of_all_in_all(
+    values, weight, start, probability
+):
+    recipe = Recipe(**values)
+    assert (recipe.kd_weight, recipe.kd_start, recipe.kd_probability) == (weight, start, probability)
+    assert recipe.unused() == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +140,10 @@ def test_options_without_effect_are_named():
     assert Recipe(muon_lr=0.01, kd_weight=0.5, kd_start=0.5, kd_probability=0.1).unused() == []
     assert Recipe(method="ce", optimizer="muon", muon_lr=0.01).unused() == []
     assert Recipe(method="ce", muon_lr=0.01, muon_decay=0.0).unused() == ["muon_lr", "muon_decay"]
-    assert Recipe(kd_start=0.5, kd_probability=0.1).unused() == ["kd_start", "kd_probability"]
+    without = ["kd_temperature", "kd_start", "kd_probability"]
+    given = {"kd_temperature": 2.0, "kd_start": 0.3, "kd_probability": 0.1}
+    assert Recipe(kd_weight=0.0, **given).unused() == Recipe(arch="plain56", **given).unused() == without
+    assert Recipe(method="jointrd", **given).unused() == without
     assert Recipe(workers=2, max_corrupt=0, split_seed=1).unused() == ["split_seed", "workers", "max_corrupt"]
     assert Recipe(data="caltech101", workers=2, max_corrupt=0, split_seed=1).unused() == []
     assert Recipe(start_weights="x.pt", method="ce", init="kaiming", init_noise=0.2).unused() == ["init", "init_noise"]
