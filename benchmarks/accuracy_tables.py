@@ -44,6 +44,7 @@ OTHERS = {
     "plain": "plain cross-entropy, Kaiming",
     "plain-muon": "plain cross-entropy, Kaiming, by Muon",
     "start": "cross-entropy from the same start by Muon",
+    "start-longer": "cross-entropy from the same start by Muon, 1.2 times the epochs",
     "former-start": "cross-entropy from the same start at that rate",
     "start-sgd": "cross-entropy from the same start by SGD",
     "published": "the published loss",

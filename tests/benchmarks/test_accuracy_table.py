@@ -105,7 +105,7 @@ def test_every_run_is_a_recipe_of_its_own_with_a_folder_of_its_own(name):
         assert recipes[-1].arch.startswith("resnet") == job.name.startswith("resnet")
     assert len({job.folder for job in jobs}) == len(set(map(repr, recipes))) == len(jobs)
     for field in ("size", "epochs", "batch_size", "lr", "clip_norm", "train_limit", "width", "stem"):
-        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3, ("main", "epochs"): 2}.get((name, field), 1)
+        values = {("ablation", "clip_norm"): 2, ("rates", "lr"): 3, ("main", "epochs"): 3}.get((name, field), 1)
         assert len({getattr(recipe, field) for recipe in recipes}) == values, field
 
 
@@ -126,6 +126,7 @@ def test_names_of_folders_that_results_exist_under():
     rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned"]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
     names |= {f"resnet{depth}-muon02-twice-n20000-e20-s0" for depth in (20, 56)}
+    names |= {f"plain{depth}-ce-start-muon02-longer-n20000-e12-s0" for depth in (20, 56)}
     assert folders == names | {"plain20-rd-tuned-alone-n20000-e10-s0"}
 
 
@@ -139,7 +140,7 @@ def test_a_row_stands_where_it_differs_from_what_it_varies():
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 36 + [False] * 57
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 63
     for each in EXPERIMENTS.values():
         jobs = each.jobs((0, 1, 2), OUT)
         for number, job in enumerate(jobs):
@@ -746,7 +747,7 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
             others[keys[pair["ours"]]].add(pair["against"])
         resnets = {"resnet", "resnet-tuned"}
         main = {
-            "ours": resnets | {"resnet-twice", "plain", "plain-muon", "start", "published"},
+            "ours": resnets | {"resnet-twice", "plain", "plain-muon", "start", "start-longer", "published"},
             "former": resnets | {"former-start"},
             "sgd": {"resnet", "start-sgd", "published"},
         }
@@ -755,7 +756,7 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
         assert others == {"main": main, "ablation": ablation, "levers": levers}[name] | {"ours-alone": set()}
         ours = [("rd-tuned", "rd-muon"), ("rd-muon", "rd")]  # each against what it was before
         varied = {
-            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02")],  # the start alone
+            "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02"), ("ce-start-muon02-longer", "ce-start-muon02")],
             "ablation": [("ce-start-muon02", "rd-tuned"), ("rd-tuned-without-reparam", "rd-tuned")],
             "levers": [*ours, ("rd-tuned-kd", "rd-tuned")],
         }
@@ -796,7 +797,7 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 93, [])
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 99, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):

@@ -65,7 +65,11 @@ def test_ours_is_the_papers_loss_unless_one_splice_is_drawn():
     arch = parse_arch("plain20", width=1 / 8)
     ours, theirs, one = (
         meta_task(Recipe(**options), arch)
-        for options in ({"splices": "all"}, {"method": "jointrd", "feature_weight": 0}, {"splice_probability": 0.3})
+        for options in (
+            {"splices": "all", "kd_weight": 0.0},
+            {"method": "jointrd", "feature_weight": 0},
+            {"splice_probability": 0.3, "kd_weight": 0.0},
+        )
     )
     assert ours.outcomes(0.1) == theirs.outcomes(0.1) == [(1.0, {"splices": (1, 2)})]
     assert sum(p for p, o in one.outcomes(0.0) if not o["splices"]) == pytest.approx(0.7)
