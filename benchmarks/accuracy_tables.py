@@ -35,6 +35,7 @@ SHORT_PAIRS = {
     "plain-muon": "plain, Kaiming, Muon, no teacher",
     "published": "the paper's loss, SGD",
 }
+UNLIKE_COSTS = 0.05  # of one row at two depths; those of one method differ by a hundredth
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
@@ -63,9 +64,8 @@ def short() -> str:
     for key, label in SHORT.items():
         found = {row["depth"]: row for row in rows if row["key"] == key}
         if found:
-            deepest = found[max(found)]
-            cost = f"{cost_of(deepest) + (deepest['teacher_cost'] or 0):.1f}"
-            lines.append([label, *(_cell(found.get(depth)) for depth in depths), cost])
+            costs = [f"{cost_of(row) + (row['teacher_cost'] or 0):.1f}" for _, row in sorted(found.items())]
+            lines.append([label, *(_cell(found.get(depth)) for depth in depths), ", ".join(dict.fromkeys(costs))])
     table = markdown(["network, training", *(f"depth {depth}" for depth in depths), "cost"], lines)
     page = "docs/accuracy.md"
     return _joined(table, _unfinished(shown), _line(shown, f"[sources]({page}#sources)", document["path"], page))
@@ -175,15 +175,21 @@ def _is_emulated(run: dict) -> bool:
 
 
 def _by_depth(rows: list[dict], seconds: bool = False) -> str:
-    """A line per kind of row, a column per depth; cost and seconds are those of the deepest network that has it."""
+    """A line per kind of row, a column per depth; seconds are those of the deepest network that has it.
+
+    So is the cost, unless a method does less at some depth.
+    """
     depths = sorted({row["depth"] for row in rows})
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
         found = {row["depth"]: row for row in rows if row["label"] == label}
         deepest = found[max(found)]
         teacher = deepest["teacher_cost"]
+        costs = {depth: cost_of(row) for depth, row in sorted(found.items())}
         line = [label, *(_cell(found.get(depth)) for depth in depths), f"{cost_of(deepest):.2f}"]
-        if deepest["depth"] != depths[-1]:
+        if max(costs.values()) - min(costs.values()) > UNLIKE_COSTS:
+            line[-1] = ", ".join(f"{cost:.2f} (depth {depth})" for depth, cost in costs.items())
+        elif deepest["depth"] != depths[-1]:
             line[-1] += f" (depth {deepest['depth']})"
         line.append("-" if teacher is None else f"{teacher:.2f}")
         lines.append([*line, deepest["took"]] if seconds else line)

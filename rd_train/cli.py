@@ -158,20 +158,28 @@ def _released(arguments: list[str], preset: dict) -> Namespace:
     return options
 
 
-def _for_others(values: dict) -> dict:
+LOGITS = {"kd_weight", "kd_start", "kd_probability"}
+
+
+def _for_others(values: dict, method: str) -> dict:
     """The entries of a preset or recipe file; of a run's own without those that were settled by its method, say.
 
-    They are to go by what is given now: another method has other defaults.
+    They are to go by what is given now: another ``method`` has other defaults.
     """
     if {each.name for each in fields(Recipe)} - set(values) - ADDED:  # somebody wrote it, and meant what it names
         return values
     settled = when_not_given(values)
-    return {name: value for name, value in values.items() if name not in settled or value != settled[name]}
+    left = {name for name, value in values.items() if name in settled and value == settled[name]}
+    if not left >= LOGITS:  # one decision: which steps distil goes with how much
+        left -= LOGITS
+    if method != values["method"] and values["kd_weight"] == 0:  # says nothing to a method that distils
+        left |= LOGITS
+    return {name: value for name, value in values.items() if name not in left}
 
 
 def _from_preset(arguments: list[str], name: str, values: dict) -> Namespace:
     """The options over the entries of a preset or recipe file; defaults that they change there are told."""
-    kept = _for_others(values)
+    kept = _for_others(values, _parse(arguments, values).method)
     options = _parse(arguments, kept)
     recipe, settled = _recipe(options), [each for each in values if each not in kept and options[each] is None]
     changed = [
@@ -255,6 +263,7 @@ def _run_in(folder: Path, asked: Recipe, recipe: Recipe, go_on: bool) -> Recipe 
 def _difference(there: Recipe, asked: Recipe, recipe: Recipe) -> str | None:
     """In words, the first entry that makes a run another one than is asked for; a precision that is named is one."""
     may_differ = {*RESUMABLE} if asked.precision == "auto" else {*RESUMABLE} - {"precision"}
+    may_differ |= {*there.unused(), *recipe.unused()}
     for name in [each.name for each in fields(Recipe) if each.name not in may_differ]:
         found, wanted = getattr(there, name), getattr(recipe, name)
         if found != wanted and {found, wanted} != {"bf16", "bf16-emulated"}:

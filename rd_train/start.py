@@ -76,6 +76,8 @@ def from_start(recipe: Recipe, named: Collection[str] = ()) -> Recipe:
                 f"{name}={given}, but the network of {recipe.start_weights} has {name}={value}; leave {name} away "
                 "(the preset finetune names none)"
             )
+    if "kd_weight" not in named and recipe.kd_weight == usual["kd_weight"]:
+        own["kd_weight"] = None  # goes by the depth
     return replace(recipe, **own)
 
 

@@ -19,7 +19,7 @@ from threading import Event
 
 import numpy as np
 import torch
-from runner import OF_THE_MACHINE, ROOT, document, with_origin
+from runner import IN_ALL_STEPS, OF_THE_MACHINE, ROOT, document, with_origin
 
 from rd_deploy.common import UserError, check_file, one_line, run_command, write_json
 from rd_train import bf16
@@ -45,7 +45,7 @@ SHARED = {
 } | OF_THE_MACHINE
 
 # Defaults of rd when the first runs were measured that are others now, so that lines of all days say the same.
-FIRST = {"kd_weight": 0.0, "kd_start": 0.0, "kd_probability": 1.0}
+FIRST = {"kd_weight": 0.0, **IN_ALL_STEPS}
 
 
 def read_run(folder: Path) -> tuple[Recipe, dict]:
@@ -93,6 +93,8 @@ def differences(recipe: Recipe) -> dict:
     """The entries that have an effect and are not what they were by default beside the others."""
     usual = defaults(vars(recipe)) | (FIRST if recipe.method == "rd" else {})
     names = {field.name for field in fields(Recipe)} - SHARED - {*recipe.unused()}
+    if recipe.kd_weight == 0:
+        names -= {*IN_ALL_STEPS}
     return {name: getattr(recipe, name) for name in sorted(names) if getattr(recipe, name) != usual[name]}
 
 

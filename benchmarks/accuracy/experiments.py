@@ -5,10 +5,11 @@ experiments share the runs they have in common.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runner import Job
+from runner import IN_ALL_STEPS, Job
 
 from rd_deploy.common import UserError, check_file
 from rd_train.recipe import Recipe
@@ -87,7 +88,6 @@ class Row:
 
 
 SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
-IN_ALL_STEPS = {"kd_start": 0.0, "kd_probability": 1.0}
 KD = {"method": "kd", **SOME_KD}
 RESNET = Row("resnet{}", "ResNet, cross-entropy", {"method": "ce"}, key="resnet")
 RESNET_MUON = Row("resnet{}-muon", "ResNet, cross-entropy by Muon, rate 0.004", {"method": "ce", **SLOW})
@@ -284,17 +284,18 @@ class Experiment:
         """A run's name, without its seed."""
         return row.name.format(f"{depth}{self.tag}")
 
+    def epochs_of(self, row: Row) -> int:
+        """How long a row trains."""
+        return math.ceil(self.epochs * row.times)
+
     def job(self, row: Row, depth: int, seed: int, out: Path) -> Job:
         """One run; its teacher, where it has one, is the ResNet of this depth and seed."""
 
-        def epochs(each: Row) -> int:
-            return round(self.epochs * each.times)
-
         def folder(each: Row) -> Path:
-            return out / f"{self.name(each, depth)}-n{self.train_images}-e{epochs(each)}-s{seed}"
+            return out / f"{self.name(each, depth)}-n{self.train_images}-e{self.epochs_of(each)}-s{seed}"
 
         kind = "resnet" if row.residual else "plain"
-        shared = SHARED | {"train_limit": self.train_images, "epochs": epochs(row), "seed": seed}
+        shared = SHARED | {"train_limit": self.train_images, "epochs": self.epochs_of(row), "seed": seed}
         settings = shared | {"arch": f"{kind}{depth}"} | self.settings | row.settings
         teacher = None if row.taught_by is None else folder(row.taught_by)
         was = row.was and self.name(replace(row, name=row.was), depth)
@@ -332,14 +333,7 @@ MAIN = (
     *(PUBLISHED, PUBLISHED_OPTIONS),
     *(BY_SGD, FORMER, OURS_ALONE, OUR_ROW),
 )
-CONTROLS = (
-    RESNET_TWICE,
-    PLAIN_BY_MUON,
-    PLAIN_LONGER,
-    PLAIN_FORMER_START,
-    FORMER,
-    OURS_ALONE,
-)  # of main, and few others
+CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_LONGER, PLAIN_FORMER_START, FORMER, OURS_ALONE)
 EVERY = tuple(row for row in MAIN if row not in CONTROLS)
 DECIDE = (RESNET, RESNET_TUNED, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
 

@@ -91,9 +91,9 @@ def series(document: dict) -> dict[str, list[dict]]:
 
 
 def costs(document: dict) -> list[dict]:
-    """The rows at the depth that has the most of them (of several, the deepest)."""
-    counts = Counter(row["depth"] for row in document["rows"])
-    deepest = max(counts, key=lambda depth: (counts[depth], depth))
+    """The rows at the greatest depth that ours has a result of."""
+    ours = [row["depth"] for row in document["rows"] if row["key"] == "ours"]
+    deepest = max(ours or (row["depth"] for row in document["rows"]))
     return [row for row in document["rows"] if row["depth"] == deepest]
 
 

@@ -35,6 +35,8 @@ RD_TRAIN = (sys.executable, "-m", "rd_train.cli")
 # Entries of a recipe that say where it runs and where its files are, not what is trained.
 OF_THE_MACHINE = {"summary", "data_dir", "download", "teacher_weights", "device", "threads"}
 OF_THE_MACHINE |= {"workers", "max_corrupt", "save_minutes"}
+# Entries that older results lack, and what their runs did.
+IN_ALL_STEPS = {"kd_start": 0.0, "kd_probability": 1.0}
 INTERRUPTED = "interrupted; the next call goes on with it"
 
 
@@ -142,7 +144,7 @@ class Job:
         Not what has no effect, says where a run is, or is settled by the machine (a precision of ``auto``, or how a CPU
         does bf16).
         """
-        theirs, ours = Recipe(**settings), self.recipe()
+        theirs, ours = Recipe(**IN_ALL_STEPS | settings), self.recipe()
         if self.teacher and theirs.teacher_weights:  # which older results do not say
             taught = Path(theirs.teacher_weights).parent.name
             if taught != self.teacher.name:

@@ -43,7 +43,7 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
             training = [run.get("last_train_accuracy") for run in runs]
             teachers = [] if row.taught_by is None else _runs(experiment, row.taught_by, depth, results)
             plain, teacher = (_plain_steps(run[0], experiment) if run else None for run in (runs, teachers))
-            cost = runs[0]["step_cost"] * row.times
+            cost = runs[0]["step_cost"] * experiment.epochs_of(row) / experiment.epochs
             lines.append(
                 {
                     "name": experiment.name(row, depth),

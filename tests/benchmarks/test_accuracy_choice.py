@@ -69,6 +69,18 @@ def test_options_are_what_differs_from_the_default_and_has_an_effect(finished, t
     assert (found["arch"], found["teacher"], found["name"]) == ("plain20", None, "plain20-some-s0")
 
 
+def test_a_line_says_the_same_of_runs_of_all_days():
+    """Before and after rd distilled logits by default."""
+    former = {"kd_weight": 0.0, "kd_start": 0.0, "kd_probability": 1.0}
+    logits = {"kd_weight": 0.5, "kd_start": 0.5, "kd_probability": 0.6}
+    for options in ({"kd_weight": 0.0}, former):
+        for arch in ("plain20", "plain56"):
+            assert choice.differences(Recipe(arch=arch, **options)) == {}
+    assert choice.differences(Recipe(arch="plain20")) == choice.differences(Recipe(arch="plain56", **logits)) == logits
+    assert choice.differences(Recipe(arch="plain20", kd_probability=1.0)) == {"kd_weight": 0.5, "kd_start": 0.5}
+    assert choice.differences(Recipe(arch="plain20", method="kd")) == {}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [(None, "holds no finished run"), ({"train_limit": None}, "trained on all images")],

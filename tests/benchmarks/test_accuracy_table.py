@@ -60,7 +60,8 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 (folder / "listens").touch()
 if options[0] != "--resume":
-    lines = [f"{name.replace('-', '_')}: {value}\\n" for name, value in ({"data": "fashion-mnist"} | flags).items()]
+    usual = {"data": "fashion-mnist", "kd_start": 0.5, "kd_probability": 0.6}
+    lines = [f"{name.replace('-', '_')}: {value}\\n" for name, value in (usual | flags).items()]
     (folder / "recipe.yaml").write_text("".join(lines))
 if flags["arch"] == "plain32":
     print("student: loss became NaN; try a lower --lr")
@@ -341,6 +342,29 @@ def test_results_of_another_machine_count_and_a_teacher_that_is_needed_is_traine
     both = table.with_earlier(jobs[:1], table.read_earlier([tmp_path / "third.json", path]))
     assert both[0].earlier["from"]["file"] == "depth.json"
     assert table.with_earlier(here[:1], table.read_earlier([path]))[0].earlier is None
+
+
+@pytest.mark.parametrize("tag", ["", "-glyphs-12345678"])
+def test_what_ours_was_before_is_a_row_of_another_name(tmp_path, fake, tag, capsys):
+    experiment = replace(EXPERIMENTS["main"], rows=(RESNET_TUNED, experiments.OURS_ALONE, OUR_ROW), tag=tag)
+    resnet, alone, ours = (experiment.job(row, 20, 0, fake) for row in experiment.rows)
+    former = result(ours.name, 0, 0.9, settings=alone.recipe().to_dict())
+    head = {"date": "2030-01-01", "commit": "c", "machine": {"cpu": "CPU"}, "note": ""}
+    (tmp_path / "earlier.json").write_text(json.dumps(head | {"results": [former]}))
+    known = table.with_earlier([resnet, alone, ours], table.read_earlier([tmp_path / "earlier.json"]))
+    assert [job.earlier and job.earlier["name"] for job in known] == [None, alone.name, None]
+    assert alone.name == f"plain20{tag}-rd-tuned-alone"
+    assert "not taken from earlier.json: with kd_weight=0.0, not kd_weight=0.5" in capsys.readouterr().out
+
+
+def test_results_from_before_an_entry_was_there_did_as_then(fake):
+    def older(job: runner.Job) -> dict:
+        return {name: value for name, value in job.recipe().to_dict().items() if name not in runner.IN_ALL_STEPS}
+
+    by_sgd = EXPERIMENTS["levers"].job(experiments.MORE[0], 56, 0, fake)  # with logit distillation
+    assert by_sgd.difference(older(by_sgd)) is None
+    ours = TINY.job(OUR_ROW, 20, 0, fake)
+    assert ours.difference(older(ours)).startswith("of another version, without kd_start")
 
 
 def test_a_teacher_is_held_against_the_resnet_that_taught_the_row():

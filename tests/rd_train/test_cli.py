@@ -391,6 +391,13 @@ def test_a_command_goes_on_as_the_run_began_but_for_what_it_names(tmp_path, monk
     assert (began.precision, began.threads) == ("bf16", 3)
     assert goes_on() == (began, True)
     assert goes_on("--precision", "auto", "--threads", "2") == (replace(began, threads=2), True)
+    # What has no effect makes no other run.
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(replace(began, method="ce")))
+    assert "method=ce there, rd here" in goes_on()
+    former = replace(began, kd_weight=0.0, kd_start=0.0)
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(former))
+    assert goes_on("--kd-weight", "0") == (former, True)
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(began))
     # A precision that was asked for is another run's, unless it is the same bf16 in another way.
     assert "precision=bf16 there, fp32 here" in goes_on("--precision", "fp32")
     monkeypatch.setattr("rd_train.bf16.cpu_multiplies_bf16", lambda: False)
@@ -551,6 +558,28 @@ def test_the_recipe_of_a_run_by_another_method_has_that_methods_defaults(tmp_pat
     assert asked(monkeypatch, str(tmp_path / "mine.yaml"), "--method", "rd").optimizer == "sgd"
     assert asked(monkeypatch, "finetune", "x.pt", "--method", "rd", "--teacher-weights", "y.pt").optimizer == "sgd"
     assert "note" not in capsys.readouterr().out
+
+
+def test_the_recipe_of_a_run_distils_as_it_did_unless_the_method_is_another(tmp_path, monkeypatch):
+    def asked_of(*arguments: str) -> tuple:
+        recipe = asked(monkeypatch, str(tmp_path / "recipe.yaml"), *arguments)
+        return recipe.kd_weight, recipe.kd_start, recipe.kd_probability
+
+    for arch in ("plain20", "plain56"):
+        ours = settle(Recipe(arch=arch, device="cpu"))
+        # By an earlier version, by which rd distilled no logits at any depth.
+        former = replace(ours, kd_weight=0.0, kd_start=0.0, kd_probability=1.0)
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(former))
+        for other in ("plain20", "plain56"):
+            assert asked_of("--arch", other) == (0.0, 0.0, 1.0)
+        assert asked_of("--method", "kd") == (0.5, 0.0, 1.0)
+        assert asked_of("--kd-weight", "0.5") == (0.5, 0.0, 1.0)
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(ours))
+        assert asked_of("--arch", "plain20") == (0.5, 0.5, 0.6)
+        assert asked_of("--arch", "plain56") == (0.0, 0.5, 0.6)
+        assert asked_of("--method", "kd") == (0.5, 0.0, 1.0)
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(replace(ours, arch="plain20", kd_weight=0.5, kd_start=0.2)))
+    assert asked_of("--arch", "plain56") == (0.5, 0.2, 0.6)  # what was decided
 
 
 def test_the_recipe_of_a_run_on_other_data_varies_images_as_is_usual_for_these(tmp_path, monkeypatch, capsys):

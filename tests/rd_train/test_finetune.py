@@ -209,6 +209,15 @@ def test_the_recipe_of_a_fine_tuning_runs_again(tmp_path):
         from_start(replace(recipe, arch="plain34"))
 
 
+@pytest.mark.parametrize(("arch", "weight"), [("plain18", 0.5), ("plain50", 0.0)])
+def test_whether_logits_are_distilled_goes_by_the_depth_of_the_start(tmp_path, arch, weight):
+    write_model(tmp_path / "model.pt", arch, stem="small")
+    shared = {"start_weights": str(tmp_path / "model.pt"), "method": "rd", "teacher_weights": "teacher.pt"}
+    assert from_start(Recipe(**shared)).kd_weight == weight
+    assert from_start(Recipe(kd_weight=0.3, **shared)).kd_weight == 0.3
+    assert from_start(Recipe(kd_weight=0.5, **shared), {"kd_weight"}).kd_weight == 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

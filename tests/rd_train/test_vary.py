@@ -89,7 +89,8 @@ def test_resizing_is_pillows_bilinear_one(size):
 
 @pytest.mark.parametrize("method", ["kd", "jointrd", "rd"])
 def test_the_teacher_sees_the_same_mixed_images_as_the_student(tmp_path, method):
-    recipe = Recipe(method=method, mixup=1.0, kd_weight=0.5, width=0.25, batch_size=50, device="cpu", threads=1)
+    distils = {"kd_weight": 0.5, "kd_start": 0.0, "kd_probability": 1.0}
+    recipe = Recipe(method=method, mixup=1.0, **distils, width=0.25, batch_size=50, device="cpu", threads=1)
     dataset, arch = load_dataset("digits", limit=50), student_arch(recipe, 1, 10)
     task = build_task(recipe, Network(arch), Network(teacher_arch(recipe, arch)))
     context = Context(recipe, dataset, tmp_path, torch.device("cpu"), threading.Event())
