@@ -121,6 +121,11 @@ def read_earlier(path: Path) -> list[dict]:
     return results
 
 
+def _line(each: dict) -> tuple[str, str, str | None]:
+    """What tells a result from others: runs of one name may be of other settings, when a default has changed."""
+    return each["name"], json.dumps(each["options"], sort_keys=True), each["teacher"]
+
+
 def command() -> None:
     """Read the runs, then measure each and write what there is after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,18 +138,19 @@ def command() -> None:
     runs = {folder: read_run(folder) for folder in options.runs}
     what = "accuracy on training images that runs were not trained on"
     script = f"python {Path(__file__).relative_to(ROOT).as_posix()} {' '.join(folder.name for folder in runs)}"
-    earlier = {each["name"]: each for path in reversed(options.earlier) for each in read_earlier(path)}
-    names = {folder.name for folder in runs}
-    found = [each for name, each in earlier.items() if name not in names]  # of one name, that of the first file
+    # Of the same line in several files, that of the first.
+    found = {_line(each): each for path in reversed(options.earlier) for each in read_earlier(path)}
     datasets = {}
     for folder, (recipe, result) in runs.items():
         torch.set_num_threads(recipe.threads)
         key = (recipe.data, recipe.data_dir, recipe.size, recipe.train_limit)
         if key not in datasets:
             datasets[key] = left_out(recipe)
-        found.append(each := measured(folder, recipe, result, datasets[key]))
+        each = measured(folder, recipe, result, datasets[key])
+        found.pop(_line(each), None)
+        found[_line(each)] = each
         print(f"{each['name']:48} left out {each['left_out_accuracy']:.2%}, validation {each['val_accuracy']:.2%}")
-        write_json(options.results, {**document(what, script, options), "results": found})
+        write_json(options.results, {**document(what, script, options), "results": [*found.values()]})
     print(f"wrote {options.results}")
 
 

@@ -103,14 +103,15 @@ def test_earlier_results_of_other_runs_are_taken_over(finished, tmp_path, monkey
     document = json.loads((tmp_path / "first.json").read_text())
     [first] = document["results"]
     stale, other = first | {"test_accuracy": 0.5}, first | {"name": "plain20-other-s0"}
-    (tmp_path / "first.json").write_text(json.dumps(document | {"results": [stale, other]}))
+    former = first | {"options": {"init": "kaiming"}}  # of that name once, by another recipe
+    (tmp_path / "first.json").write_text(json.dumps(document | {"results": [stale, other, former]}))
     again = other | {"test_accuracy": 0.5}
     (tmp_path / "older.json").write_text(json.dumps(document | {"date": "2030-01-01", "results": [again]}))
     files = (tmp_path / "first.json", tmp_path / "older.json")
     call(monkeypatch, finished, "--earlier", *files, "--results", tmp_path / "second.json")
     second = json.loads((tmp_path / "second.json").read_text())
     origin = {key: document[key] for key in ("date", "commit", "machine", "note")} | {"file": "first.json"}
-    assert second["results"] == [{"from": origin} | other, first]
+    assert second["results"] == [{"from": origin} | other, {"from": origin} | former, first]
     assert second["command"].endswith("--earlier first.json older.json")
 
 
