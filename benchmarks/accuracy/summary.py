@@ -14,6 +14,7 @@ FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equ
 AGAINST = {
     "ours": ("resnet", "resnet-tuned", "resnet-twice", "plain", "plain-muon", "start", "start-longer", "published"),
     "ours-alone": ("resnet-tuned", "start"),
+    "ours-taught-longer": ("resnet-tuned", "resnet-twice"),
     "former": ("resnet", "resnet-tuned", "former-start"),
     "sgd": ("resnet", "start-sgd", "published"),
 }
