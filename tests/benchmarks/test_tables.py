@@ -181,7 +181,7 @@ def test_the_pages_of_accuracy_say_what_the_results_say(checkout):
     assert "| 56 | plain, ours | plain, ours from the former start, " in text
     file = "benchmarks/results/here/2030-01-01-accuracy-main.json"
     assert (
-        f"What was trained; 10 or 12 or 20 epochs, bf16 · 99 results · [source](#sources) A · [JSON](../{file}) · [how"
+        f"What was trained; 10 or 12 or 20 epochs, bf16 · 105 results · [source](#sources) A · [JSON](../{file}) · [how"
         in text
     )
     linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
@@ -209,7 +209,7 @@ def test_an_unfinished_table_says_so(checkout):
     commit(checkout, results(missing=7))
     assert tables(checkout).returncode == 0
     text = (checkout / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    assert "**Unfinished: 7 of 99 runs are missing.** plain20-rd-tuned-alone, seed 2 (not begun); " in text
+    assert "**Unfinished: 7 of 105 runs are missing.** plain56-rd-tuned, seed 2 (not begun); " in text
     assert text.count("; and 2 more.") == 1
 
 
@@ -224,7 +224,7 @@ def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
     readme, text = ((checkout / name).read_text(encoding="utf-8") for name in ("README.md", "docs/accuracy.md"))
     # A row that has results at another depth is one of the README's.
     assert "**Unfinished: 3 of 48 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
-    assert "**Unfinished: 6 of 99 runs are missing.** resnet56-muon02, " in text
+    assert "**Unfinished: 6 of 105 runs are missing.** resnet56-muon02, " in text
     assert text.index("| test accuracy, %") < text.index("**Unfinished")
 
 
