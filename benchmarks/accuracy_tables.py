@@ -21,12 +21,14 @@ EXPERIMENTS = RESULTS + CHOICES
 SHORT = {
     "resnet": "ResNet, SGD",
     "resnet-tuned": "ResNet, Muon",
+    "resnet-twice": "ResNet, Muon, twice the epochs",
     "plain": "plain, Kaiming, SGD, no teacher",
     "plain-muon": "plain, Kaiming, Muon, no teacher",
     "start": "plain, our initialisation, Muon, no teacher",
     "published": "plain, the paper's loss, SGD",
     "sgd": "plain, `rd` with SGD",
     "ours": "**plain, `rd`**",
+    "ours-taught-longer": "plain, `rd`, teacher trained twice as long",
 }
 SHORT_PAIRS = {
     "resnet-tuned": "the ResNet, Muon",

@@ -185,7 +185,7 @@ def test_the_pages_of_accuracy_say_what_the_results_say(checkout):
         in text
     )
     linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
-    assert f"What was trained; 10 epochs, bf16 · 48 results · {linked}" in readme
+    assert f"What was trained; 10 or 20 epochs, bf16 · 60 results · {linked}" in readme
     assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in choice
     assert "Unfinished" not in text
     assert tables(checkout, "--check").returncode == 0
@@ -223,7 +223,7 @@ def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
     assert tables(checkout).returncode == 0
     readme, text = ((checkout / name).read_text(encoding="utf-8") for name in ("README.md", "docs/accuracy.md"))
     # A row that has results at another depth is one of the README's.
-    assert "**Unfinished: 3 of 48 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
+    assert "**Unfinished: 3 of 60 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
     assert "**Unfinished: 6 of 105 runs are missing.** resnet56-muon02, " in text
     assert text.index("| test accuracy, %") < text.index("**Unfinished")
 
