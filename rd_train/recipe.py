@@ -329,8 +329,8 @@ BY_DATA = {
     **dict.fromkeys(("folder", "webdataset", "mit67", "caltech101"), OF_FILES),
 }
 # From this depth on plain networks that start as the identity and learn by Muon keep it in branches, and rd distils no
-# logits: 56 gained by branches and nothing by logits, 20 by logits and not by branches, and between them nothing was
-# tried (docs/accuracy-choice.md).
+# logits: 56 gained by branches and, on one seed, nothing by logits, 20 by logits and not by branches, and between them
+# nothing was tried (docs/accuracy-choice.md).
 LONG = 38
 # Data sets that are read at once: no files to decode later, by workers.
 IN_MEMORY = ("digits", "fashion-mnist", "idx", "npz", "cifar10", "cifar100")
