@@ -161,10 +161,10 @@ def _released(arguments: list[str], preset: dict) -> Namespace:
 LOGITS = {"kd_weight", "kd_start", "kd_probability"}
 
 
-def _for_others(values: dict, method: str) -> dict:
+def _for_others(values: dict, arguments: list[str]) -> dict:
     """The entries of a preset or recipe file; of a run's own without those that were settled by its method, say.
 
-    They are to go by what is given now: another ``method`` has other defaults.
+    They are to go by what is given now, in ``arguments``: another method has other defaults.
     """
     if {each.name for each in fields(Recipe)} - set(values) - ADDED:  # somebody wrote it, and meant what it names
         return values
@@ -172,14 +172,14 @@ def _for_others(values: dict, method: str) -> dict:
     left = {name for name, value in values.items() if name in settled and value == settled[name]}
     if not left >= LOGITS:  # one decision: which steps distil goes with how much
         left -= LOGITS
-    if method != values["method"] and values["kd_weight"] == 0:  # says nothing to a method that distils
-        left |= LOGITS
+    if values["kd_weight"] == 0 and _parse(arguments, values).method != values["method"]:
+        left |= LOGITS  # no weight says nothing to a method that distils
     return {name: value for name, value in values.items() if name not in left}
 
 
 def _from_preset(arguments: list[str], name: str, values: dict) -> Namespace:
     """The options over the entries of a preset or recipe file; defaults that they change there are told."""
-    kept = _for_others(values, _parse(arguments, values).method)
+    kept = _for_others(values, arguments)
     options = _parse(arguments, kept)
     recipe, settled = _recipe(options), [each for each in values if each not in kept and options[each] is None]
     changed = [

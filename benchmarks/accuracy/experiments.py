@@ -86,6 +86,10 @@ class Row:
         """The row of its teacher, if its method has one."""
         return None if self.settings["method"] == "ce" else self.teacher or RESNET
 
+    def varied(self, tag: str, what: str, *, key: str = "", **changes: object) -> "Row":
+        """A row that changes something of this one, and is compared with it: what is added to its name and label."""
+        return replace(self, name=self.name + tag, label=self.label + what, key=key, base=self.name, **changes)
+
 
 SOME_KD = {"kd_weight": 0.5, "kd_temperature": 4.0}
 KD = {"method": "kd", **SOME_KD}
@@ -119,14 +123,7 @@ PLAIN_START = Row(
     base=PLAIN_BY_MUON.name,
 )
 # What the splices and the logits cost at most buys this, and needs no teacher.
-PLAIN_LONGER = replace(
-    PLAIN_START,
-    name=f"{PLAIN_START.name}-longer",
-    label=f"{PLAIN_START.label}, 1.2 times the epochs",
-    key="start-longer",
-    base=PLAIN_START.name,
-    times=1.2,
-)
+PLAIN_LONGER = PLAIN_START.varied("-longer", ", 1.2 times the epochs", key="start-longer", times=1.2)
 PLAIN_FORMER_START = Row(
     "plain{}-ce-identity-muon",
     "plain, cross-entropy, from the former start by Muon, rate 0.004",
@@ -169,7 +166,7 @@ OUR_ROW = Row("plain{}-rd-tuned", "plain, ours", OURS, key="ours", base=FORMER.n
 
 
 def _more(name: str, what: str, **settings) -> Row:
-    return Row(f"{BY_SGD.name}-{name}", f"{BY_SGD.label}, {what}", FORMER_RD | settings, base=BY_SGD.name)
+    return BY_SGD.varied(f"-{name}", f", {what}", settings=FORMER_RD | settings)
 
 
 # What might make it better, one lever more at a time than by SGD; Muon did.
@@ -206,30 +203,24 @@ RATES = tuple(
 )
 
 # What logit distillation adds to ours where it has it, and would add where it has none.
-OURS_ALONE = Row(
-    f"{OUR_ROW.name}-alone",
-    f"{OUR_ROW.label} without logit distillation",
-    OURS | {"kd_weight": 0.0},
+OURS_ALONE = OUR_ROW.varied(
+    "-alone",
+    " without logit distillation",
     key="ours-alone",
-    base=OUR_ROW.name,
-    teacher=RESNET_TUNED,
+    settings=OURS | {"kd_weight": 0.0},
     was=OUR_ROW.name,
 )
 # A better teacher than the ResNet that ours is compared with. Its training costs twice as much, the student's the same.
-OURS_TAUGHT_LONGER = replace(
-    OUR_ROW,
-    name=f"{OUR_ROW.name}-teacher-twice",
-    label=f"{OUR_ROW.label}, taught by the ResNet of twice the epochs",
+OURS_TAUGHT_LONGER = OUR_ROW.varied(
+    "-teacher-twice",
+    ", taught by the ResNet of twice the epochs",
     key="ours-taught-longer",
-    base=OUR_ROW.name,
     teacher=RESNET_TWICE,
 )
-OURS_KD = Row(
-    f"{OUR_ROW.name}-kd",
-    f"{OUR_ROW.label}, with logit distillation in two thirds of the steps of the second half",
-    OURS | SOME_KD | {"kd_start": 0.5, "kd_probability": 0.66},
-    base=OUR_ROW.name,
-    teacher=RESNET_TUNED,
+OURS_KD = OUR_ROW.varied(
+    "-kd",
+    ", with logit distillation in two thirds of the steps of the second half",
+    settings=OURS | SOME_KD | {"kd_start": 0.5, "kd_probability": 0.66},
 )
 
 # Rows whose runs come first, in this order.
@@ -310,27 +301,25 @@ class Experiment:
         was = row.was and self.name(replace(row, name=row.was), depth)
         return Job(self.name(row, depth), folder(row), PRESET, settings, teacher, row.name in MUST, was)
 
-    def rows_at(self, depth: int) -> list[Row]:
-        """The rows at a depth; not those that are there what they vary, as what has no logits to do without."""
+    def depths_of(self, row: Row) -> list[int]:
+        """The depths of a row: not where it is what it varies, as what has no logits to do without."""
 
-        def recipe(row: Row) -> Recipe:
-            return self.job(row, depth, 0, Path()).recipe()
+        def recipe(each: Row, depth: int) -> Recipe:
+            return self.job(each, depth, 0, Path()).recipe()
 
-        named = {row.name: row for row in self.rows}
-        return [row for row in self.rows if row.base not in named or recipe(row) != recipe(named[row.base])]
+        base = next((each for each in self.rows if each.name == row.base), None)
+        return [depth for depth in self.depths if base is None or recipe(row, depth) != recipe(base, depth)]
 
     def jobs(self, seeds: tuple[int, ...], out: Path) -> list[Job]:
         """All runs, those that the comparisons need first, and of these a seed after the other."""
         first = sorted((row for row in self.rows if row.name in MUST), key=lambda row: MUST.index(row.name))
         others = [row for row in self.rows if row not in first]
-        at = {depth: self.rows_at(depth) for depth in self.depths}
         return [
             self.job(row, depth, seed, out)
             for rows in (first, others)
             for seed in seeds
             for row in rows
-            for depth in self.depths
-            if row in at[depth]
+            for depth in self.depths_of(row)
         ]
 
 

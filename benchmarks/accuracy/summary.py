@@ -33,9 +33,8 @@ def summary(experiment: Experiment, results: list[dict]) -> list[dict]:
     a whole cross-entropy training of the plain network, the latter None without one.
     """
     lines, usual = [], Counter(map(precision, results)).most_common(1)
-    at = {depth: experiment.rows_at(depth) for depth in experiment.depths}
     for row in experiment.rows:
-        for depth in [depth for depth in experiment.depths if row in at[depth]]:
+        for depth in experiment.depths_of(row):
             runs = _runs(experiment, row, depth, results)
             if not runs:
                 continue

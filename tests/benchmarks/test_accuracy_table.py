@@ -133,10 +133,10 @@ def test_names_of_folders_that_results_exist_under():
 
 def test_a_row_stands_where_it_differs_from_what_it_varies():
     main = EXPERIMENTS["main"]
-    assert experiments.OURS_ALONE not in main.rows_at(56)  # which distils no logits anyway
+    assert main.depths_of(experiments.OURS_ALONE) == [20]  # 56 distils no logits anyway
     ours, alone = (main.job(row, 20, 0, OUT) for row in (OUR_ROW, experiments.OURS_ALONE))
     assert (ours.recipe().kd_weight, alone.recipe().kd_weight) == (0.5, 0.0)
-    assert len(main.rows_at(20)) == len(main.rows_at(56)) + 1 == len(main.rows)
+    assert all(main.depths_of(row) == [20, 56] for row in main.rows if row != experiments.OURS_ALONE)
 
 
 def test_rows_that_decide_come_first_and_after_their_teacher():

@@ -54,8 +54,7 @@ def results(missing: int = 0) -> dict:
             **{"precision": "bf16", "val_accuracy": 0.9},
         }
         for row in MAIN.rows
-        for depth in MAIN.depths
-        if row in MAIN.rows_at(depth)
+        for depth in MAIN.depths_of(row)
         for seed in range(3)
     ]
     left = [{"name": run["name"], "seed": run["seed"], "why": "not begun"} for run in runs[len(runs) - missing :]]
