@@ -25,10 +25,12 @@ SHORT = {
     "plain": "plain, Kaiming, SGD, no teacher",
     "plain-muon": "plain, Kaiming, Muon, no teacher",
     "start": "plain, our initialisation, Muon, no teacher",
+    "start-twice": "plain, our initialisation, Muon, no teacher, twice the epochs",
     "published": "plain, the paper's loss, SGD",
     "sgd": "plain, `rd` with SGD",
     "ours": "**plain, `rd`**",
     "ours-taught-longer": "plain, `rd`, teacher trained twice as long",
+    "ours-twice": "plain, `rd`, it and its teacher trained twice as long",
 }
 SHORT_PAIRS = {
     "resnet-tuned": "the ResNet, Muon",
@@ -48,6 +50,7 @@ OTHERS = {
     "plain-muon": "plain cross-entropy, Kaiming, by Muon",
     "start": "cross-entropy from the same start by Muon",
     "start-longer": "cross-entropy from the same start by Muon, 1.2 times the epochs",
+    "start-twice": "cross-entropy from the same start by Muon, twice the epochs",
     "former-start": "cross-entropy from the same start at that rate",
     "start-sgd": "cross-entropy from the same start by SGD",
     "published": "the published loss",

@@ -124,6 +124,8 @@ PLAIN_START = Row(
 )
 # What the splices and the logits cost at most buys this, and needs no teacher.
 PLAIN_LONGER = PLAIN_START.varied("-longer", ", 1.2 times the epochs", key="start-longer", times=1.2)
+# What they and the usual teacher's own training cost together buys this, nearly.
+PLAIN_TWICE = PLAIN_START.varied("-twice", ", twice the epochs", key="start-twice", times=2)
 PLAIN_FORMER_START = Row(
     "plain{}-ce-identity-muon",
     "plain, cross-entropy, from the former start by Muon, rate 0.004",
@@ -217,6 +219,8 @@ OURS_TAUGHT_LONGER = OUR_ROW.varied(
     key="ours-taught-longer",
     teacher=RESNET_TWICE,
 )
+# Whether plain networks stay level with ResNets that both train for longer, which is what deployed ones do.
+OURS_TWICE = OUR_ROW.varied("-twice", ", twice the epochs", key="ours-twice", times=2, teacher=RESNET_TWICE)
 OURS_KD = OUR_ROW.varied(
     "-kd",
     ", with logit distillation in two thirds of the steps of the second half",
@@ -327,11 +331,15 @@ FASHION = "Fashion-MNIST padded to 32x32, {}, 5,000 validation, 10,000 test imag
 SUBSET = FASHION.format("a fixed subset of 20,000 training images")
 MAIN = (
     *(RESNET, RESNET_TUNED, RESNET_TWICE, RESNET_KD),
-    *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_FORMER_START, PLAIN_START, PLAIN_LONGER),
+    *(PLAIN, PLAIN_BY_MUON, PLAIN_KD, PLAIN_START_BY_SGD, PLAIN_FORMER_START, PLAIN_START),
+    *(PLAIN_LONGER, PLAIN_TWICE),
     *(PUBLISHED, PUBLISHED_OPTIONS),
-    *(BY_SGD, FORMER, OURS_ALONE, OUR_ROW, OURS_TAUGHT_LONGER),
+    *(BY_SGD, FORMER, OURS_ALONE, OUR_ROW, OURS_TAUGHT_LONGER, OURS_TWICE),
 )
-CONTROLS = (RESNET_TWICE, PLAIN_BY_MUON, PLAIN_LONGER, PLAIN_FORMER_START, FORMER, OURS_ALONE, OURS_TAUGHT_LONGER)
+CONTROLS = (
+    *(RESNET_TWICE, PLAIN_BY_MUON, PLAIN_LONGER, PLAIN_TWICE, PLAIN_FORMER_START, FORMER),
+    *(OURS_ALONE, OURS_TAUGHT_LONGER, OURS_TWICE),
+)
 EVERY = tuple(row for row in MAIN if row not in CONTROLS)
 DECIDE = (RESNET, RESNET_TUNED, PLAIN, PLAIN_START, PUBLISHED, OUR_ROW)
 

@@ -12,9 +12,13 @@ CONFIDENCE = 0.95
 FEWEST = 3  # pairs of seeds of a verdict: the two differences of two can be equal by chance, and their interval short
 # What is compared with ours, and with ours by SGD: with the latter what is by SGD, too.
 AGAINST = {
-    "ours": ("resnet", "resnet-tuned", "resnet-twice", "plain", "plain-muon", "start", "start-longer", "published"),
+    "ours": (
+        *("resnet", "resnet-tuned", "resnet-twice", "plain", "plain-muon"),
+        *("start", "start-longer", "start-twice", "published"),
+    ),
     "ours-alone": ("resnet-tuned", "start"),
     "ours-taught-longer": ("resnet-tuned", "resnet-twice"),
+    "ours-twice": ("resnet-twice", "start-twice"),
     "former": ("resnet", "resnet-tuned", "former-start"),
     "sgd": ("resnet", "start-sgd", "published"),
 }

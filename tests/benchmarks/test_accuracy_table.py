@@ -126,7 +126,8 @@ def test_names_of_folders_that_results_exist_under():
     rows += ["resnet{}-muon02", "plain{}-rd-muon", "plain{}-ce-identity-muon", "plain{}-ce-kaiming-muon02"]
     rows += ["plain{}-ce-start-muon02", "plain{}-rd-tuned", "plain{}-rd-tuned-teacher-twice"]
     names = {f"{row.format(depth)}-n20000-e10-s0" for row in rows for depth in (20, 56)}
-    names |= {f"resnet{depth}-muon02-twice-n20000-e20-s0" for depth in (20, 56)}
+    twice = ["resnet{}-muon02-twice", "plain{}-ce-start-muon02-twice", "plain{}-rd-tuned-twice"]
+    names |= {f"{row.format(depth)}-n20000-e20-s0" for row in twice for depth in (20, 56)}
     names |= {f"plain{depth}-ce-start-muon02-longer-n20000-e12-s0" for depth in (20, 56)}
     assert folders == names | {"plain20-rd-tuned-alone-n20000-e10-s0"}
 
@@ -141,7 +142,7 @@ def test_a_row_stands_where_it_differs_from_what_it_varies():
 
 def test_rows_that_decide_come_first_and_after_their_teacher():
     jobs = EXPERIMENTS["main"].jobs((0, 1, 2), OUT)
-    assert [job.must for job in jobs] == [True] * 36 + [False] * 69
+    assert [job.must for job in jobs] == [True] * 36 + [False] * 81
     for each in EXPERIMENTS.values():
         jobs = each.jobs((0, 1, 2), OUT)
         for number, job in enumerate(jobs):
@@ -152,7 +153,8 @@ def test_ours_is_taught_by_the_resnet_of_its_own_optimiser_and_others_by_that_of
     for experiment in EXPERIMENTS.values():
         for row, depth in itertools.product(experiment.rows, experiment.depths):
             resnet = RESNET_TUNED if row.name.startswith(OUR_ROW.name) else RESNET
-            resnet = experiments.RESNET_TWICE if row is experiments.OURS_TAUGHT_LONGER else resnet
+            longer = row in (experiments.OURS_TAUGHT_LONGER, experiments.OURS_TWICE)
+            resnet = experiments.RESNET_TWICE if longer else resnet
             teacher = None if row.settings["method"] == "ce" else experiment.job(resnet, depth, 1, OUT).folder
             assert experiment.job(row, depth, 1, OUT).teacher == teacher, row.name
     assert all(OUR_ROW.settings[name] == RESNET_TUNED.settings[name] for name in experiments.MUON)
@@ -771,15 +773,16 @@ def test_each_of_ours_is_judged_against_its_own_others_and_no_pair_comes_twice()
         for pair in [pair for pair in pairs if pair["ours"] in keys and pair["against"] != "lever"]:
             others[keys[pair["ours"]]].add(pair["against"])
         resnets = {"resnet", "resnet-tuned"}
+        starts = {"start", "start-longer", "start-twice"}
         main = {
-            "ours": resnets | {"resnet-twice", "plain", "plain-muon", "start", "start-longer", "published"},
+            "ours": resnets | {"resnet-twice", "plain", "plain-muon", "published"} | starts,
             "former": resnets | {"former-start"},
             "sgd": {"resnet", "start-sgd", "published"},
         }
         levers = {"ours": resnets, "former": resnets, "sgd": {"resnet"}}
         ablation = {"ours": {"resnet-tuned"}, "former": set(), "sgd": set()}
         others_of = {"main": main, "ablation": ablation, "levers": levers}[name]
-        assert others == others_of | {"ours-alone": set(), "ours-taught-longer": set()}
+        assert others == others_of | {each: set() for each in ("ours-alone", "ours-taught-longer", "ours-twice")}
         ours = [("rd-tuned", "rd-muon"), ("rd-muon", "rd")]  # each against what it was before
         varied = {
             "main": [*ours, ("ce-start-muon02", "ce-kaiming-muon02"), ("ce-start-muon02-longer", "ce-start-muon02")],
@@ -823,7 +826,8 @@ def test_an_unfinished_table_says_what_is_missing(fake, monkeypatch, capsys):
     flags = ["--out", fake, "--results", fake / "accuracy-NAME.json", "--seeds", "0"]
     assert call(monkeypatch, "main", "depth", *flags, "--minutes", 0) == 1
     found = json.loads((fake / "accuracy-main.json").read_text(encoding="utf-8"))
-    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, 105, [])
+    runs = len(EXPERIMENTS["main"].jobs((0, 1, 2), OUT))
+    assert (found["complete"], len(found["missing"]), found["rows"]) == (False, runs, [])
     assert found["missing"][0] == {"name": "resnet20", "seed": 0, "why": "not begun"}
     assert "wrote" in capsys.readouterr().out
     with pytest.raises(UserError, match="must have NAME"):

@@ -20,6 +20,8 @@ from experiments import experiments
 from PIL import Image
 
 MAIN = experiments()["main"]
+RUNS = 3 * sum(len(MAIN.depths_of(row)) for row in MAIN.rows)  # by three seeds
+SHORT_RUNS = 3 * sum(len(MAIN.depths_of(row)) for row in MAIN.rows if row.key in accuracy_tables.SHORT)
 
 
 @pytest.fixture
@@ -179,12 +181,10 @@ def test_the_pages_of_accuracy_say_what_the_results_say(checkout):
     assert "| 56 | plain, ours by SGD | the ResNet by SGD |" in text
     assert "| 56 | plain, ours | plain, ours from the former start, " in text
     file = "benchmarks/results/here/2030-01-01-accuracy-main.json"
-    assert (
-        f"What was trained; 10 or 12 or 20 epochs, bf16 · 105 results · [source](#sources) A · [JSON](../{file}) · [how"
-        in text
-    )
+    line = f"{RUNS} results · [source](#sources) A · [JSON](../{file}) · [how"
+    assert f"What was trained; 10 or 12 or 20 epochs, bf16 · {line}" in text
     linked = f"[sources](docs/accuracy.md#sources) · [JSON]({file}) · [how to read](docs/accuracy.md#how-"
-    assert f"What was trained; 10 or 20 epochs, bf16 · 60 results · {linked}" in readme
+    assert f"What was trained; 10 or 20 epochs, bf16 · {SHORT_RUNS} results · {linked}" in readme
     assert "Not run yet: `python benchmarks/accuracy/table.py ablation`." in choice
     assert "Unfinished" not in text
     assert tables(checkout, "--check").returncode == 0
@@ -205,11 +205,11 @@ def test_a_row_that_costs_less_at_a_depth_says_so(checkout):
 
 
 def test_an_unfinished_table_says_so(checkout):
-    commit(checkout, results(missing=7))
+    commit(checkout, results(missing=8))
     assert tables(checkout).returncode == 0
     text = (checkout / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    assert "**Unfinished: 7 of 105 runs are missing.** plain56-rd-tuned, seed 2 (not begun); " in text
-    assert text.count("; and 2 more.") == 1
+    assert f"**Unfinished: 8 of {RUNS} runs are missing.** plain56-rd-tuned-teacher-twice, seed 1 (not begun); " in text
+    assert text.count("; and 3 more.") == 1
 
 
 def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
@@ -222,8 +222,8 @@ def test_the_readme_counts_what_is_missing_of_its_own_rows(checkout):
     assert tables(checkout).returncode == 0
     readme, text = ((checkout / name).read_text(encoding="utf-8") for name in ("README.md", "docs/accuracy.md"))
     # A row that has results at another depth is one of the README's.
-    assert "**Unfinished: 3 of 60 runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
-    assert "**Unfinished: 6 of 105 runs are missing.** resnet56-muon02, " in text
+    assert f"**Unfinished: 3 of {SHORT_RUNS} runs are missing.** resnet56-muon02, seed 0 (not begun)" in readme
+    assert f"**Unfinished: 6 of {RUNS} runs are missing.** resnet56-muon02, " in text
     assert text.index("| test accuracy, %") < text.index("**Unfinished")
 
 
