@@ -221,9 +221,9 @@ def _alone(bench: dict, row: dict) -> str:
     """The best engine for each network against each other, which are named unless both are ours."""
     best = next(found for found in bench["best"] if _setting(found) == _setting(row))
     engines = [best["model_engine"], best["compare_engine"]]
-    ours = engines == ["native", "native"]
-    said = _judged(bench, row, best, "best", "native" if ours else "best")
-    return said if ours else f"{said}, {' against '.join(engines)}"
+    # Of one engine for both the ratio is that engine's own, and so are its warnings.
+    said = _judged(bench, row, best, "best", engines[0] if engines[0] == engines[1] else "best")
+    return said if engines == ["native", "native"] else f"{said}, {' against '.join(engines)}"
 
 
 def _judged(bench: dict, row: dict, ratio: dict, claim: str, label: str | None = None) -> str:
@@ -335,16 +335,20 @@ def ablation() -> str:
     names = list(dict.fromkeys(row["plan"] for row in document["results"]))
     settings = list(dict.fromkeys((row["model"], row["precision"], row["batch"]) for row in document["results"]))
     found = {(row["model"], row["precision"], row["batch"], row["plan"]): row for row in document["results"]}
-    rows = [
-        [f"{model}, {precision}, batch {batch}", *(_ratio(found[model, precision, batch, name]) for name in names)]
-        for model, precision, batch in settings
-    ]
+    rows = []
+    for setting in settings:
+        model, precision, batch = setting
+        cells = [_ratio(row) + " *" * bool(row.get("warnings")) for row in (found[*setting, name] for name in names)]
+        rows.append([f"{model}, {precision}, batch {batch}", *cells])
     environment = document["environment"]
+    # Older files say no warnings, and their load is that of the end.
+    doubted = all("warnings" in row for row in document["results"])
     source = (
         "Time of each plan / time of the default plan, interleaved: above 1, the default is faster. "
+        f"{STAR + ' ' if doubted else 'Whether times were steady was not kept. '}"
         f"{environment['threads']} threads of {environment['cpu']['model']}, {environment['date'][:10]}; load "
-        f"{environment['load_average'][0]:.2f} when it began. From `{document['path']}`, made by "
-        "`benchmarks/engine_ablation.py`."
+        f"{environment['load_average'][0]:.2f} when it {'began' if doubted else 'ended'}. From `{document['path']}`, "
+        "made by `benchmarks/engine_ablation.py`."
     )
     return f"{markdown(['', *names], rows)}\n\n{source}"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rd_deploy.bench.agreement import random_images
 from rd_deploy.bench.environment import capture
-from rd_deploy.bench.statistics import paired_ratio
-from rd_deploy.bench.timer import time_pair
+from rd_deploy.bench.statistics import paired_ratio, summarise
+from rd_deploy.bench.timer import doubts, time_pair
 from rd_deploy.common import write_json
 from rd_deploy.cpus import available_threads
 from rd_deploy.export.native import to_rdp
@@ -27,14 +27,22 @@ PLANS = {
 
 
 def measure(network: Network, batch: int, flags: Flag, seconds: float) -> dict:
-    """Time of a plan / time of the default plan, with the 95% interval."""
+    """Time of a plan / time of the default plan, with the 95% interval and reasons to doubt it."""
     threads = available_threads()
     contexts = [network.plan(batch, threads, flags=chosen).context() for chosen in (Flag.NONE, flags)]
     images = random_images(batch, contexts[0].input_shape[1:])
     first, second = (lambda: contexts[0].run(images)), (lambda: contexts[1].run(images))
-    samples = time_pair(first, second, seconds=seconds, max_warm_up=3)
-    ratio = paired_ratio(samples.a, samples.b, 0)
-    return {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "quads": len(samples.a) // 2}
+    samples = time_pair(first, second, seconds=seconds)
+    ratio = paired_ratio(samples.a, samples.b)
+    summaries = {
+        "the default plan": summarise(samples.a, samples.calls[0]),
+        "the other plan": summarise(samples.b, samples.calls[1]),
+    }
+    return {
+        **{"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "quads": len(samples.a) // 2},
+        **{"samples_ms": samples.a, "other_samples_ms": samples.b},
+        "warnings": doubts(samples, summaries, ratio),
+    }
 
 
 def main() -> int:
@@ -43,7 +51,7 @@ def main() -> int:
     parser.add_argument("--results", required=True, metavar="FILE.json")
     parser.add_argument("--seconds", type=float, default=6, help="of sampling per pair (default: %(default)s)")
     options = parser.parse_args()
-    rows = []
+    environment, rows = capture(available_threads()), []  # before there is a load of our own
     for model in ("plain50", "resnet50"):
         chain = chain_from_name(model)
         for precision, batch in SETTINGS:
@@ -51,8 +59,8 @@ def main() -> int:
             for name, flags in PLANS.items():
                 found = measure(network, batch, flags, options.seconds)
                 rows.append({"model": model, "precision": precision, "batch": batch, "plan": name, **found})
-                print(rows[-1], flush=True)
-    write_json(Path(options.results), {"results": rows, "environment": capture(available_threads())})
+                print({key: value for key, value in rows[-1].items() if "samples" not in key}, flush=True)
+    write_json(Path(options.results), {"results": rows, "environment": environment})
     return 0
 
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from rd_deploy.bench.environment import capture
-from rd_deploy.bench.statistics import instability, paired_ratio, summarise
-from rd_deploy.bench.timer import time_pair
+from rd_deploy.bench.statistics import paired_ratio, summarise
+from rd_deploy.bench.timer import doubts, time_pair
 from rd_deploy.common import UserError, run_command, write_json
 from rd_train.data import Dataset, batches, load_dataset
 from rd_train.encoded import IMAGENET_MEAN, IMAGENET_STD
@@ -103,19 +103,13 @@ def measure(root: Path, dataset: Dataset, workers: int, decoder: str, seconds: f
     samples = time_pair(first, second, seconds=seconds, max_warm_up=WARM_UP)
     ratio = paired_ratio(samples.a, samples.b)
     summaries = {"ours": summarise(samples.a, samples.calls[0]), "theirs": summarise(samples.b, samples.calls[1])}
-    shaky = instability(summaries, ratio)
-    warnings = [shaky] if shaky else []
-    warnings += [
-        f"{name} was not steady after {warm.seconds:.0f} s of warm-up"
-        for name, warm in zip(summaries, samples.warm_up, strict=True)
-        if not warm.steady
-    ]
     return {
         "decoder": decoder,
         "images_per_second": 1e3 * images / summaries["ours"].median,
         "their_images_per_second": 1e3 * images / summaries["theirs"].median,
         **{"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "quads": len(samples.a) // 2},
-        **{"samples_ms": samples.a, "their_samples_ms": samples.b, "warnings": warnings},
+        **{"samples_ms": samples.a, "their_samples_ms": samples.b},
+        "warnings": doubts(samples, summaries, ratio),
     }
 
 

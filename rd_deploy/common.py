@@ -23,6 +23,8 @@ WRONG_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
 }
+# torch's allocator of the CPU, that of the GPU, ONNX Runtime's arena, and C++ as both pass it on.
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "Failed to allocate memory", "std::bad_alloc")
 
 
 class UserError(Exception):
@@ -69,7 +71,8 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
 
 def _exit_code(name: str, command: Callable[[], int | None]) -> int:
     try:
-        code = command() or 0
+        with told_of_memory():
+            code = command() or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk is told of
         return code
@@ -92,6 +95,19 @@ def _exit_code(name: str, command: Callable[[], int | None]) -> int:
         place = printable(error.filename or "output")
         print(f"{name}: error: {error.strerror}: {place}; free space or choose another path", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def told_of_memory() -> Iterator[None]:
+    """What libraries say when memory is full as a `MemoryError`; each has an exception of its own."""
+    try:
+        yield
+    except (UserError, CheckFailed, Stopped, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if not any(said in str(error) for said in NO_MEMORY):
+            raise
+        raise MemoryError(one_line(error)[:160]) from error
 
 
 def one_line(text: object) -> str:
@@ -138,11 +154,23 @@ def require(module: str, extra: str) -> ModuleType:
         raise UserError(f"{module} is installed but cannot be imported ({reason}): install it again") from error
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise `UserError` if there is anything but a regular file, whose place none can take: a folder, a device."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"cannot write {path}: it is {kind}; choose another output path")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it replaces ``path``, on failure nothing is left."""
+    """Yield a temporary path beside ``path``; on success it replaces ``path``, on failure nothing is left.
+
+    A symbolic link stays one: what it points to is replaced.
+    """
     path = Path(path)
     try:
+        check_replaceable(path)
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from rd_deploy.common import UserError, check_file, first_line
 
 MAX_MODEL_BYTES = (2 << 30) - 1  # what protobuf can parse
+MAX_ELEMENT_BYTES = 16  # a complex number of two doubles
 # Of the types that weights mostly have; of others, some of which are packed, the size is left to their reader.
 ELEMENT_BYTES = {
     **dict.fromkeys((onnx.TensorProto.INT8, onnx.TensorProto.UINT8), 1),
@@ -66,7 +67,10 @@ def _texts(message: Message) -> Iterator[str | bytes]:
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    """Refuse external weights that lie outside the model's folder, are missing, too short or of another size."""
+    """Refuse external weights that lie outside the model's folder, are missing, too short or of another size.
+
+    Without a length all that follows the offset is read, and must be the tensor's size.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, folder = entries.get("location", ""), path.resolve().parent
     if not location or "\0" in location or "\\" in location:
@@ -79,11 +83,15 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     except ValueError as error:
         raise UserError(f"ONNX file {path}: tensor '{tensor.name}' has a bad offset or length") from error
-    wanted = math.prod(tensor.dims) * ELEMENT_BYTES.get(tensor.data_type, 0) or length
-    if min(offset, length) < 0 or offset + (length or wanted) > target.stat().st_size:
+    elements, each = math.prod(tensor.dims), ELEMENT_BYTES.get(tensor.data_type)
+    wanted = length if each is None else elements * each
+    there = target.stat().st_size
+    if min(offset, length) < 0 or offset + (length or wanted) > there:
         raise UserError(f"weight file {target} is shorter than {path} says; copy it again")
-    if length and length != wanted:
-        what = f"tensor '{tensor.name}' needs {wanted:,} bytes and has {length:,} in {target}"
+    length = length or there - offset
+    if length != wanted if each else length > elements * MAX_ELEMENT_BYTES:
+        needed = f"{wanted:,}" if each else f"at most {elements * MAX_ELEMENT_BYTES:,}"
+        what = f"tensor '{tensor.name}' needs {needed} bytes and has {length:,} in {target}"
         raise UserError(f"ONNX file {path}: {what}; export it again")
 
 

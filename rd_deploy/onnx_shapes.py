@@ -57,7 +57,12 @@ class Shapes:
         elements, kind = self.elements(name), self._types[name].tensor_type.elem_type
         if kind in FLOATS:
             return elements * self._element_bytes
-        return elements * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+        try:
+            return elements * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+        except KeyError as error:
+            raise UserError(
+                f"tensor '{name}' has no type that ONNX knows ({kind}); export the network again"
+            ) from error
 
 
 def infer_shapes(model: onnx.ModelProto, batch: int) -> onnx.GraphProto:

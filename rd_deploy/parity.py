@@ -165,12 +165,12 @@ def _deviation(reference: np.ndarray) -> float:
 
 
 def onnx_ways(model: bytes, precision: str, max_batch: int) -> list[Way]:
-    """An ONNX file in ONNX Runtime at batch 1, 3 and ``max_batch``.
+    """An ONNX file in ONNX Runtime at ``max_batch``, and at batch 1 and 3 where these are smaller.
 
     ``fp16``: once more with activations rounded, which the runtime does not do by itself on a CPU. ``bf16``: only so,
     since there it has no bf16 convolution.
     """
-    batches = sorted({*SMALL_BATCHES, max_batch})
+    batches = _batches(max_batch)
     if precision not in ("fp16", "bf16"):
         return _ways(ENGINE, batches, model)
     rounded = with_half_storage(onnx.load_from_string(model)).SerializeToString()
@@ -178,14 +178,18 @@ def onnx_ways(model: bytes, precision: str, max_batch: int) -> list[Way]:
     return plain + _ways(f"{ENGINE}, activations rounded to {precision}", batches, rounded)
 
 
+def _batches(largest: int) -> list[int]:
+    return [*(batch for batch in SMALL_BATCHES if batch < largest), largest]
+
+
 def _ways(engine: str, batches: list[int], model: bytes) -> list[Way]:
     return [Way(engine, batch, functools.partial(onnx_runner, model)) for batch in batches]
 
 
 def native_ways(model: bytes, precision: str, max_batch: int) -> list[Way]:
-    """A .rdp file in the native engine at batch 1, 3 and ``max_batch``, with the best instruction set of this CPU."""
+    """A .rdp file in the native engine at the same batches, with the best instruction set of this CPU."""
     engine = f"native, {native.Session(model, threads=1).info.isa}"
-    batches = sorted({*SMALL_BATCHES, max_batch})
+    batches = _batches(max_batch)
     return [Way(engine, batch, functools.partial(native_runner, model, batch)) for batch in batches]
 
 
@@ -226,7 +230,7 @@ def check_quantized(
     """
 
     def reference(images: np.ndarray) -> np.ndarray:
-        return _in_batches(onnx_runner(model, literal=True), images, max_batch)
+        return in_batches(onnx_runner(model, literal=True), images, max_batch)
 
     ways = onnx_ways(model, precision, max_batch)
     return compare_ways(reference, ways, images, max_batch, tolerance, CLEAR_MARGINS[precision])
@@ -249,7 +253,7 @@ def compare_ways(
     expected, runs = reference(images), []
     for way in ways:
         seen = images if way.batch == max_batch else images[:SMALL_BATCH_IMAGES]
-        logits = _in_batches(way.load(), seen, way.batch)
+        logits = in_batches(way.load(), seen, way.batch)
         parity = compare(expected[: len(logits)], logits, tolerance, clear_margin)
         runs.append(Run(way.engine, way.batch, replace(parity, images=min(len(logits), count))))
     if not all(run.parity.passes and run.parity.keeps_classes for run in runs):
@@ -263,7 +267,8 @@ def distinct(images: np.ndarray) -> np.ndarray:
     return images[sorted(first.values())]
 
 
-def _in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
+def in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
+    """The logits of all images, at most ``batch`` of them at a time."""
     return np.concatenate([run(images[at : at + batch]) for at in range(0, len(images), batch)])
 
 

@@ -5,7 +5,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from rd_deploy.common import Parser, UserError, expanded, printable, require, write_json
+from rd_deploy.common import Parser, UserError, check_replaceable, expanded, printable, require, write_json
 from rd_train.recipe import Recipe
 
 SPLITS = ("train", "val", "test")  # and all
@@ -69,7 +69,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.out is not None:
         options.out = expanded("--out", options.out, "file")
-        if options.out.is_dir() or not options.out.parent.is_dir():
+        check_replaceable(options.out)
+        if not options.out.parent.is_dir():
             raise UserError(f"--out {options.out}: name a file in a folder that is there")
     return options
 

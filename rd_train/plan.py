@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from rd_deploy.common import UserError, expanded, one_line
+from rd_deploy.common import UserError, expanded, told_of_memory
 from rd_deploy.cpus import available_threads
 from rd_deploy.preprocessing import Preprocessing
 from rd_train import bf16, distributed
@@ -128,17 +128,6 @@ def data_of(recipe: Recipe, like: Preprocessing | None) -> Dataset:
         workers=default_workers() if recipe.workers is None else recipe.workers,
         max_corrupt=recipe.max_corrupt,
     )
-
-
-@contextlib.contextmanager
-def told_of_memory() -> Iterator[None]:
-    """What torch's allocators say, of the GPU and of the CPU, as a MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(one_line(error)[:160]) from error
-        raise
 
 
 @contextlib.contextmanager

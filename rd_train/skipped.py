@@ -76,7 +76,7 @@ class Skipped:
                 return
             if len(self._reasons) >= self.limit:
                 more = f"; the others are in {self.path}" if self._reasons and self.path else ""
-                raise UserError(f"more corrupt images than --max-corrupt {self.limit}: {reason}{more}")
+                raise UserError(f"more corrupt images than rd-train's --max-corrupt {self.limit}: {reason}{more}")
             self._reasons[name] = reason
             if not self._write:
                 return

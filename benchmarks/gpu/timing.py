@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpu import card
-from rd_deploy.bench.statistics import instability, paired_ratio, summarise
-from rd_deploy.bench.timer import Clock, PairedSamples, time_pair
+from rd_deploy.bench.statistics import paired_ratio, summarise
+from rd_deploy.bench.timer import Clock, PairedSamples, doubts, time_pair
 
 BURST_MS = 4.0  # runs queued between two readings of the clock: the launch that nothing hides costs 0.2% of it
 LOAD_SECONDS = 0.05  # of work queued at a time while the card is asked for its clocks
@@ -83,10 +83,7 @@ def _result(samples: PairedSamples, runs: list[int], before: dict | None, after:
     singles = [calls if count == 1 else [] for calls, count in zip(samples.calls, runs, strict=True)]
     summaries = [summarise(values, calls) for values, calls in zip(times, singles, strict=True)]
     ratio = paired_ratio(*times)
-    shaky = instability(dict(zip(SIDES, summaries, strict=True)), ratio)
-    unsteady = [side for side, warm in zip(SIDES, samples.warm_up, strict=True) if not warm.steady]
-    warnings = [shaky] if shaky else []
-    warnings += [f"the warm-up of {side} did not become steady" for side in unsteady] + card.doubts(before, after)
+    warnings = doubts(samples, dict(zip(SIDES, summaries, strict=True)), ratio) + card.doubts(before, after)
     sides = {
         side: {
             **{"median_ms": summary.median, "low_ms": summary.low, "high_ms": summary.high, "cv": summary.cv},

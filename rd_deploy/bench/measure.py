@@ -14,8 +14,8 @@ from rd_deploy.bench.claims import claim_name
 from rd_deploy.bench.feature_maps import count_memory, engine_rows, judge_memory
 from rd_deploy.bench.models import Subject
 from rd_deploy.bench.profile import profile
-from rd_deploy.bench.statistics import Ratio, Summary, instability, paired_ratio, summarise
-from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, WarmUp, time_pair
+from rd_deploy.bench.statistics import Ratio, Summary, paired_ratio, summarise
+from rd_deploy.bench.timer import MIN_QUADS, PairedSamples, doubts, time_pair
 from rd_deploy.common import UserError, first_line
 from rd_deploy.engines import Engine, Session, Unsupported
 from rd_deploy.engines.native import NativeSession
@@ -276,7 +276,8 @@ def _interleave(sessions: tuple[Session, Session], names: tuple[str, str], label
     first, second = (lambda: sessions[0].run(images)), (lambda: sessions[1].run(images))
     samples = time_pair(first, second, seconds=plan.seconds, min_quads=plan.min_quads, max_warm_up=plan.warm_up)
     ratio, summaries = paired_ratio(samples.a, samples.b, plan.seed), _summaries(samples, plan)
-    warnings = _warnings(label, dict(zip(names, summaries, strict=True)), samples, ratio)
+    found = doubts(samples, dict(zip(names, summaries, strict=True)), ratio)
+    warnings = [f"{label}: {text}" for text in found]
     return Timing((summaries[0].median, summaries[1].median), _times(samples, summaries), ratio, warnings)
 
 
@@ -304,20 +305,6 @@ def _times(samples: PairedSamples, summaries: tuple[Summary, Summary]) -> tuple[
             summaries, (samples.a, samples.b), samples.inner, samples.calls, samples.warm_up, strict=True
         )
     )
-
-
-def _warnings(label: str, summaries: dict[str, Summary], samples: PairedSamples, ratio: Ratio) -> list[str]:
-    """Reasons to doubt a measurement, each with the setting it is about."""
-    shaky = instability(summaries, ratio)
-    texts = [shaky] if shaky else []
-    texts += [_unsteady(name, warm) for name, warm in zip(summaries, samples.warm_up, strict=True) if not warm.steady]
-    return [f"{label}: {text}" for text in texts]
-
-
-def _unsteady(name: str, warm: WarmUp) -> str:
-    if warm.change is None:
-        return f"{name} was warmed up for one window only, {warm.seconds:.1f} s"
-    return f"{name} was not steady after {warm.seconds:.1f} s of warm-up (still changing by {warm.change:.0%})"
 
 
 def _skip(engine: str, precision: str | None, batch: int | None, reason: str) -> dict:

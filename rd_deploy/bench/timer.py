@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rd_deploy.bench.statistics import Ratio, Summary, instability
+
 Clock = Callable[[], int]  # nanoseconds
 
 WINDOW_CALLS, WINDOW_MS = 5, 100.0  # a warm-up window has at least so many calls and lasts at least so long
@@ -84,6 +86,19 @@ def time_pair(
             _run_for(a, SETTLE_MS, clock)
             first.sample()
     return PairedSamples(first.samples, second.samples, (first.inner, second.inner), (first.calls, second.calls), warm)
+
+
+def doubts(samples: PairedSamples, summaries: dict[str, Summary], ratio: Ratio) -> list[str]:
+    """Reasons to doubt a measurement, in words; ``summaries``: of both callables, by name and in their order."""
+    shaky = instability(summaries, ratio)
+    unsteady = [_unsteady(name, warm) for name, warm in zip(summaries, samples.warm_up, strict=True) if not warm.steady]
+    return ([shaky] if shaky else []) + unsteady
+
+
+def _unsteady(name: str, warm: WarmUp) -> str:
+    if warm.change is None:
+        return f"{name} was warmed up for one window only, {warm.seconds:.1f} s"
+    return f"{name} was not steady after {warm.seconds:.1f} s of warm-up (still changing by {warm.change:.0%})"
 
 
 class _Sampler:

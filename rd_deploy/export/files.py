@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rd_deploy.chain import INPUT, Chain
-from rd_deploy.common import UserError, atomic_path, check_file
+from rd_deploy.common import UserError, atomic_path, check_file, check_replaceable
 
 SIDECAR_FORMAT = "residual-distillation-sidecar/1"
 MAX_SIDECAR_BYTES = 256 << 20  # a million class names and more
@@ -35,15 +35,16 @@ class Artefact:
 def check_target(path: Path, suffix: str, sidecar: Path) -> None:
     """Raise `UserError` unless ``path`` ends in ``suffix``, both files can be written and neither replaces others'.
 
-    Meant to be called before the work is done.
+    A model is ours by its sidecar. Meant to be called before the work is done.
     """
     if path.suffix != suffix:
         raise UserError(f"output {path} must end in {suffix}")
     for target in (path, sidecar):
-        if target.is_dir():
-            raise UserError(f"cannot write {target}: it is a folder; choose another output path")
+        check_replaceable(target)
     check_place(path.absolute().parent, path, "choose another output path")
     _check_sidecar(sidecar)
+    if path.exists() and not sidecar.exists():
+        raise UserError(f"{path} exists and is not of rd-export (no {sidecar.name}); move it, or choose another --out")
 
 
 def check_place(folder: Path, what: Path, advice: str) -> None:

@@ -160,18 +160,11 @@ def _check_targets(options: argparse.Namespace, module: ModuleType, path: Path |
     """That everything can be written where it shall be."""
     if path is not None:
         module.check_target(path)
-        _check_derived(path, module, engine)
     if engine is not None:
         tensorrt.check_target(engine)
     if options.triton_server is not None:
         _batches(options)
         check_repository(Path(options.triton_server), (engine or path or Path(options.checkpoint)).stem)
-
-
-def _check_derived(path: Path, module: ModuleType, engine: Path | None) -> None:
-    """An ONNX file whose name follows from an engine's was named by nobody: it replaces only one of ours."""
-    if engine is not None and path.exists() and not module.sidecar_path(path).exists():
-        raise UserError(f"{path}, which {engine} is built from, exists and is not of rd-export; choose another --out")
 
 
 # --- the work

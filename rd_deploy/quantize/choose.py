@@ -104,6 +104,7 @@ class _Quantizer:
         before, after = judge.original(), judge.judge(_runner(model))
         drop = None if before.accuracy is None else _points(before, after)
         limits = {"original_accuracy": before.accuracy, "drop_points": drop, "max_drop": max_drop}
+        limits["corrupt_images"] = judge.left_out
         return {"origin": self.data.gate.origin, **after.to_dict(), **limits}
 
     def sensitivities(self, calibrator: str) -> list[dict]:

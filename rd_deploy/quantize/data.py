@@ -3,7 +3,7 @@
 A calibrator that was chosen by its accuracy on some images looks better on these than on others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,15 @@ ESCAPE = "pass --data-dir FOLDER, or --images FOLDER with at least 8 images of t
 class Samples:
     """Images that are made when they are needed. ``load``: indices (N,) to float32 (N, C, H, W), preprocessed.
 
-    ``labels``: int64 (count,), None where nobody knows. ``origin``: in words.
+    ``labels``: int64 (count,), None where nobody knows. ``origin``: in words. ``corrupt``: indices of those that could
+    not be read, as far as they were asked for; other images stand in for them.
     """
 
     load: Callable[[np.ndarray], np.ndarray]
     count: int
     labels: np.ndarray | None
     origin: str
+    corrupt: Callable[[], Collection[int]] = tuple
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """All images in order, at most ``size`` at a time."""
@@ -41,7 +43,11 @@ class Samples:
     def select(self, indices: np.ndarray) -> "Samples":
         """The images at these indices."""
         labels = None if self.labels is None else self.labels[indices]
-        return Samples(lambda chosen: self.load(indices[chosen]), len(indices), labels, self.origin)
+
+        def corrupt() -> Collection[int]:
+            return np.flatnonzero(np.isin(indices, [*self.corrupt()])).tolist()
+
+        return Samples(lambda chosen: self.load(indices[chosen]), len(indices), labels, self.origin, corrupt)
 
     def some(self, count: int) -> "Samples":
         """At most ``count`` of them, evenly spread."""
@@ -101,7 +107,7 @@ def _split(split, origin: str) -> Samples:
     def load(indices: np.ndarray) -> np.ndarray:
         return split.images(torch.from_numpy(indices)).numpy()
 
-    return Samples(load, len(split), split.labels.numpy(), origin)
+    return Samples(load, len(split), split.labels.numpy(), origin, lambda: [*split.corrupt])
 
 
 def _from_folder(folder: Path, chain: Chain, calibration_images: int) -> QuantizationData:

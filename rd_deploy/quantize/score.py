@@ -30,14 +30,21 @@ class Score:
 
 
 class Judge:
-    """Some images, and what the original network says about them, computed once.
+    """Some images, and what the original network says about them, computed once; corrupt ones are left out.
 
     ``run``: float32 (N, C, H, W) to logits (N, classes), of the original; ``batch``: images at a time.
     """
 
     def __init__(self, samples: Samples, run: Callable[[np.ndarray], np.ndarray], batch: int):
         self.samples, self.batch = samples, batch
-        self.logits = self._run(run)
+        logits = self._logits(run)
+        corrupt = [*samples.corrupt()]  # known now that all have been read
+        self.readable = np.delete(np.arange(samples.count), corrupt)
+        if not self.readable.size:
+            raise UserError(f"none of the {samples.count} {samples.origin} can be read; replace them")
+        self.left_out = len(corrupt)
+        self.labels = None if samples.labels is None else samples.labels[self.readable]
+        self.logits = logits[self.readable]
         if not np.isfinite(self.logits).all() or self.logits.std() == 0:
             raise UserError(f"the network gives no usable logits for the {samples.origin}: it is dead; train again")
 
@@ -47,15 +54,15 @@ class Judge:
 
     def judge(self, run: Callable[[np.ndarray], np.ndarray]) -> Score:
         """The score of another network with the same classes."""
-        return self._score(self._run(run))
+        return self._score(self._logits(run)[self.readable])
 
-    def _run(self, run: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def _logits(self, run: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         return np.concatenate([run(images) for images in self.samples.batches(self.batch)]).astype(np.float64)
 
     def _score(self, logits: np.ndarray) -> Score:
         if not np.isfinite(logits).all():
-            return Score(len(logits), None if self.samples.labels is None else 0.0, 0.0, float("inf"))
-        classes, labels = logits.argmax(axis=1), self.samples.labels
+            return Score(len(logits), None if self.labels is None else 0.0, 0.0, float("inf"))
+        classes, labels = logits.argmax(axis=1), self.labels
         return Score(
             images=len(logits),
             accuracy=None if labels is None else float((classes == labels).mean()),

@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from rd_deploy.common import UserError
 
+PREFIX = ".rd-export-"  # of temporary folders
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # What renameat2 says where the kernel or the file system cannot exchange.
 CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -19,16 +21,22 @@ CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 def atomic_folder(path: Path, workplace: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of ``path``, on failure nothing has changed.
 
-    ``workplace``: an existing folder on the file system of ``path``, where the new one is put together. ``path`` does
-    not exist, or is a folder that is removed. Raises `UserError` when the system refuses.
+    ``workplace``: an existing folder where the new one is put together; if that is on another mount, which can be of
+    the same file system, the new one is copied beside ``path`` before it takes the place. ``path`` does not exist, or
+    is a folder that is removed. Raises `UserError` when the system refuses.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".rd-export-", dir=workplace) as temporary:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=workplace) as temporary:
             new = Path(temporary) / "new"
             new.mkdir()  # not the temporary folder itself, which is private: outputs follow the user's umask
             yield new
             _sync(new)
-            _put(new, path)
+            try:
+                _put(new, path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                _put_copy(new, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
 
@@ -47,6 +55,15 @@ def _put(new: Path, path: Path) -> None:
         new.rename(path)
     elif not _exchange(new, path):
         _replace_in_two_steps(new, path)
+
+
+def _put_copy(new: Path, path: Path) -> None:
+    """The same from another mount."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=path.parent) as temporary:
+        copy = Path(temporary) / "new"
+        shutil.copytree(new, copy)
+        _sync(copy)
+        _put(copy, path)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -105,6 +105,9 @@ def test_the_claim_of_speed_is_told_for_both_questions():
     bench["best"][0] |= {"compare_engine": "torch"}
     bench["claims"][-1] |= {"holds": False}
     assert cpu_tables._alone(bench, row) == "1.38x (1.38 to 1.38), native against torch"
+    bench["best"][0] |= {"model_engine": "torch"}
+    bench["warnings"] = ["torch fp32 batch 1: unsteady"]
+    assert cpu_tables._alone(bench, row) == "1.38x (1.38 to 1.38) *, torch against torch"
 
 
 def test_a_table_names_the_command_and_what_disturbed_its_run():

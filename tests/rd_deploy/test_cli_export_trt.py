@@ -1,11 +1,13 @@
 """``rd-export --trt`` and its neighbours, end to end: real engines by TensorRT-RTX without a GPU, and refusals."""
 
+import functools
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,6 +198,19 @@ class StandIn:
         return onnx_runner(self.content)(images) + self.wrong * np.arange(5, dtype=np.float32)
 
 
+def counting(ways, sizes: list[int]):
+    """The same ways; those that run tell how many images they got."""
+
+    def counted(*given):
+        def load(way):
+            run = way.load()
+            return lambda images: sizes.append(len(images)) or run(images)
+
+        return [replace(way, load=functools.partial(load, way)) for way in ways(*given)]
+
+    return counted
+
+
 @rtx
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
 def test_where_the_engine_can_run_it_is_compared(rd_export, tmp_path, monkeypatch, wrong):
@@ -211,6 +226,9 @@ def test_where_the_engine_can_run_it_is_compared(rd_export, tmp_path, monkeypatc
     monkeypatch.setattr(tensorrt, "_target", lambda: "sm89")
     monkeypatch.setattr(tensorrt, "build_engine", remember)
     monkeypatch.setattr(session, "Session", type("Session", (StandIn,), {"wrong": wrong}))
+    monkeypatch.setattr(tensorrt, "REFERENCE_BATCH", 3)
+    sizes = []
+    monkeypatch.setattr(tensorrt, "onnx_ways", counting(tensorrt.onnx_ways, sizes))
     code, out, err = rd_export(*SMALL, "--trt", "--trt-flavour", "rtx", "--batch", "1:2:4")
     if wrong:
         assert (code, files(tmp_path)) == (1, [])
@@ -218,6 +236,7 @@ def test_where_the_engine_can_run_it_is_compared(rd_export, tmp_path, monkeypatc
         return
     assert (code, err) == (0, "")
     assert "parity with plain20.onnx in onnxruntime" in out
+    assert max(sizes) == 3  # not all images at once
     engine = read_engine("plain20.engine")
     assert engine.targets == ("sm89",)
     assert [run["batch"] for run in engine.sidecar["parity"]["runs"]] == [1, 2, 4]

@@ -1,9 +1,40 @@
 """What every command does with an error."""
 
+import json
+import os
+import stat
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from rd_deploy.common import Parser, Stopped, UserError, require, run_command
+from rd_deploy.common import Parser, Stopped, UserError, require, run_command, write_json
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path, said in (
+        (pipe, "it is no regular file"),
+        (folder, "it is a folder"),
+        (Path("/dev/null"), "no regular file"),
+    ):
+        with pytest.raises(UserError, match=f"cannot write {path}: .*{said}; choose another output path"):
+            write_json(path, {})
+    assert sorted(tmp_path.iterdir()) == [folder, pipe]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_link_stays_one_and_its_target_is_replaced(tmp_path):
+    target, link = tmp_path / "data" / "x.json", tmp_path / "x.json"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    write_json(link, [1])
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == [1]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "x.json", "x.json"]
 
 
 @pytest.mark.parametrize(("make", "said"), [(lambda: np.empty(1 << 62, np.uint8), "Unable to allocate"), (None, "")])
@@ -18,6 +49,32 @@ def test_full_memory_is_one_line_and_exit_2(capsys, make, said):
     assert error.startswith("rd-test: error: not enough memory")
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 12",
+        "std::bad_alloc",
+    ],
+)
+def test_full_memory_of_a_library_is_one_line_and_exit_2(capsys, said):
+    def command() -> None:
+        raise RuntimeError(f"{said}\nframe 1")
+
+    assert run_command("rd-test", command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rd-test: error: not enough memory ({said}")
+    assert error.count("\n") == 1
+
+
+def test_other_errors_of_a_library_are_not_taken_for_full_memory():
+    def command() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command("rd-test", command)
 
 
 @pytest.mark.parametrize(

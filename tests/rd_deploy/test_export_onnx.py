@@ -241,6 +241,7 @@ def test_the_sidecar_describes_the_file(tmp_path, chain):
 
 def test_older_files_are_replaced_and_kept_when_the_check_fails(tmp_path, chain):
     path = tmp_path / "net.onnx"
+    export(make_onnx, path, chain)
     path.write_bytes(b"old")
 
     def refuse(content: bytes) -> dict:
@@ -249,10 +250,19 @@ def test_older_files_are_replaced_and_kept_when_the_check_fails(tmp_path, chain)
     with pytest.raises(RuntimeError):
         export(make_onnx, path, chain, verify=refuse)
     assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert len(list(tmp_path.iterdir())) == 2
     export(make_onnx, path, chain)
     onnx.checker.check_model(path.read_bytes())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_network_of_others_is_not_replaced(tmp_path, chain):
+    path = tmp_path / "resnet50.onnx"
+    path.write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"exists and is not of rd-export \(no resnet50\.json\)"):
+        export(make_onnx, path, chain, verify=too_late)
+    assert path.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_unwritable_outputs_are_refused_before_the_work(tmp_path, chain):

@@ -61,6 +61,8 @@ def test_weights_in_a_file_beside_the_model_are_found_and_not_read(tmp_path):
         ("here.bin", {"length": 1000}, "shorter"),
         ("here.bin", {"length": 92}, "tensor 'weight' needs 96 bytes and has 92 in"),
         ("here.bin", {"offset": 4}, "shorter"),
+        ("long.bin", {}, "tensor 'weight' needs 96 bytes and has 1,000 in"),
+        ("long.bin", {"offset": 8}, "tensor 'weight' needs 96 bytes and has 992 in"),
         ("here.bin", {"offset": -1}, "shorter"),
         ("here.bin", {"offset": "many"}, "bad offset"),
     ],
@@ -70,10 +72,19 @@ def test_external_weights_are_confined_to_the_models_folder(tmp_path, location, 
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(96))
     (folder / "here.bin").write_bytes(bytes(96))
+    (folder / "long.bin").write_bytes(bytes(1000))  # all of which would be read where no length is given
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     path = save(with_external_weight(location, **entries), folder / "net.onnx")
     with pytest.raises(UserError, match=message):
         load_model(path)
+
+
+def test_external_weights_of_packed_types_have_a_bound_too(tmp_path):
+    model = with_external_weight("w.bin")
+    model.graph.initializer[0].data_type = TensorProto.COMPLEX128
+    (tmp_path / "w.bin").write_bytes(bytes(24 * 16 + 1))
+    with pytest.raises(UserError, match="needs at most 384 bytes and has 385 in"):
+        load_model(save(model, tmp_path / "net.onnx"))
 
 
 def test_files_that_are_no_onnx_network_are_refused(tmp_path):

@@ -56,6 +56,16 @@ def test_an_operator_of_another_domain_is_a_step_with_the_shape_that_the_file_gi
                 ledger(model, batch=2)
 
 
+def test_a_type_that_onnx_does_not_know_is_refused():
+    builder = Builder()
+    model = builder.model(["N", 4], builder.op("Relu", "y"))
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    model.graph.node.insert(0, helper.make_node("Relu", ["image"], ["y"], domain="com.example"))
+    model.graph.value_info.append(helper.make_tensor_value_info("y", 77, ["N", 4]))
+    with pytest.raises(UserError, match=r"tensor 'y' has no type that ONNX knows \(77\)"):
+        ledger(model)
+
+
 def test_a_batch_fixed_inside_the_network_is_refused():
     for shape in ([1, 36], [1, -1]):
         builder = Builder()

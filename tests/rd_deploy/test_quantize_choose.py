@@ -40,6 +40,14 @@ def accuracy(model, given: Samples) -> float:
     return float((logits.argmax(axis=1) == given.labels).mean())
 
 
+def with_corrupt(chain: Chain, given: Samples, corrupt: list[int]) -> Samples:
+    """The same where some images cannot be read: others stand in for them, and their labels mean nothing."""
+    places = np.where(np.isin(np.arange(given.count), corrupt), 0, np.arange(given.count))
+    labels = given.labels.copy()
+    labels[corrupt] = (labels[0] + 1) % len(chain.classes)
+    return Samples(lambda indices: given.load(places[indices]), given.count, labels, given.origin, lambda: corrupt)
+
+
 def with_outlier(chain: Chain, name: str, factor: float) -> Chain:
     """One input channel of a layer with large weights, of a source with small values there: 8 bits lose the others."""
     before = {step.name: step for step in chain.steps}
@@ -208,3 +216,20 @@ def test_sensitivity_is_bounded_by_the_networks_cost(monkeypatch):
     monkeypatch.setattr(choose, "SENSITIVITY_MACS", 20.5 * chain.macs() * len(quantizable(chain, KINDS["int8"])))
     quantize_network(chain, "int8", data(chain, labelled=False), "minmax")
     assert seen == [60, 60, 20]
+
+
+def test_corrupt_images_are_left_out_of_the_gate_and_counted():
+    chain = balanced(basics())
+    given = data(chain)
+    corrupt = [3, 4, 59]
+    hurt = dataclasses.replace(given, gate=with_corrupt(chain, given.gate, corrupt))
+    whole = quantize_network(chain, "int8", given, "minmax", max_drop=100, sensitivity=False)
+    found = quantize_network(chain, "int8", hurt, "minmax", max_drop=100, sensitivity=False)
+    good = np.delete(np.arange(60), corrupt)
+    expected = accuracy(whole.model, given.gate.select(good))
+    gate = found.report["gate"]
+    assert (gate["images"], gate["corrupt_images"], whole.report["gate"]["corrupt_images"]) == (57, 3, 0)
+    assert (gate["original_accuracy"], gate["accuracy"]) == (1.0, pytest.approx(expected))
+    none = dataclasses.replace(given, gate=with_corrupt(chain, given.gate, [*range(60)]))
+    with pytest.raises(UserError, match="none of the 60 images of seed 3 can be read"):
+        quantize_network(chain, "int8", none, "minmax", sensitivity=False)

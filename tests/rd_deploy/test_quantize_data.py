@@ -128,6 +128,21 @@ def test_batches_are_whole_but_for_the_last():
     np.testing.assert_array_equal(samples.some(3).labels, [0, 3, 6])
 
 
+def test_what_could_not_be_read_is_known_after_it_was_asked_for():
+    corrupt = []
+
+    def load(indices: np.ndarray) -> np.ndarray:
+        corrupt.extend({2, 5} & {*indices.tolist()})
+        return np.zeros((len(indices), 1, 2, 2), np.float32)
+
+    samples = Samples(load, 7, np.arange(7), "made up", lambda: corrupt)
+    picked = samples.select(np.array([5, 3, 2, 0])).select(np.array([0, 1, 3]))
+    assert [*picked.corrupt()] == []
+    picked.load(np.arange(3))
+    assert [*picked.corrupt()] == [0]
+    assert [*samples.corrupt()] == [5]
+
+
 def test_a_damaged_image_is_named(tmp_path):
     write_images(tmp_path, [f"{index}.png" for index in range(8)])
     for path in tmp_path.iterdir():

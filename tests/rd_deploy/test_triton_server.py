@@ -424,3 +424,19 @@ def test_a_mount_is_worked_on_from_inside(tmp_path, monkeypatch):
     write(tmp_path)
     write(tmp_path, content=b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_model_that_was_put_together_on_another_mount_is_copied(tmp_path, monkeypatch, exchange):
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("/dev/shm is no other mount to write to")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        other = Path(name)
+        monkeypatch.setattr(triton_server, "_workplace", lambda folder: other)
+        if not exchange:
+            monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+        write(tmp_path)
+        write(tmp_path, content=b"new")
+        assert (tmp_path / "net" / "1" / "model.onnx").read_bytes() == b"new"
+        assert [path.name for path in tmp_path.iterdir()] == ["net"]
+        assert [*other.iterdir()] == []

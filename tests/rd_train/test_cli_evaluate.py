@@ -81,7 +81,7 @@ def test_other_data_of_the_same_classes(tmp_path, capsys):
         assert command(["evaluate", str(tmp_path / "model.pt"), *flags]) == 0
         result = json.loads((tmp_path / "x.json").read_text())
         counts[name] = result["images"], result["corrupt_images"], [each["name"] for each in result["classes"]]
-    with pytest.raises(UserError, match="more corrupt images than --max-corrupt 0"):
+    with pytest.raises(UserError, match="more corrupt images than rd-train's --max-corrupt 0"):
         command(["evaluate", str(tmp_path / "model.pt"), *flags, "--max-corrupt", "0"])
     assert counts == {"one": (6, 0, dataset.classes), "other": (9, 1, dataset.classes)}
     assert "folder: 9 images (test), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out

@@ -339,7 +339,7 @@ def test_corrupt_images_of_all_processes_are_counted_before_anything_of_an_epoch
         assert found[f"enough-{rank}"] == ["", steps - 1]
         for name, last in (("at the end", steps - 1), ("early", 0)):
             said, reached = found[f"{name}-{rank}"]
-            assert "more corrupt images than --max-corrupt 1" in said
+            assert "more corrupt images than rd-train's --max-corrupt 1" in said
             assert reached == last
 
 

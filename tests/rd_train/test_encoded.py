@@ -146,7 +146,7 @@ def test_corrupt_images_are_named_counted_and_limited(tmp_path, capsys):
     assert len(other.skipped) == 2
     name = ruin(dataset.train, 20)
     with pytest.raises(
-        UserError, match=r"more corrupt images than --max-corrupt 2: .*the others are in .*skipped\.txt"
+        UserError, match=r"more corrupt images than rd-train's --max-corrupt 2: .*the others are in .*skipped\.txt"
     ):
         other.train.images(torch.arange(25))
     assert name not in (tmp_path / "skipped.txt").read_text()
@@ -175,7 +175,7 @@ def test_no_corrupt_image_is_tolerated_if_that_was_asked(tmp_path):
     write_imagenet(tmp_path)
     dataset = load_dataset("folder", tmp_path, size=16, max_corrupt=0)
     name = ruin(dataset.val, 0)
-    with pytest.raises(UserError, match="more corrupt images than --max-corrupt 0") as error:
+    with pytest.raises(UserError, match="more corrupt images than rd-train's --max-corrupt 0") as error:
         list(evaluation_batches(dataset.val, 8))
     assert name in str(error.value)
 
