@@ -226,7 +226,7 @@ class Context:
         self._lock, self._process = threading.Lock(), os.getpid()
         # Here, too: at exit the finaliser's own references go, while a daemon thread in a call keeps this object.
         self._kept = (plan._memory, arena)
-        _when_unused(self, _free_context, c.library().rd_context_free, self._handle, self._process, self._kept)
+        _when_unused(self, _free, c.library().rd_context_free, self._handle, self._kept)
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -248,7 +248,7 @@ class Context:
         return logits, seconds
 
     def _call(self, function: Callable, *pointers: int) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._process:  # as the engine says, too, but a call under way may have held the lock
             raise UserError("this context was made before the process forked, without its threads: make another one")
         with self._lock:
             function(self._handle, *pointers)
@@ -351,8 +351,3 @@ def _when_unused(owner: object, function: Callable, *arguments) -> None:
 def _free(function: Callable, handle: c_void_p, kept: object) -> None:
     """``kept`` is memory that the object uses: it lives until here."""
     function(handle)
-
-
-def _free_context(function: Callable, handle: c_void_p, process: int, kept: object) -> None:
-    if os.getpid() == process:  # a child of the process has the memory but not the threads that end here
-        function(handle)

@@ -1,6 +1,11 @@
 // Running through the C interface: what networks compute, that a run allocates nothing and writes nothing but its arena
 // and the logits, and that mistakes and lack of memory end in a status.
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <string>
 #include <thread>
@@ -349,6 +354,77 @@ void test_lifetimes(const char *isa) {
     rd_context_free(context);
 }
 
+// --- the process
+
+// Threads start in the mode of who starts them, and the caller changes its own when it likes.
+void test_rounding() {
+    const Network network = bottlenecks(false, true, 40);
+    const Loaded loaded(network);
+    const std::vector<float> images = network.images(2);
+    const Planned one(loaded, options(2, 1)), three(loaded, options(2, 3));
+    const std::vector<float> expected = Guarded(one).run(images);
+    CHECK(std::fesetround(FE_UPWARD) == 0);
+    Guarded alone(one), together(three);
+    for (int i = 0; i < 20; i++) {
+        CHECK(same_bits(alone.run(images), expected) && same_bits(together.run(images), expected));
+        CHECK(std::fegetround() == FE_UPWARD);
+    }
+    std::fesetround(FE_TONEAREST);
+    for (int i = 0; i < 20; i++) CHECK(same_bits(together.run(images), expected));
+}
+
+// A child of the process has none of the context's threads: it is told so, and can free the context.
+void test_fork() {
+    const Network network = bottlenecks(false, false, 32);
+    const Loaded loaded(network);
+    const std::vector<float> images = network.images(1);
+    for (const std::uint32_t threads : {1u, 3u}) {
+        const Planned plan(loaded, options(1, threads));
+        rd_context *context = nullptr;
+        std::vector<float> logits(10);
+        succeeded(rd_context_create(plan.handle, nullptr, 0, &context));
+        succeeded(rd_context_run(context, images.data(), logits.data()));
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));  // the threads fall asleep
+        const pid_t child = ::fork();
+        CHECK(child >= 0);
+        if (child == 0) {
+            ::alarm(60);
+            std::vector<float> found(10);
+            const rd_status status = rd_context_run(context, images.data(), found.data());
+            const bool right = threads == 1 ? status == RD_OK && same_bits(found, logits)
+                                            : status == RD_ERROR_ARGUMENT && std::strstr(rd_last_error(), "forked");
+            rd_context_free(context);
+            ::_exit(right ? 0 : 1);
+        }
+        int status = -1;
+        CHECK(::waitpid(child, &status, 0) == child);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        succeeded(rd_context_run(context, images.data(), logits.data()));
+        rd_context_free(context);
+    }
+}
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(RD_EMULATE_TILES)
+std::uint64_t permitted() {
+    constexpr long get_permission = 0x1022;  // arch_prctl
+    std::uint64_t features = 0;
+    return ::syscall(SYS_arch_prctl, get_permission, &features) == 0 ? features : 0;
+}
+
+// The permission to use tiles is of the whole process and for ever: nothing asks for it that does not use them.
+void test_permission() {
+    constexpr std::uint64_t tiles = 1u << 18;
+    if ((permitted() & tiles) != 0) return;  // whoever started this process asked
+    const Loaded loaded(bottlenecks(false, false, 32)), halves(bottlenecks(true, false, 32));
+    const Planned usual(loaded, options(1, 1));
+    CHECK((permitted() & tiles) == 0);
+    const Planned plan(halves, options(1, 1));
+    CHECK(((permitted() & tiles) != 0) == (std::string(plan.info.isa) == "amx_bf16"));
+}
+#else
+void test_permission() {}  // nobody to ask
+#endif
+
 // --- mistakes
 
 void refused(rd_status status, rd_status expected, const char *hint) {
@@ -364,6 +440,7 @@ void test_network_mistakes() {
     rd_network *made = nullptr;
     refused(rd_network_load(nullptr, &made), RD_ERROR_ARGUMENT, "path");
     refused(rd_network_load("missing.rdp", &made), RD_ERROR_FILE, "missing.rdp");
+    refused(rd_network_load("a\nb\x1b.rdp", &made), RD_ERROR_FILE, "a?b?.rdp");
     refused(rd_network_load(".", &made), RD_ERROR_FILE, "not a file");
     refused(rd_network_from_memory(nullptr, 64, &made), RD_ERROR_ARGUMENT, "data");
     refused(rd_network_from_memory(file.data(), file.size(), nullptr), RD_ERROR_ARGUMENT, "network");
@@ -394,6 +471,7 @@ void test_plan_mistakes() {
     refuse(options(1, 1025), RD_ERROR_ARGUMENT, "threads");
     refuse(options(4294967295u, 4294967295u), RD_ERROR_ARGUMENT, "batch");
     refuse(options(1, 1, 0, "sse9"), RD_ERROR_UNSUPPORTED, "sse9");
+    refuse(options(1, 1, 0, "x\ny"), RD_ERROR_UNSUPPORTED, "'x?y'");
     refuse(options(1, 1, RD_FLAG_UNFUSED | RD_FLAG_SMALL), RD_ERROR_ARGUMENT, "contradict");
     refuse({1, 1, 5000, 32, 0, nullptr}, RD_ERROR_ARGUMENT, "height");
     refuse({4096, 1, 4096, 4096, 0, nullptr}, RD_ERROR_ARGUMENT, "large");
@@ -496,6 +574,7 @@ void test_lack_of_memory(const char *isa) {
 
 int main() {
     CHECK(__sanitizer_install_malloc_and_free_hooks(on_allocation, on_release) != 0);
+    test_permission();  // first: no other plan has asked yet
     test_network_mistakes();
     test_plan_mistakes();
     test_context_mistakes();
@@ -504,6 +583,8 @@ int main() {
     test_image_sizes();
     test_repeated_runs();
     test_sums();
+    test_rounding();
+    test_fork();
     test_random_networks();
     for (const char *isa : best_and_named(false)) test_lack_of_memory(isa);
 }

@@ -94,7 +94,9 @@ typedef struct rd_options {
     uint32_t height;  /* of the images; 0: as in the file */
     uint32_t width;
     uint32_t flags;
-    const char *isa; /* one of rd_available_isas(); NULL: the environment's RD_ISA, else the best */
+    /* One of rd_available_isas(); NULL: the environment's RD_ISA, else the best. A plan that uses AMX asks Linux for
+     * its tiles, once and for the whole process (arch_prctl): signals then need larger stacks. */
+    const char *isa;
 } rd_options;
 
 RD_API rd_status rd_plan_create(const rd_network *network, const rd_options *options, rd_plan **plan);
@@ -133,10 +135,12 @@ RD_API void rd_plan_free(rd_plan *plan);
 /* --- contexts */
 
 /* `arena`: the caller's memory, 64-byte aligned, at least arena_bytes, which must outlive the context; NULL: the
- * context allocates its own. Starts threads - 1 threads. */
+ * context allocates its own. Starts threads - 1 threads, which a child of the process does not have: there a context of
+ * several threads can be freed, which leaves their memory, and running it is an error. */
 RD_API rd_status rd_context_create(const rd_plan *plan, void *arena, size_t arena_bytes, rd_context **context);
 /* float32 images (batch, channels, height, width), normalised, to float32 logits (batch, classes). Allocates nothing.
- */
+ * Pixels must be finite: with one that is not, any logit of the batch may be NaN. Whatever the caller's rounding mode
+ * and treatment of denormals, it computes in the default ones and puts the caller's back. */
 RD_API rd_status rd_context_run(rd_context *context, const float *images, float *logits);
 /* The same, with the seconds of each fused step written to `seconds`, one per step of the plan. */
 RD_API rd_status rd_context_profile(rd_context *context, const float *images, float *logits, double *seconds);

@@ -13,9 +13,7 @@ std::string quoted(std::string_view text) {
     std::size_t bytes = std::min(text.size(), longest);
     const auto continues = [](char c) { return (static_cast<unsigned char>(c) & 0xc0) == 0x80; };
     while (bytes > 0 && bytes < text.size() && continues(text[bytes])) --bytes;  // not within a character
-    std::string out = "'";
-    for (const char c : text.substr(0, bytes)) out += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
-    return out + (bytes < text.size() ? "...'" : "'");
+    return "'" + printable(text.substr(0, bytes)) + (bytes < text.size() ? "...'" : "'");
 }
 
 void refuse(const std::string &what) { throw Error(RD_ERROR_FORMAT, "wrong .rdp file: " + what + "; export it again"); }

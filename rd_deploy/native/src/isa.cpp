@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <vector>
+#include <string>
 
 #include "error.h"
 #if defined(RD_HAVE_AMX_BF16) && (defined(__linux__) || defined(RD_EMULATE_TILES))
@@ -17,6 +17,7 @@ namespace rd {
 namespace {
 
 bool always() { return true; }
+bool nothing_to_ask() { return true; }
 
 #if defined(__x86_64__)
 [[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -37,16 +38,22 @@ bool always() { return true; }
 
 #if defined(RD_OFFER_AMX) && defined(RD_EMULATE_TILES)
 bool has_amx_bf16() { return true; }  // plain code, for tests
+bool ask_for_tiles() { return true; }
 #elif defined(RD_OFFER_AMX)
-// Tiles are 8 KiB of state per thread, which Linux saves only for processes that asked before their threads start.
-bool tiles_permitted() {
-    constexpr long request_permission = 0x1023, tile_data = 18;
-    static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+constexpr long kSupported = 0x1021, kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, in asm/prctl.h
+// Tiles are 8 KiB of state per thread, which Linux saves only for processes that asked before their threads start. It
+// cannot be taken back, and signals then need larger stacks: asked for when a plan is to use tiles, not before.
+bool ask_for_tiles() {
+    static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return permitted;
+}
+bool system_knows_tiles() {
+    unsigned long long features = 0;
+    return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1u) != 0;
 }
 bool has_amx_bf16() {
     const unsigned features = leaf7(0, 3);
-    return has_avx512_bf16() && (features >> 22 & 1u) != 0 && (features >> 24 & 1u) != 0 && tiles_permitted();
+    return has_avx512_bf16() && (features >> 22 & 1u) != 0 && (features >> 24 & 1u) != 0 && system_knows_tiles();
 }
 #endif
 
@@ -54,6 +61,7 @@ struct Isa {
     const char *name;
     bool (*runs_here)();
     const Kernels *(*tables)(bool bf16);
+    bool (*ask)() = nothing_to_ask;  // the system for it; false when it refuses
     // Only taken by its name: its results differ from the precision's by more than an order of additions does.
     bool by_name = false;
 };
@@ -61,7 +69,7 @@ struct Isa {
 // Best first. What the compiler could not build is not here.
 constexpr Isa kIsas[] = {
 #if defined(RD_OFFER_AMX)
-    {"amx_bf16", has_amx_bf16, amx_bf16_kernels},
+    {"amx_bf16", has_amx_bf16, amx_bf16_kernels, ask_for_tiles},
 #endif
 #if defined(RD_HAVE_AVX512_BF16)
     {"avx512_bf16", has_avx512_bf16, avx512_bf16_kernels},
@@ -74,41 +82,66 @@ constexpr Isa kIsas[] = {
 #endif
     {"portable", always, portable_kernels},
 #if defined(RD_OFFER_AMX) && defined(RD_HAVE_AMX_BF16X2)
-    {"amx_bf16x2", has_amx_bf16, amx_bf16x2_kernels, true},
+    {"amx_bf16x2", has_amx_bf16, amx_bf16x2_kernels, ask_for_tiles, true},
 #endif
 };
 
-std::string listed() {
-    std::string names;
-    for (const Isa &isa : kIsas)
-        if (isa.runs_here()) names += (names.empty() ? "" : ",") + std::string(isa.name);
+// The longest list, with its commas and zero.
+struct Names {
+    char text[128] = "";
+};
+
+Names listed() {
+    Names names;
+    char *end = names.text;
+    for (const Isa &isa : kIsas) {
+        if (!isa.runs_here()) continue;
+        if (end != names.text) *end++ = ',';
+        const std::size_t length = std::strlen(isa.name);
+        std::memcpy(end, isa.name, length + 1);
+        end += length;
+    }
     return names;
+}
+
+constexpr std::size_t all_names() {
+    std::size_t length = 0;
+    for (const Isa &isa : kIsas) length += std::char_traits<char>::length(isa.name) + 1;
+    return length;
+}
+static_assert(all_names() <= sizeof(Names::text));
+
+[[noreturn]] void refuse_isa(const std::string &what, const std::string &advice) {
+    throw Error(RD_ERROR_UNSUPPORTED, what + ": choose " + advice);
 }
 
 }  // namespace
 
 const char *available_isas() {
-    static const std::string names = listed();
-    return names.c_str();
+    static const Names names = listed();
+    return names.text;
 }
 
 const Kernels &choose_kernels(const char *name, bool bf16) {
     if (!name || !*name) name = std::getenv("RD_ISA");
-    const bool any = !name || !*name;
-    for (const Isa &isa : kIsas) {
-        if (any ? isa.by_name : std::strcmp(isa.name, name) != 0) continue;
-        if (!isa.runs_here()) {
-            if (any) continue;
-            throw Error(RD_ERROR_UNSUPPORTED, "this CPU cannot run instruction set " + std::string(name) +
-                                                  ": choose one of " + available_isas());
-        }
-        if (const Kernels *tables = isa.tables(bf16)) return *tables;
-        if (!any)
-            throw Error(RD_ERROR_UNSUPPORTED, "instruction set " + std::string(name) + " has no " +
-                                                  (bf16 ? "bf16" : "fp32") + " kernels: choose another one");
+    const std::string others = std::string("one of ") + available_isas();
+    if (!name || !*name) {
+        for (const Isa &isa : kIsas)
+            if (const Kernels *tables = isa.by_name ? nullptr : isa.tables(bf16))
+                if (isa.runs_here() && isa.ask()) return *tables;
+        refuse_isa("this build has nothing that runs here", "another build");  // not reached: portable code does
     }
-    throw Error(RD_ERROR_UNSUPPORTED,
-                "unknown instruction set '" + std::string(name) + "': choose one of " + available_isas());
+    const std::string shown = printable(name);
+    for (const Isa &isa : kIsas) {
+        if (std::strcmp(isa.name, name) != 0) continue;
+        if (!isa.runs_here()) refuse_isa("this CPU cannot run instruction set " + shown, others);
+        const Kernels *tables = isa.tables(bf16);
+        if (!tables)
+            refuse_isa("instruction set " + shown + " has no " + (bf16 ? "bf16" : "fp32") + " kernels", "another one");
+        if (!isa.ask()) refuse_isa("the system does not let this process use " + shown, others);
+        return *tables;
+    }
+    refuse_isa("unknown instruction set '" + shown + "'", others);
 }
 
 }  // namespace rd

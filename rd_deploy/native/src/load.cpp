@@ -26,15 +26,15 @@ struct Descriptor {
 };
 
 [[noreturn]] void fail(const char *path, int error) {
-    throw Error(error == ENOMEM ? RD_ERROR_MEMORY : RD_ERROR_FILE, std::string(path) + ": " + std::strerror(error));
+    throw Error(error == ENOMEM ? RD_ERROR_MEMORY : RD_ERROR_FILE, printable(path) + ": " + std::strerror(error));
 }
 
 std::shared_ptr<const void> map_file(const char *path, std::size_t *bytes) {
     const Descriptor file(path);
     struct stat status{};
     if (file.number < 0 || ::fstat(file.number, &status) != 0) fail(path, errno);
-    if (!S_ISREG(status.st_mode)) throw Error(RD_ERROR_FILE, std::string(path) + " is not a file");
-    if (status.st_size <= 0) throw Error(RD_ERROR_FORMAT, std::string(path) + " is empty; export it again");
+    if (!S_ISREG(status.st_mode)) throw Error(RD_ERROR_FILE, printable(path) + " is not a file");
+    if (status.st_size <= 0) throw Error(RD_ERROR_FORMAT, printable(path) + " is empty; export it again");
     const auto size = static_cast<std::size_t>(status.st_size);
     void *data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.number, 0);
     if (data == MAP_FAILED) fail(path, errno);
@@ -52,7 +52,7 @@ std::shared_ptr<const Network> load_network(const char *path) {
     try {
         return parse_network(mapped.get(), bytes, mapped);
     } catch (const Error &error) {
-        throw Error(error.status, std::string(path) + ": " + error.what());
+        throw Error(error.status, printable(path) + ": " + error.what());
     }
 }
 

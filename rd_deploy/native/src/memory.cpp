@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <limits>
 
+#include "error.h"
+
 namespace rd {
 namespace {
 
@@ -81,10 +83,11 @@ void trace_maxima(const std::vector<Buffer> &buffers, const std::vector<std::str
         const Live live = live_at(buffers, step);
         if (live.maps + live.scratch <= largest) continue;
         largest = live.maps + live.scratch;
-        std::fprintf(stderr, "rd: %10zu bytes live at %s:", largest, steps[static_cast<std::size_t>(step)].c_str());
+        std::fprintf(stderr, "rd: %10zu bytes live at %s:", largest,
+                     printable(steps[static_cast<std::size_t>(step)]).c_str());
         for (const Buffer &buffer : buffers)
             if (buffer.first <= step && step <= buffer.last)
-                std::fprintf(stderr, " %s %zu@%zu", buffer.name.c_str(), buffer.bytes, buffer.offset);
+                std::fprintf(stderr, " %s %zu@%zu", printable(buffer.name).c_str(), buffer.bytes, buffer.offset);
         std::fputc('\n', stderr);
     }
     std::fprintf(stderr, "rd: %10zu bytes of arena\n", arena);

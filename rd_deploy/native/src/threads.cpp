@@ -1,8 +1,12 @@
 #include "threads.h"
+
+#include <unistd.h>
+
 #include <chrono>
 #include <system_error>
 
 #include "error.h"
+#include "floating_point.h"
 
 namespace rd {
 namespace {
@@ -27,7 +31,7 @@ std::uint64_t packed(std::uint32_t round, int items) {
 
 }  // namespace
 
-Threads::Threads(int count, void (*begin)(), void (*end)()) : begin_(begin), end_(end) {
+Threads::Threads(int count, void (*begin)(), void (*end)()) : begin_(begin), end_(end), process_(::getpid()) {
     try {
         workers_.reserve(static_cast<std::size_t>(count - 1));
         for (int thread = 1; thread < count; thread++) workers_.emplace_back([this, thread] { serve(thread); });
@@ -42,6 +46,8 @@ Threads::Threads(int count, void (*begin)(), void (*end)()) : begin_(begin), end
 }
 
 Threads::~Threads() { stop(); }
+
+bool Threads::lost() const { return !workers_.empty() && ::getpid() != process_; }
 
 void Threads::stop() {
     {
@@ -99,6 +105,7 @@ void Threads::take_items(int thread, std::uint32_t round) {
 }
 
 void Threads::serve(int thread) {
+    const DefaultMode mode;
     if (begin_) begin_();
     for (std::uint32_t seen = 0; wait_for_round(seen);) {
         seen = round_.load(std::memory_order_acquire);

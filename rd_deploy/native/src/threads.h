@@ -1,6 +1,8 @@
 // A context's threads: they share out the items of one step, then wait for the next.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -21,6 +23,9 @@ class Threads {
     Threads(const Threads &) = delete;
     Threads &operator=(const Threads &) = delete;
 
+    // Whether this is a child of the process that started threads: it has none of them, and can neither run nor end.
+    bool lost() const;
+
     // Call work(state, item, thread) once for each item from 0 to items - 1, on all threads; returns when all are done.
     // Items are claimed one at a time, so a thread that the system holds up delays no more than its own item.
     void run(Work work, void *state, int items);
@@ -34,6 +39,7 @@ class Threads {
     std::vector<std::thread> workers_;
     void (*begin_)();
     void (*end_)();
+    const pid_t process_;
     std::atomic<Work> work_{nullptr};
     std::atomic<void *> state_{nullptr};
     // Round in the high half, items not yet claimed in the low half: a claim succeeds only in the round it is meant
