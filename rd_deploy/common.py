@@ -207,6 +207,11 @@ def expanded(what: str, path: str, kind: str = "path") -> Path:
     if not path:  # an unset variable of a script, say: Path("") would be the current folder
         raise UserError(f"{what} is empty; name a {kind}")
     try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except ValueError as error:  # UnicodeEncodeError, too
+        raise UserError(f"{what} {path!r} is no path that a file can have; name a {kind}") from error
+    try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"no such user: the ~ of {path} has no folder") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import sys
@@ -55,10 +56,15 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it, a reader of stdout or stderr that goes away (``| head``, a ``tee`` that Ctrl-C ended) ends nothing."""
+    """Within it, a reader of stdout or stderr that goes away (``| head``, a ``tee`` that Ctrl-C ended) ends nothing.
+
+    Nor does text that the terminal's encoding has no signs for: it is escaped.
+    """
     with contextlib.ExitStack() as stack:
         for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
             if stream is not None:  # as it is where it was closed before Python started: print says nothing to it
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="backslashreplace")
                 lasting = _Lasting(stream)
                 stack.enter_context(redirect(lasting))
                 stack.callback(lasting.finish)

@@ -16,6 +16,8 @@ from rd_deploy.preprocessing import Preprocessing
 from rd_train.networks import Arch, Network
 
 FORMAT = "residual-distillation/1"
+# Of weights and counters: others torch cannot compute with (8 bits), or has no values of (complex ones, say).
+KINDS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 
 
 @dataclass
@@ -52,14 +54,18 @@ def check_state(own: dict[str, Tensor], state_dict: dict[str, Tensor], what: str
                 f"{what}: {name} has shape {tuple(getattr(value, 'shape', ()))}, "
                 f"the architecture needs {tuple(tensor.shape)}"
             )
-        if value.layout != torch.strided or value.is_floating_point() != tensor.is_floating_point():
+        usual = value.layout == torch.strided and value.device.type in ("cpu", "cuda") and value.dtype in KINDS
+        if not usual or value.is_floating_point() != tensor.is_floating_point():
             raise UserError(
-                f"{what}: {name} is {value.dtype}, {value.layout}, the architecture needs a dense {tensor.dtype}"
+                f"{what}: {name} is {value.dtype}, {value.layout}, on {value.device}; the architecture needs a dense "
+                f"{tensor.dtype}"
             )
         if value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise UserError(f"{what}: {name} repeats its values instead of holding them; it is not loaded")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{what}: {name} holds NaN or infinity; train again")
+        if name.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{what}: {name} holds a negative variance; train again")
 
 
 def load_strictly(network: torch.nn.Module, state_dict: dict[str, Tensor], what: str) -> None:
@@ -126,6 +132,7 @@ def load_plain(path: str | Path, what: str, max_bytes: int = 4 << 30) -> object:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{what} {path} is truncated, or not a torch file (a zip since torch 1.6); make it again")
     try:
+        _check_members(path)
         with warnings.catch_warnings():  # torch warns of other pickle protocols; ours is the only line that is said
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -135,6 +142,15 @@ def load_plain(path: str | Path, what: str, max_bytes: int = 4 << 30) -> object:
     except Exception as error:  # a hostile file can raise anything
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UserError(f"{what} {path} is damaged ({reason}); make or copy it again") from error
+
+
+def _check_members(path: Path) -> None:
+    """Refuse a zip that holds more than its own size: torch writes nothing compressed, but would read it."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its members are compressed")
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

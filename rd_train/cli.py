@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from rd_deploy.common import UserError, expanded, nearest, require, run_command
+from rd_deploy.common import UserError, expanded, first_line, nearest, require, run_command
 from rd_train import cli_evaluate
 from rd_train.recipe import RUN_FILES, Recipe, as_released, check_as_released, what_it_takes, when_not_given
 from rd_train.recipe_files import preset_names, preset_values, read_values
@@ -56,6 +56,8 @@ def _parse(arguments: list[str], defaults: dict) -> Namespace:
         return parser.parse_args(_normalised(arguments))
     except ArgumentError as error:
         raise UserError(f"{_explained(str(error))} (see rd-train --help)") from error
+    except (ValueError, OverflowError) as error:  # a number that no float holds, or too long to be printed
+        raise UserError(f"an option has a value out of all range ({first_line(error)}); see rd-train --help") from error
 
 
 def _finetune(arguments: list[str]) -> list[str]:

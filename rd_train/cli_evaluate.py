@@ -1,6 +1,7 @@
 """``rd-train evaluate``: the accuracy of a trained network on a split of a data set."""
 
 import argparse
+import math
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from rd_train.recipe import Recipe
 
 SPLITS = ("train", "val", "test")  # and all
 MOST_LINES = 20  # classes that are printed; all of them are in the JSON
+MOST_CONFUSED = 1000  # classes of a confusion matrix, which has the square of them
 
 
 def command(arguments: list[str]) -> int:
@@ -23,7 +25,7 @@ def command(arguments: list[str]) -> int:
     result = evaluate_checkpoint(options)
     print(f"network  {result['arch']}, of {result['model']}")
     print(
-        f"data     {result['data']}: {result['images']:,} images ({result['split']}), {len(result['classes'])} classes"
+        f"data     {result['data']}: {result['images']:,} images ({_of(result)}), {len(result['classes'])} classes"
         + (f"; {result['corrupt_images']} corrupt left out" if result["corrupt_images"] else "")
     )
     low, high = result["interval"]
@@ -41,6 +43,12 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
+def _of(result: dict) -> str:
+    """Which images of the data set."""
+    seed = result["split_seed"]
+    return result["split"] if seed is None else f"{result['split']} of split seed {seed}"
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rd-train evaluate",
@@ -51,6 +59,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", help="a data set, as for rd-train (default: the one that it was trained on)")
     parser.add_argument("--data-dir", metavar="DIR", help="where its files are (default: where they were)")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="(default: %(default)s)")
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        metavar="N",
+        help="which division of Caltech101 (default: that of its training)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     parser.add_argument(
         "--precision",
@@ -65,7 +79,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-corrupt", type=int, metavar="N", help="image files that may be unreadable (default: as in its training)"
     )
-    parser.add_argument("--out", metavar="FILE.json", help="write the figures, with the confusion matrix")
+    parser.add_argument(
+        "--out",
+        metavar="FILE.json",
+        help=f"write the figures, with the confusion matrix up to {MOST_CONFUSED:,} classes",
+    )
     options = parser.parse_args(arguments)
     if options.out is not None:
         options.out = expanded("--out", options.out, "file")
@@ -78,8 +96,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def evaluate_checkpoint(options: argparse.Namespace) -> dict:
     """What ``--out`` gets: accuracies in [0, 1], their 95% interval, and the confusion matrix (true class by row).
 
-    Images are preprocessed as the network was trained for, whichever data set they are of. Data with other classes, or
-    of another kind, are a `UserError`.
+    The matrix is None with more than `MOST_CONFUSED` classes; ``split_seed``: None where the data are not divided by
+    one. Images are preprocessed as the network was trained for, whichever data set they are of. Data with other
+    classes, or of another kind, are a `UserError`.
     """
     import torch
 
@@ -107,16 +126,21 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
             seen = joined([predict(network, split, context) for split in splits])
     finally:
         dataset.workers.close()
-    matrix = confusion_matrix(seen, len(dataset.classes))
+    if not math.isfinite(seen.loss):
+        raise UserError(f"{options.model} gives NaN or infinite logits for these images; train again")
+    count = len(dataset.classes)
+    right = torch.bincount(seen.labels[seen.labels == seen.predicted], minlength=count).tolist()
+    every = torch.bincount(seen.labels, minlength=count).tolist()
     per_class = [
-        {"name": name, "images": int(row.sum()), "accuracy": int(row[number]) / int(row.sum()) if row.any() else None}
-        for number, (name, row) in enumerate(zip(dataset.classes, matrix, strict=True))
+        {"name": name, "images": images, "accuracy": hits / images if images else None}
+        for name, images, hits in zip(dataset.classes, every, right, strict=True)
     ]
     return {
         "model": str(options.model),
         "arch": checkpoint.arch.name,
         "data": dataset.name,
         "split": options.split,
+        "split_seed": None if "split_seed" in recipe.without_effect() else recipe.split_seed,
         "images": len(seen.labels),
         "corrupt_images": sum(map(len, splits)) - len(seen.labels),
         "accuracy": seen.accuracy,
@@ -124,7 +148,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
         "mean_class_accuracy": seen.mean_class_accuracy,
         "loss": seen.loss,
         "classes": per_class,
-        "confusion": matrix.tolist(),
+        "confusion": confusion_matrix(seen, count).tolist() if count <= MOST_CONFUSED else None,
         "precision": recipe.precision,
         "device": recipe.device,
         "torch": str(torch.__version__),
@@ -137,14 +161,24 @@ def _recipe(trained: object, options: argparse.Namespace) -> Recipe:
     data = options.data or trained.get("data")
     if not isinstance(data, str):
         raise UserError(f"{options.model} does not say which data it was trained on; pass --data and --data-dir")
-    same = trained if data == trained.get("data") and options.data_dir in (None, trained.get("data_dir")) else {}
-    names = ("data_dir", "train_limit", "split_seed", "max_corrupt", "device", "precision", "threads", "workers")
-    values = {name: same[name] for name in names[:4] if name in same}
-    values |= {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    kept = {}
+    if data == trained.get("data"):  # what divides the images, above all: test images must not be those of training
+        kept = {name: trained[name] for name in ("split_seed", "max_corrupt") if name in trained}
+        if _same_place(options.data_dir, trained.get("data_dir")):
+            kept |= {name: trained[name] for name in ("data_dir", "train_limit") if name in trained}
+    names = ("data_dir", "split_seed", "max_corrupt", "device", "precision", "threads", "workers")
+    values = kept | {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         return Recipe(data=data, method="ce", **values)
     except (TypeError, ValueError) as error:  # a hostile file's
         raise UserError(f"the recipe in {options.model} holds wrong values ({error}); train again") from error
+
+
+def _same_place(given: str | None, known: object) -> bool:
+    """Whether an option names the folder that a checkpoint does, however it is written."""
+    if given is None:
+        return True
+    return isinstance(known, str) and expanded("--data-dir", given).resolve() == expanded("data_dir", known).resolve()
 
 
 def _unlike(known: list[str], there: list[str]) -> str:

@@ -4,6 +4,7 @@ import gzip
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zlib
 from pathlib import Path
@@ -112,12 +113,21 @@ def read_cifar_pickle(path: str | Path) -> dict[str, object]:
     """
     path = check_file(path, "CIFAR file", max_bytes=1 << 28)
     try:
-        values = _CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        data = path.read_bytes()
+        _check_memo(data)
+        values = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a hostile pickle can raise anything from the unpickler
         raise UserError(f"CIFAR file {path} was refused ({error}); download it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a CIFAR file: it holds no dictionary; download it again")
     return {_text(key): value for key, value in values.items()}
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a pickle that numbers what it remembers beyond its own length: the unpickler makes room for all below."""
+    for code, number, _ in pickletools.genops(data):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(data):
+            raise pickle.UnpicklingError(f"it remembers {number:,} things")
 
 
 def _text(value: object) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from rd_deploy.common import Stopped, UserError
 from rd_train import distributed
 from rd_train.audit import gradient_audit
 from rd_train.build import sizes_of
-from rd_train.checkpoint import save_checkpoint
+from rd_train.checkpoint import load_checkpoint, save_checkpoint
 from rd_train.clock import Clock
 from rd_train.context import Context, student_checkpoint
 from rd_train.data import Meter, derive_seed, steps_per_epoch
@@ -129,6 +130,7 @@ def fit(phase: str, task: nn.Module, epochs: int, context: Context, *, resume: b
     state = State(context, phase, task, take.optimizer, take.averaged)
     if resume:
         state.load(total)
+        state.best = _kept(_student_path(phase, context), state.best)
     if not distributed.same_everywhere(state.step):
         raise UserError(f"the processes see different files in {context.folder}; all machines must share that folder")
     if distributed.first():
@@ -302,7 +304,26 @@ def _stop(context: Context) -> None:
     raise Stopped(f"stopped; go on with: rd-train --resume {context.folder}", code=130)
 
 
+def _student_path(phase: str, context: Context) -> Path:
+    return context.folder / ("model.pt" if phase == "student" else "teacher.pt")
+
+
+def _kept(path: Path, best: dict) -> dict:
+    """What is known of the best network: by its file where that is of a later epoch than the saved state knows.
+
+    Then the run ended between the two. It repeats the epoch, whose sums may be others on another machine, and the
+    network in the file would be called one that it replaced.
+    """
+    if not path.exists():
+        return best
+    there = load_checkpoint(path).provenance
+    known = {name: there.get(name) for name in best} if isinstance(there, dict) else {}
+    if any(type(value) is not type(best[name]) for name, value in known.items()):
+        raise UserError(f"{path} does not say which epoch it is of; start a new run")
+    return known if known["epoch"] > best["epoch"] else best
+
+
 def _save_student(phase: str, network: Network, context: Context, best: dict) -> None:
-    path = context.folder / ("model.pt" if phase == "student" else "teacher.pt")
+    path = _student_path(phase, context)
     if distributed.first():
         save_checkpoint(path, student_checkpoint(network, context, best))

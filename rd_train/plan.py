@@ -235,8 +235,9 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
             origin = " from ".join(filter(None, (recipe.teacher, recipe.teacher_weights)))
         print(f"teacher  {task.teacher.arch.name} ({origin})")
     print(f"method   {recipe.method}: {cost}; {recipe.epochs} epochs of {recipe.batch_size} images, seed {recipe.seed}")
-    if recipe.unused():
-        print(f"note     without effect here: {', '.join(recipe.unused())}")
+    unused = recipe.unused() + ["sync_bn (one process)"] * (recipe.sync_bn and distributed.world() == 1)
+    if unused:
+        print(f"note     without effect here: {', '.join(unused)}")
     if recipe.method in ("jointrd", "rd") and arch.shortcuts == "all":
         print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
     processes = f"{distributed.world()} processes, " if distributed.world() > 1 else ""

@@ -171,10 +171,11 @@ class Recipe:
         settled = when_not_given(vars(self))
         for name, annotation in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if isinstance(value, int) and value.bit_length() > 63:  # too large for a float, or even to be printed
+                raise UserError(f"{name} is a number of more than 63 bits; give a smaller one")
             if value is None and name in settled:
                 object.__setattr__(self, name, settled[name])
-            elif float in (annotation, *get_args(annotation)) and type(value) is int and abs(value) < 1 << 63:
-                # YAML's 1 for 1.0; whole numbers may be too large for a float
+            elif float in (annotation, *get_args(annotation)) and type(value) is int:  # YAML's 1 for 1.0
                 object.__setattr__(self, name, float(value))
             elif not _is_a(value, annotation):
                 raise UserError(f"{name}={value} is not {what_it_takes(annotation)}")
@@ -242,6 +243,11 @@ class Recipe:
 
     def unused(self) -> list[str]:
         """Entries that differ from their defaults and have no effect in this recipe."""
+        usual = defaults(vars(self))
+        return [name for name in self.without_effect() if getattr(self, name) != usual[name]]
+
+    def without_effect(self) -> list[str]:
+        """Entries that have no effect in this recipe, whatever they are."""
         ce, jointrd, rd = (self.method == name for name in ("ce", "jointrd", "rd"))
         no_splices = not (jointrd or rd) or self.splice_weight == 0
         no_kd = not (self.method == "kd" or rd)
@@ -277,8 +283,7 @@ class Recipe:
             "workers": self.data in IN_MEMORY,
             "max_corrupt": self.data in IN_MEMORY,
         }
-        usual = defaults(vars(self))
-        return [name for name, unused in without.items() if unused and getattr(self, name) != usual[name]]
+        return [name for name, unused in without.items() if unused]
 
     def to_dict(self) -> dict:
         """Plain containers for YAML and the checkpoint."""

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rd_deploy.common import Parser, Stopped, UserError, require, run_command, write_json
+from rd_deploy.common import Parser, Stopped, UserError, expanded, require, run_command, write_json
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800"])
+def test_a_path_that_no_file_can_have_is_one_line(path):
+    with pytest.raises(UserError) as error:
+        expanded("--out", path, "folder")
+    assert str(error.value) == f"--out {path!r} is no path that a file can have; name a folder"
+    assert str(error.value).isprintable()
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path):

@@ -115,3 +115,10 @@ def test_what_is_printed_is_printed(capsys):
         print("here")
         assert sys.stdout.isatty() is False  # as the stream itself says
     assert capsys.readouterr().out == "here\n"
+
+
+def test_what_the_terminals_encoding_lacks_is_escaped():
+    script = "from rd_deploy.output import lasting_output\nwith lasting_output():\n    print('a\\u2581 \\udce8')"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1:strict"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"a\\u2581 \\udce8\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,9 @@ def rewrite(path, change):
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3, dtype=torch.int32)}), "fc.bias is torch.int32"),
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3, dtype=torch.complex64)}), "fc.bias is"),
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3).to_sparse()}), "sparse"),
+        (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3).to(torch.float8_e4m3fn)}), "fc.bias is"),
+        (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(3, device="meta")}), "on meta; the architecture"),
+        (lambda v: v["state_dict"]["bn1.running_var"].fill_(-1.0), "bn1.running_var holds a negative variance"),
         (lambda v: v["state_dict"].update({"fc.bias": torch.zeros(1).expand(3)}), "fc.bias repeats its values"),
         (lambda v: v["arch"].update(depth=21), "depth 21 is unknown"),
         (lambda v: v["arch"].update(depth=[20]), "depth"),
@@ -94,6 +98,15 @@ def test_changed_files_are_refused_with_a_reason(path, change, message):
     rewrite(path, change)
     with pytest.raises(UserError, match=message):
         load_checkpoint(path)
+
+
+def test_a_file_that_is_larger_than_itself_is_refused(tmp_path, path):
+    """A compressed zip, which torch would unpack, can be a thousand times as large in memory."""
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    with pytest.raises(UserError, match="its members are compressed"):
+        load_plain(tmp_path / "x.pt", "checkpoint")
 
 
 def test_another_pickle_protocol_is_refused_without_a_warning_of_torch(tmp_path, recwarn):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from photographs import write_imagenet
+from photographs import write_caltech101, write_imagenet
 
 from rd_deploy.common import UserError
-from rd_train.checkpoint import Checkpoint, save_checkpoint
+from rd_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rd_train.cli import command
 from rd_train.data import load_dataset
 from rd_train.networks import Network, parse_arch
@@ -87,6 +87,57 @@ def test_other_data_of_the_same_classes(tmp_path, capsys):
     assert "folder: 9 images (test), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("spelled", ["{}", "{}/", "{}/../caltech", "elsewhere"])
+def test_test_images_are_not_those_of_training_however_the_folder_is_written(tmp_path, capsys, spelled):
+    """Caltech101's images are divided by a seed, which is the training's wherever its images lie now."""
+    root = tmp_path / "caltech"
+    write_caltech101(root)
+    (tmp_path / "elsewhere").symlink_to(root)
+    dataset = load_dataset("caltech101", root, size=32, split_seed=3)
+    saved(tmp_path / "model.pt", dataset, data="caltech101", data_dir=str(root), split_seed=3, train_limit=40)
+    labels = {}
+    for seed, flags in ((3, []), (0, ["--split-seed", "0"])):
+        place = tmp_path / spelled.format(root)
+        flags += ["--data-dir", str(place), "--workers", "0", "--threads", "1", "--precision", "fp32"]
+        assert command(["evaluate", str(tmp_path / "model.pt"), *flags, "--out", str(tmp_path / "x.json")]) == 0
+        result = json.loads((tmp_path / "x.json").read_text())
+        assert result["split_seed"] == seed
+        assert f"(test of split seed {seed})" in capsys.readouterr().out
+        labels[seed] = result["loss"]
+    expected = load_dataset("caltech101", root, size=32, split_seed=3)
+    network = Network(parse_arch("plain20", classes=2, in_channels=3, width=0.25))
+    network.load_state_dict(load_checkpoint(tmp_path / "model.pt").state_dict)
+    images = expected.test.images(torch.arange(len(expected.test)))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(network.eval()(images), expected.test.labels)
+    assert labels[3] == pytest.approx(float(loss), rel=1e-4)
+    assert labels[0] != labels[3]
+    flags = ["--split", "train", "--data-dir", str(root), "--workers", "0", "--out", str(tmp_path / "x.json")]
+    assert command(["evaluate", str(tmp_path / "model.pt"), *flags]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["images"] == 40
+
+
+def test_there_is_no_matrix_of_many_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("rd_train.cli_evaluate.MOST_CONFUSED", 9)
+    saved(tmp_path / "model.pt", load_dataset("digits"), data="digits")
+    assert command(["evaluate", str(tmp_path / "model.pt"), "--threads", "1", "--out", str(tmp_path / "x.json")]) == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert (result["confusion"], len(result["classes"]), result["split_seed"]) == (None, 10, None)
+
+
+def test_a_network_whose_sums_overflow_is_refused(tmp_path):
+    digits = load_dataset("digits")
+    network = saved(tmp_path / "model.pt", digits, data="digits")
+    network.conv1.weight.data.fill_(3e38)
+    save_checkpoint(
+        tmp_path / "model.pt",
+        Checkpoint(network.arch, network.state_dict(), digits.preprocessing, digits.classes, {"data": "digits"}),
+    )
+    with pytest.raises(UserError, match="gives NaN or infinite logits for these images; train again"):
+        command(["evaluate", str(tmp_path / "model.pt"), "--threads", "1", "--out", str(tmp_path / "x.json")])
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path):
     digits = load_dataset("digits")
     path = tmp_path / "model.pt"
@@ -97,6 +148,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         "in a folder that is there": ["--out", str(tmp_path / "no" / "x.json")],
         "invalid choice": ["--split", "both"],
         "unrecognized arguments: --epochs": ["--epochs", "3"],
+        "it is no regular file": ["--out", "/dev/null"],
     }
     for message, flags in cases.items():
         with pytest.raises(UserError, match=message):
@@ -104,7 +156,13 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     saved(path, digits)
     with pytest.raises(UserError, match="does not say which data it was trained on; pass --data"):
         command(["evaluate", str(path)])
-    for wrong in ({"split_seed": "x"}, {"data_dir": 3}, {"max_corrupt": []}, {"train_limit": 0.5}):
+    for wrong in (
+        {"split_seed": "x"},
+        {"data_dir": 3},
+        {"data_dir": "a\0b"},
+        {"max_corrupt": []},
+        {"train_limit": 0.5},
+    ):
         saved(path, digits, data="digits", **wrong)
         with pytest.raises(UserError):
             command(["evaluate", str(path)])

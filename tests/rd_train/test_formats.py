@@ -174,6 +174,13 @@ def test_malicious_pickle_does_not_run(tmp_path, protocol):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("memo", [b"r\x00\x00\x00\x10", b"p268435456\n", b"q\xff"])
+def test_a_pickle_does_not_make_room_for_what_it_lacks(tmp_path, memo):
+    (tmp_path / "b").write_bytes(b"\x80\x02}" + memo + b".")
+    with pytest.raises(UserError, match=r"refused \(it remembers (268,435,456|255) things\)"):
+        read_cifar_pickle(tmp_path / "b")
+
+
 def test_pickle_cannot_change_the_reader(tmp_path):
     poison = b"\x80\x02cnumpy\nndarray\n(N}U\x09argumentsK\x01stb."  # BUILD on what stands in for the class ndarray
     (tmp_path / "b").write_bytes(poison)

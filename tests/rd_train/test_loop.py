@@ -32,6 +32,7 @@ from rd_train.networks import Network, fading_blocks, parse_arch
 from rd_train.recipe import Recipe
 from rd_train.run import run
 from rd_train.schedules import learning_rate
+from rd_train.state import State
 
 RECIPE = Recipe(
     method="jointrd", arch="plain20", width=0.25, epochs=3, teacher_epochs=1, batch_size=50, lr=0.05, warmup_epochs=0.5,
@@ -119,6 +120,27 @@ def test_what_is_saved_within_an_epoch_is_gone_on_with_bit_by_bit(uninterrupted,
     assert_same(tmp_path / "whole", tmp_path / "run")
     run(replace(recipe, save_minutes=10.0), tmp_path / "rarely")  # saving changes nothing
     assert_same(tmp_path / "whole", tmp_path / "rarely")
+
+
+def test_a_run_that_ended_between_a_network_and_its_state_tells_of_the_network_that_is_there(tmp_path, monkeypatch):
+    """The epoch is repeated, on another machine with other sums, and may not be the best one any more."""
+    recipe, save = replace(RECIPE, method="ce"), State.save
+
+    def fails(state: State) -> None:
+        if state.best["epoch"] > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state)
+
+    monkeypatch.setattr(State, "save", fails)
+    with pytest.raises(OSError, match="No space left"):
+        run(recipe, tmp_path)
+    there = load_checkpoint(tmp_path / "model.pt").provenance
+    assert torch.load(tmp_path / "student-state.pt", weights_only=True)["best"]["epoch"] < there["epoch"]
+    monkeypatch.undo()
+    monkeypatch.setattr(State, "improves", lambda *arguments: False)
+    result = run(recipe, tmp_path, resume=True)
+    assert load_checkpoint(tmp_path / "model.pt").provenance == there
+    assert (result["best_epoch"], result["val_accuracy"]) == (there["epoch"], there["val_accuracy"])
 
 
 def test_weights_that_are_no_numbers_are_not_saved_within_an_epoch(tmp_path, monkeypatch):
