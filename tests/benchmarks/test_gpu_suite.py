@@ -658,6 +658,24 @@ def test_the_worst_steps_lose_most_time():
     assert [step["name"] for step in steps.worst(found)] == ["b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("maps", "weights", "flops", "limit", "least"),
+    [
+        (4e6, 1e6, 1e9, "l2", 4e6 / 4e12 + 1e6 / 2e12),  # maps stay in the L2 cache, weights come from DRAM
+        (4e6, 9e6, 1e9, "dram", 4e6 / 4e12 + 9e6 / 2e12),
+        (64e6, 1e6, 1e9, "dram", 65e6 / 2e12),
+        (4e6, 1e6, 1e12, "arithmetic", 1e12 / 500e12),
+    ],
+)
+def test_a_step_is_judged_by_where_its_maps_and_its_weights_come_from(maps, weights, flops, limit, least):
+    step = SimpleNamespace(map_bytes=maps, weight_bytes=weights, flops=flops, name="x", kernel="k", settings={})
+    step.us = step.predicted_us = 1.0
+    limits = {"tflops": 500.0, "dram_gb_s": 2000.0, "l2_gb_s": 4000.0}
+    found = steps._step(step, 4 * least, limits, l2_bytes=50 << 20)
+    assert (found["limit"], found["share"]) == (limit, pytest.approx(0.25))
+    assert found["lost_us"] == pytest.approx(3e6 * least)
+
+
 def test_warnings_and_failures_come_from_the_rows(tmp_path):
     record = Record(tmp_path / "r.json", head(), sittings=[{"date": "today"}])
     record.add("b/1", {"status": "measured", "warnings": ["slow"]})
