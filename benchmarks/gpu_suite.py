@@ -6,10 +6,11 @@
     python benchmarks/gpu_suite.py --part a --rows Stem      # only rows with this in their key
     python benchmarks/gpu_suite.py --dry               # without a GPU: does every part's code run? (CI does this)
 
-Parts: a: every kernel and engine is right. b: latency and throughput, plain-50 against ResNet-50. c: memory. d: steps
-of our engine against measured limits. e: training speed. Results are written after every row; the same command again
-goes on where it was stopped, skips what is finished and tries again what was out of time. Needs no network and no
-installation of this project. The exit code is 1 when something is wrong: a kernel, an engine, or a row that failed.
+Parts, in the order in which they run: b: latency and throughput, plain-50 against ResNet-50. d: steps of our engine
+against measured limits. a: every kernel and engine is right. c: memory. e: training speed. Results are written after
+every row; the same command again goes on where it was stopped, skips what is finished and tries again what was out of
+time. Needs no network and no installation of this project. The exit code is 1 when something is wrong: a kernel, an
+engine, or a row that failed.
 
 A file holds results of one state of the sources on one card, with one driver, one version of each package and one value
 of each RD_FUSION, RD_TUNE and RD_PDL. Without --out a sitting goes on with the newest file of this card of which that
@@ -35,7 +36,8 @@ from rd_deploy.bench.environment import git_commit
 from rd_deploy.common import UserError, nearest, require, run_command
 from rd_deploy.cpus import available_threads
 
-PARTS = {"a": "correctness", "b": "speed", "c": "memory", "d": "steps", "e": "training"}
+# In this order where all run. Speed first: what it times is compared with torch there, too.
+PARTS = {"b": "speed", "d": "steps", "a": "correctness", "c": "memory", "e": "training"}
 RESULTS = ROOT / "benchmarks" / "results"
 DRY = {"batch": "1", "precision": "fp16"}
 DEFAULT_OUT = "the newest of results/CARD/gpu-*.json that this sitting can go on with, or gpu-DATE.json there"

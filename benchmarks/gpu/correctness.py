@@ -56,7 +56,7 @@ def _kernels(suite: Suite, precision: str) -> Iterator[Row]:
                     seen.add(piece.kernel)
                     kinds.add(kind)
                     key = f"a/{precision}/kernel/{piece.kernel}"
-                    yield Row(key, lambda given=(ask, piece, precision): _kernel(suite, *given), precision)
+                    yield Row(key, lambda given=(ask, piece, precision): _kernel(suite, *given))
 
 
 def _kernel(suite: Suite, ask, piece, precision: str) -> dict:
@@ -64,7 +64,7 @@ def _kernel(suite: Suite, ask, piece, precision: str) -> dict:
     if not configs:  # none was run, so none was right
         raise Unsupported("no configuration of it fits this card")
     pdl = not suite.dry and suite.card.capability >= FIRST_PDL
-    if not suite.dry:  # in parallel what no network needs at the batches that were asked for
+    if not suite.dry:
         ways = [(config, way) for config in configs for way in {False, pdl}]
         fill_cache(Job(piece.kernel, config, precision, suite.card.capability, way) for config, way in ways)
     found = kernels.check(ask, piece, configs, pdl)

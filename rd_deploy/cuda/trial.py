@@ -1,4 +1,4 @@
-"""Whether a kernel computes what it should on this GPU: run once on random maps and compared with torch in float32."""
+"""Whether a kernel computes what it should on this GPU: on random maps, and compared with torch in float32."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,12 +57,17 @@ class Choice:
 
 @dataclass
 class Trial:
-    """Kernels of a chain on a device, each with random maps and the chain's weights. Can be sent to a process."""
+    """Kernels of a chain on a device, each with random maps and the chain's weights. Can be sent to a process.
+
+    ``launches``: so many must give the same bits, the first of which are compared with torch's values. What goes wrong
+    by chance (a race, registers that are written too early) can pass once.
+    """
 
     chain: Chain
     batch: int
     precision: str
     device: str
+    launches: int = 1
     _pieces: dict[Kernel, Piece] = field(default_factory=dict)
     _inputs: tuple[Kernel, dict, Any] | None = None  # of the kernel at work, and what it should make of them
 
@@ -84,14 +89,25 @@ class Trial:
             for _ in range(2 if choice.pdl else 1):  # two in a row overlap
                 launch.run(operands)
             off = self._error(operands["out"])  # waits for the kernel
+            unlike = self._unlike(launch, operands)
         except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
             reason = first_line(error)
             if context_is_lost():
                 raise Fatal(f"{doing} broke the GPU's context: {reason}") from error
             return reason if doing == "it" else f"{doing} failed: {reason}"
-        if off <= UNITS * ROUNDING[self.precision]:
-            return None
-        return f"wrong by {off:.2g} of the largest value"
+        if not off <= UNITS * ROUNDING[self.precision]:  # NaN, too
+            return f"wrong by {off:.2g} of the largest value"
+        return f"launch {unlike} gives other bits than the first" if unlike else None
+
+    def _unlike(self, launch: Launch, operands: dict[str, Any]) -> int | None:
+        """Which launch after the first makes something else of the same operands, if any does."""
+        first = operands["out"].clone()
+        for number in range(2, self.launches + 1):
+            operands["out"].fill_(float("nan"))
+            launch.run(operands)
+            if not bool((operands["out"] == first).all()):
+                return number
+        return None
 
     def operands(self, choice: Choice, launch: Launch) -> dict[str, Any]:
         """Memory for a launch: maps, weights, scratch, and an output of what is not a number."""

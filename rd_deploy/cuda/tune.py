@@ -4,6 +4,7 @@ What is checked runs in a process of its own (`rd_deploy.helper`): a kernel that
 is not used. Only what computed the right values there is timed here.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -24,8 +25,13 @@ from rd_deploy.triton_kernels.launch import Kernel, Launch, is_taken
 COPIES = (20, 200)  # of weights, least and most
 COLD = 1.5  # times the L2 cache: as many bytes of copies as surely drive each other out of it
 STEADY_MS, SAMPLES = 5.0, 5  # of replays before those that count, and how many count
+RISE_MS, PAUSE_S = 200.0, 0.5  # after a pause an idle card's clock, which can be a sixth of its highest, has to rise
+QUEUED = 5  # replays of those before that keep the GPU busy while the first that counts is enqueued
 PATIENCE = 60.0  # seconds for one kernel's trial, its reference included: one that takes longer hangs
-MOST_LOST = 3  # trials of a kernel whose process is lost, each of which takes seconds: the others are not tried
+LAUNCHES = 10  # of a trial
+# Trials of a kernel, and of a kind of kernel, whose process is lost, each of which takes seconds, or a minute where it
+# hangs: the others are not tried.
+MOST_LOST, MOST_LOST_OF_A_KIND = 3, 6
 
 # Times and verdicts are a card's and a kernel's, whatever network asks: sessions of one process share them.
 _times: dict[tuple, float] = {}
@@ -42,9 +48,10 @@ class Tuner:
     def __init__(self, chain: Chain, batch: int, precision: str, card: Card, device):
         self.chain, self.batch, self.precision, self.card, self.device = chain, batch, precision, card, device
         self.rejected: list[str] = []
-        self._trial = Trial(chain, batch, precision, str(device))
+        on_gpu = str(device).startswith("cuda")  # the interpreter has no chance in it, and is slow
+        self._trial = Trial(chain, batch, precision, str(device), LAUNCHES if on_gpu else 1)
         self._helper = Helper(self._trial, PATIENCE)
-        self._lost: Counter[tuple[Kernel, bool]] = Counter()
+        self._lost: Counter[tuple[Kernel | type, bool]] = Counter()
 
     def __enter__(self) -> "Tuner":
         self._helper.__enter__()
@@ -108,8 +115,13 @@ class Tuner:
 
     def _known(self, choice: Choice) -> str | None:
         """Why a choice must not be used, as far as that is known."""
-        left = self._lost[choice.kernel, choice.pdl] >= MOST_LOST
-        untried = f"not tried, since {MOST_LOST} trials of this kernel were lost" if left else None
+        untried = None
+        for what, lost, most in (
+            ("this kernel", choice.kernel, MOST_LOST),
+            (f"a {type(choice.kernel).__name__}", type(choice.kernel), MOST_LOST_OF_A_KIND),
+        ):
+            if self._lost[lost, choice.pdl] >= most:
+                untried = f"not tried, since {most} trials of {what} were lost"
         return _reasons.get(self._key(choice), untried)
 
     def _reason(self, choice: Choice) -> str | None:
@@ -120,7 +132,10 @@ class Tuner:
                 _reasons[key] = self._helper(choice)
             except Lost as reason:
                 _reasons[key] = str(reason)
-                self._lost[choice.kernel, choice.pdl] += 1
+                for lost in (choice.kernel, type(choice.kernel)):
+                    self._lost[lost, choice.pdl] += 1
+            except RuntimeError as error:  # of the helper, or of Triton: this choice alone is not to be used for it
+                _reasons[key] = first_line(error)
         return self._known(choice)
 
     def _time(self, choice: Choice) -> float:
@@ -142,15 +157,29 @@ def measure(enqueue: Callable[[int], None], repeats: int = COPIES[0]) -> float:
     """Microseconds of one ``enqueue(index)`` on the GPU: median of replays of a graph of ``repeats`` of them.
 
     Replays are queued one behind the other with events in between, so that the host's part of launching a graph hides
-    behind the replay before, and begin when the clocks have had a few milliseconds to rise.
+    behind the replay before, and begin when the clocks have had time to rise.
     """
     import torch
 
     graph = record(lambda: [enqueue(index) for index in range(repeats)])
-    once = _elapsed(torch, graph, 2)[-1]
-    warm = min(200, ceil(STEADY_MS / max(once, 1e-3)))
-    times = _elapsed(torch, graph, warm + SAMPLES)[warm:]
+    _warm_up(torch, graph)
+    times = _elapsed(torch, graph, QUEUED + SAMPLES)[QUEUED:]
     return float(np.median(times)) * 1e3 / repeats
+
+
+_busy = float("-inf")  # when the last measurement ended
+
+
+def _warm_up(torch, graph) -> None:
+    """Replay for a few milliseconds, or for longer after a pause."""
+    global _busy
+    least = RISE_MS if time.monotonic() - _busy > PAUSE_S else STEADY_MS
+    end = time.monotonic() + least / 1e3
+    while time.monotonic() < end:
+        for _ in range(QUEUED):
+            graph.replay()
+        torch.cuda.synchronize()
+    _busy = time.monotonic()
 
 
 def _elapsed(torch, graph, replays: int) -> list[float]:

@@ -151,6 +151,64 @@ def test_a_kernel_that_is_lost_too_often_is_left(tuner, monkeypatch):
     assert any(line.startswith("not tried, since 3 trials") for line in tuner.rejected)
 
 
+def test_a_kind_of_kernel_that_is_lost_too_often_is_left(tuner, monkeypatch):
+    """A fault of all kernels of a kind must not cost a process for each of them."""
+    right, lost = tuner._helper.function, Counter()
+    monkeypatch.setattr(tune, "MOST_LOST_OF_A_KIND", 2)
+
+    def lose(choice):
+        if isinstance(choice.kernel, BottleneckKernel):
+            lost[type(choice.kernel)] += 1
+            raise Lost("no answer within 60 s")
+        return right(choice)
+
+    tuner._helper.function = lose
+    chosen = tuner.plan()
+    assert "Bottleneck" not in {step.kernel for step in chosen.steps}
+    assert lost[BottleneckKernel] == 2
+    assert all(line.startswith(("no answer", "not tried, since 2 trials of ")) for line in tuner.rejected)
+
+
+def test_a_trial_that_fails_otherwise_costs_its_choice_alone(tuner):
+    right = tuner._helper.function
+
+    def fail(choice):
+        if isinstance(choice.kernel, BottleneckKernel):
+            raise RuntimeError("AssertionError: of Triton\nat once")
+        return right(choice)
+
+    tuner._helper.function = fail
+    chosen = tuner.plan()
+    assert "Bottleneck" not in {step.kernel for step in chosen.steps}
+    assert all(line.startswith("AssertionError: of Triton: Bottleneck") for line in tuner.rejected)
+
+
+@pytest.mark.parametrize(("wrong_at", "found"), [(1, "wrong by "), (3, "launch 3 gives other bits"), (4, None)])
+def test_a_launch_that_goes_wrong_by_chance_is_found(wrong_at, found):
+    trial = Trial(CHAIN, 1, "fp16", "cpu", launches=3)
+    kernel = next(piece.kernel for ways in plan.places(CHAIN, 1) for way in ways for piece in way)
+    (choice, *_), count = [Choice(kernel, config) for config in kernel.configs(get_card("h100"))], Counter()
+
+    class Fake:
+        tensors = kernel.launch(choice.config).tensors
+
+        def run(self, operands):
+            count["launches"] += 1
+            values = trial._inputs[2].to(operands["out"].dtype)
+            operands["out"].copy_(values + (1.0 if count["launches"] == wrong_at else 0.0))
+
+    class Faked(type(kernel)):
+        def launch(self, config, pdl=False):
+            return Fake()
+
+    trial._inputs = (kernel, *trial._reference(kernel, kernel.launch(choice.config)))
+    faked = object.__new__(Faked)
+    faked.__dict__.update(vars(kernel))
+    trial._inputs = (faked, *trial._inputs[1:])
+    reason = trial(Choice(faked, choice.config))
+    assert reason is None if found is None else found in reason
+
+
 def test_a_fault_in_timing_is_named_first(tuner, monkeypatch):
     def fault(enqueue, repeats=20):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
