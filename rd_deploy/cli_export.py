@@ -166,12 +166,15 @@ def command(arguments: list[str]) -> int:
     from rd_deploy.export.files import write_artefacts
     from rd_deploy.export.report import written
     from rd_deploy.export.run import from_network, from_onnx, serve
+    from rd_deploy.serving.triton_server import check_replaced
 
     try:
         result = from_onnx(options) if _is_onnx(options) else from_network(options, say=_say)
     except CheckFailed as error:
         print(f"rd-export: {printable(error)}; nothing was written", file=sys.stderr)
         return 1
+    if options.triton_server is not None:
+        check_replaced(options.triton_server, result.served.path.stem, result.served.sidecar)
     write_artefacts(result.new)
     for line in (*result.report, *map(written, result.new)):
         print(line)

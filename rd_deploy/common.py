@@ -223,7 +223,8 @@ def check_file(path: str | Path, what: str, max_bytes: int = 4 << 30) -> Path:
     if not path.exists():
         raise UserError(f"{what} {path} does not exist")
     if not path.is_file():
-        raise UserError(f"{what} {path} is not a file")
+        inside = path / "model.pt"
+        raise UserError(f"{what} {path} is not a file{f'; give {inside}' if inside.is_file() else ''}")
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{what} {path} is empty; make it again")

@@ -129,6 +129,8 @@ def checkpoint_values(checkpoint: Checkpoint) -> dict:
 def load_plain(path: str | Path, what: str, max_bytes: int = 4 << 30) -> object:
     """``torch.load`` of a file that may be hostile: no code runs, and any failure is a one-line `UserError`."""
     path = check_file(path, what, max_bytes)
+    if path.suffix in (".onnx", ".rdp", ".engine"):
+        raise UserError(f"{what} {path} is an exported network, which cannot be read back; give its model.pt")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{what} {path} is truncated, or not a torch file (a zip since torch 1.6); make it again")
     try:

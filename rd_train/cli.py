@@ -72,7 +72,9 @@ def _finetune(arguments: list[str]) -> list[str]:
         return ["finetune", f"--start-weights={arguments[1]}", *arguments[2:]]
     if any(argument.replace("_", "-").startswith("--start-weights") for argument in arguments):
         return arguments
-    raise UserError("name the network to start from: rd-train finetune MODEL.pt --data folder --data-dir DIR")
+    raise UserError(
+        "name the network to start from, right after the word: rd-train finetune MODEL.pt --data folder --data-dir DIR"
+    )
 
 
 def _normalised(arguments: list[str]) -> list[str]:
@@ -283,7 +285,7 @@ def _resume(arguments: list[str]) -> dict:
     options = _parse(arguments, {"preset": ""})
     given = _named(arguments)
     if options.preset or given - {"resume", "tensorboard", *RESUMABLE}:
-        others = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
+        others = ", ".join(f"--{name.replace('_', '-')}" for name in (*RESUMABLE, "tensorboard"))
         raise UserError(
             f"--resume takes everything but {others} from the run's recipe.yaml; leave the other options away"
         )

@@ -50,6 +50,7 @@ def folder_layout(root: Path) -> tuple[list[str], list[Listing]]:
     images is for validation; or ``CLASS/*``, divided 80/10/10. Files are divided by a hash of CLASS/FILE.
     """
     if not (root / "train").is_dir():
+        _check_arranged(root)
         classes = list_classes(root)
         return classes, list_images(root, classes).divide((0.8, 0.9))
     present = [name for name in ("val", "test") if (root / name).is_dir()]
@@ -66,8 +67,11 @@ def folder_layout(root: Path) -> tuple[list[str], list[Listing]]:
 def _check_arranged(folder: Path) -> None:
     """ImageNet as it is downloaded: images without class folders, or a tar for each class."""
     files = [entry.name.lower() for entry in os.scandir(folder) if entry.is_file()]
-    if list_classes(folder) or not files:
+    if classes := list_classes(folder):
+        _check_depth(folder, classes)
         return
+    if not files:
+        raise UserError(f"{folder} holds neither images nor folders: {ARRANGE}")
     if any(name.endswith(".tar") for name in files):
         raise UserError(
             f"{folder} holds tar files: extract each into a folder of its name (for f in *.tar; do mkdir ${{f%.tar}}; "
@@ -76,6 +80,16 @@ def _check_arranged(folder: Path) -> None:
     if any(name.endswith(SUFFIXES) for name in files):
         unlabelled = "; if they have no labels, move them elsewhere" if folder.name == "test" else ""
         raise UserError(f"{folder} holds images without class folders: {ARRANGE}{unlabelled}")
+
+
+def _check_depth(folder: Path, classes: list[str]) -> None:
+    """Images one level too deep: a folder above, or splits that are called otherwise than ours (``Train``)."""
+    inside = [entry for name in classes for entry in os.scandir(folder / name) if not entry.name.startswith(".")]
+    if inside and all(entry.is_dir() for entry in inside):
+        raise UserError(
+            f"the folders of {folder} ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}) hold folders, no "
+            "images; name the folder below with --data-dir, or call splits train, val and test"
+        )
 
 
 # --- transfer: MIT67 and Caltech101

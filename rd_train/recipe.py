@@ -185,7 +185,8 @@ class Recipe:
                 raise UserError(f"{name}={value} must be from {low:g} to {high:g}")
         shortest = self.epochs if self.teacher_epochs is None else min(self.epochs, self.teacher_epochs)
         if self.warmup_epochs >= shortest:
-            raise UserError(f"warmup_epochs={self.warmup_epochs:g} must be less than the {shortest} epochs of a phase")
+            many = f"must be less than the {shortest} epochs of a training"
+            raise UserError(f"warmup_epochs={self.warmup_epochs:g} {many}; give less of it, or more epochs")
         for refused, reason in self._conflicts():
             if refused:
                 raise UserError(reason)

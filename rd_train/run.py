@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rd_deploy.common import UserError, require, write_json, write_text
+from rd_deploy.common import UserError, printable, require, write_json, write_text
 from rd_train import distributed, report
 from rd_train.build import (
     build_student,
@@ -55,6 +55,8 @@ def run(
     if tensorboard:
         require("tensorboard", "tensorboard")  # before anything is deleted
     with planned(recipe, folder if resume else None) as plan, _one_run_in(folder):
+        if distributed.first():
+            print(f"folder   {printable(folder)}", flush=True)
         if resume:
             check_images(folder, plan.dataset.counts)  # before anything there is changed
         distributed.barrier()  # every process has looked into the folder

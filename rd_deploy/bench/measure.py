@@ -127,7 +127,10 @@ def document(model: Subject, against: Subject, plan: Plan, report: Report, machi
         "model": model.name,
         "compare": against.name,
         "networks": [
-            {"name": subject.name, "source": subject.source, "input": list(subject.shape), "classes": subject.classes}
+            {
+                **{"name": subject.name, "source": subject.source, "sha256": subject.sha256},
+                **{"input": list(subject.shape), "classes": subject.classes},
+            }
             for subject in (model, against)
         ],
         "timing": "host to host: NumPy images in, NumPy logits out",

@@ -3,6 +3,7 @@
 Whatever it is, it becomes one ONNX model that every engine reads.
 """
 
+import hashlib
 import importlib.util
 import math
 import tempfile
@@ -37,6 +38,11 @@ class Subject:
     @property
     def shape(self) -> tuple[int, int, int]:
         return image_shape(self.model)
+
+    @property
+    def sha256(self) -> str:
+        """Of the network as ONNX, with its weights: two files called model.onnx are told apart by it."""
+        return hashlib.sha256(self.model.SerializeToString(deterministic=True)).hexdigest()
 
     @property
     def classes(self) -> int | None:
@@ -108,7 +114,7 @@ def _onnx_file(path: str, size: int | None) -> Subject:
     model = load_model(path)
     onnx.load_external_data_for_model(model, str(Path(path).resolve().parent))  # `load_model` checked where they lie
     arch = _own_arch(model, path) if _is_ours(model) else None
-    subject = Subject(Path(path).stem, f"ONNX file {Path(path).name}", model, arch, is_file=True)
+    subject = Subject(Path(path).stem, f"ONNX file {path}", model, arch, is_file=True)
     _check_size(subject, size)
     _check_elements(subject, 1)
     return subject
@@ -141,7 +147,7 @@ def _checkpoint(path: str, size: int | None) -> Subject:
     source = source_from_checkpoint(path)
     name = f"{source.checkpoint.arch.name} ({Path(path).name})"
     arch = source.checkpoint.arch.to_dict()
-    subject = Subject(name, f"checkpoint {Path(path).name}", to_onnx(source.chain), arch)
+    subject = Subject(name, f"checkpoint {path}", to_onnx(source.chain), arch)
     _check_size(subject, size)
     return subject
 

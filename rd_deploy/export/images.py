@@ -111,6 +111,9 @@ def trained_on(checkpoint, data_dir: str | None, missing: str, unnamed: str, els
     if not _same_preprocessing(dataset.preprocessing, checkpoint.preprocessing):
         dataset.workers.close()
         raise UserError(f"{name} here is not the data that the checkpoint was trained on; {elsewhere}")
+    if dataset.classes != checkpoint.classes:  # labels would be those of other classes
+        dataset.workers.close()
+        raise UserError(f"the classes of {name} here are not those that the checkpoint was trained on; {elsewhere}")
     return dataset
 
 

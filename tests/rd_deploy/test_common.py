@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rd_deploy.common import Parser, Stopped, UserError, expanded, require, run_command, write_json
+from rd_deploy.common import Parser, Stopped, UserError, check_file, expanded, require, run_command, write_json
 
 
 @pytest.mark.parametrize("path", ["a\0b", "a\ud800"])
@@ -17,6 +17,14 @@ def test_a_path_that_no_file_can_have_is_one_line(path):
         expanded("--out", path, "folder")
     assert str(error.value) == f"--out {path!r} is no path that a file can have; name a folder"
     assert str(error.value).isprintable()
+
+
+def test_a_runs_folder_in_place_of_its_network_says_which_file_to_give(tmp_path):
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path} is not a file$"):
+        check_file(tmp_path, "checkpoint")
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(UserError, match=f"is not a file; give {tmp_path}/model.pt$"):
+        check_file(tmp_path, "checkpoint")
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path):

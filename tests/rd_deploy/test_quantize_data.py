@@ -34,7 +34,9 @@ def write_images(folder, names: list[str], seed: int = 0) -> None:
 def checkpoint():
     pytest.importorskip("sklearn")
     dataset = data.load_dataset("digits")
-    return types.SimpleNamespace(recipe={"data": "digits"}, preprocessing=dataset.preprocessing)
+    return types.SimpleNamespace(
+        recipe={"data": "digits"}, preprocessing=dataset.preprocessing, classes=dataset.classes
+    )
 
 
 def test_a_checkpoints_splits_calibrate_choose_and_judge(checkpoint):
@@ -63,6 +65,9 @@ def test_other_data_than_the_trainings_is_refused(checkpoint):
     other = Preprocessing(8, 8, 1, (0.5,), (0.5,))
     with pytest.raises(UserError, match="not the data that the checkpoint was trained on"):
         quantization_data(basics(), types.SimpleNamespace(recipe=checkpoint.recipe, preprocessing=other))
+    values = vars(checkpoint) | {"classes": checkpoint.classes[::-1]}
+    with pytest.raises(UserError, match="the classes of digits here are not those that the checkpoint was trained on"):
+        quantization_data(basics(), types.SimpleNamespace(**values))
     for recipe in (None, {}, {"data": 3}, {"data": "digits", "size": "8"}):
         with pytest.raises(UserError, match="does not say which data"):
             quantization_data(basics(), types.SimpleNamespace(recipe=recipe, preprocessing=other))

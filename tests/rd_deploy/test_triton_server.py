@@ -17,7 +17,7 @@ from rd_deploy.export.onnx import to_onnx
 from rd_deploy.serving import folders, triton_server
 from rd_deploy.serving.folders import atomic_folder
 from rd_deploy.serving.triton_config import config_text, quoted
-from rd_deploy.serving.triton_server import check_engine, check_onnx, check_repository, write_model
+from rd_deploy.serving.triton_server import check_engine, check_onnx, check_replaced, check_repository, write_model
 
 HOSTILE = (
     'say "hi"',
@@ -305,6 +305,17 @@ def test_a_link_is_not_replaced(tmp_path):
         check_repository(tmp_path / "models", "net")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")  # the repository itself may be one
     assert (write(tmp_path / "link", content=b"new") / "1/model.onnx").read_bytes() == b"new"
+
+
+def test_a_network_for_other_images_or_classes_is_not_replaced(tmp_path):
+    write(tmp_path)
+    values = sidecar_of(b"onnx")
+    check_replaced(tmp_path, "net", values | {"weights_sha256": "0"})  # trained again
+    check_replaced(tmp_path, "other", values | {"classes": ["x"]})
+    other = {**values["input"], "shape": ["batch", 1, 3, 3]}
+    for change in ({"classes": values["classes"][::-1]}, {"input": other}):
+        with pytest.raises(UserError, match="net is a network for other images or classes; export under another name"):
+            check_replaced(tmp_path, "net", values | change)
 
 
 def test_a_new_export_replaces_the_old_one_and_no_other(tmp_path):

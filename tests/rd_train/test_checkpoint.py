@@ -125,7 +125,12 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
 
     torch.save({"format": FORMAT, "arch": Bomb()}, tmp_path / "zip.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Bomb()))
-    for name, message in (("zip.pt", "was not loaded"), ("bare.pt", "not a torch file")):
+    (tmp_path / "net.onnx").write_bytes(b"onnx")
+    for name, message in (
+        ("zip.pt", "was not loaded"),
+        ("bare.pt", "not a torch file"),
+        ("net.onnx", "is an exported network, which cannot be read back; give its model.pt"),
+    ):
         with pytest.raises(UserError, match=message):
             load_checkpoint(tmp_path / name)
     assert not mark.exists()

@@ -1,6 +1,7 @@
 """Image folders: their layouts, their decoding, and files that are not what they seem."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -144,8 +145,19 @@ def test_what_is_left_out_of_class_folders_is_said_once(tmp_path):
 
 
 def test_wrong_layouts_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="holds neither images nor folders: one folder per class is needed"):
         load_dataset("folder", tmp_path)
+    write_images(tmp_path / "flat", 3)
+    with pytest.raises(UserError, match="holds images without class folders: one folder per class is needed"):
+        load_dataset("folder", tmp_path / "flat")
+    shutil.rmtree(tmp_path / "flat")
+    for part in ("Train", "Test"):
+        write_images(tmp_path / "upper" / part / "cat", 3)
+    with pytest.raises(
+        UserError, match=r"folders of .*upper \(Test, Train\) hold folders, no images; .* train, val and"
+    ):
+        load_dataset("folder", tmp_path / "upper")
+    shutil.rmtree(tmp_path / "upper")
     write_images(tmp_path / "one", 30)
     with pytest.raises(UserError, match="fewer than 2 classes"):
         load_dataset("folder", tmp_path)
