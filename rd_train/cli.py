@@ -23,7 +23,9 @@ def _parser(defaults: dict) -> ArgumentParser:
         prog="rd-train",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train a plain CNN by residual distillation. Without arguments: the digits preset. "
+        description="Train a plain CNN by residual distillation. Without arguments: the digits preset. Defaults below "
+        "are those that no preset and no method sets otherwise: with --dry the plan says what a run would do. Options "
+        "may be written with dashes, --data-dir. "
         "rd-train finetune MODEL.pt --data-dir DIR starts from a trained network instead; rd-train evaluate MODEL.pt "
         "measures one.",
     )

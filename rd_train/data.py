@@ -232,7 +232,8 @@ def load_dataset(
         EncodedSplit(part, torch.from_numpy(part.labels), preprocessing, augment, processes, skipped)
         for part in listings
     ]
-    return Dataset(name, *splits, classes, preprocessing, skipped, processes, _left_out(listings))
+    notes = [*_left_out(listings), *_lacking(listings, classes)]
+    return Dataset(name, *splits, classes, preprocessing, skipped, processes, notes)
 
 
 def _left_out(listings: list[Listing]) -> list[str]:
@@ -243,6 +244,17 @@ def _left_out(listings: list[Listing]) -> list[str]:
         f"files directly in them whose names end in {', '.join(SUFFIXES)}"
         for root, (count, example) in found.items()
     ]
+
+
+def _lacking(listings: list[Listing], classes: list[str]) -> list[str]:
+    """Classes of which a split has no images, so that it says nothing of them."""
+    notes = []
+    for listing, part in zip(listings[1:], ("validation", "test"), strict=True):
+        empty = np.setdiff1d(np.arange(len(classes)), listing.labels)
+        names = ", ".join(printable(classes[label]) for label in empty[:3])
+        if len(empty):
+            notes.append(f"the {part} split has no images of {names}{f' and {len(empty) - 3} more' * (len(empty) > 3)}")
+    return notes
 
 
 # --- batches

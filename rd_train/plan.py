@@ -23,7 +23,7 @@ from rd_train.build import (
 )
 from rd_train.checkpoint import Checkpoint
 from rd_train.cost import macs_per_image, relative_cost, update_macs
-from rd_train.data import Dataset, check_shares, load_dataset
+from rd_train.data import Dataset, check_shares, load_dataset, steps_per_epoch
 from rd_train.names import is_name
 from rd_train.networks import Arch, Network, parameter_count
 from rd_train.recipe import Recipe
@@ -32,6 +32,8 @@ from rd_train.start import from_start, keeps_classifier, load_start
 from rd_train.state import saved_preprocessing
 from rd_train.teachers import is_published, load_published, settled_name
 from rd_train.workers import default_workers
+
+FEW_STEPS = 10  # an epoch: so few that the batch is probably a mistake
 
 
 def settle(recipe: Recipe, *, named: Collection[str] = (), begun: bool = False) -> Recipe:
@@ -240,6 +242,11 @@ def print_plan(recipe: Recipe, dataset: Dataset, arch: Arch, teacher: Network | 
         print(f"note     without effect here: {', '.join(unused)}")
     if recipe.method in ("jointrd", "rd") and arch.shortcuts == "all":
         print("note     the student has shortcuts of its own; residual distillation is meant for plain students")
+    steps = steps_per_epoch(dataset.train, recipe.batch_size)
+    if steps < FEW_STEPS:
+        print(f"note     {steps} step{'s' * (steps > 1)} an epoch: a smaller --batch-size takes more of them")
+    if recipe.threads > available_threads():
+        print(f"note     {recipe.threads} threads on {available_threads()} CPUs wait for each other: take fewer")
     processes = f"{distributed.world()} processes, " if distributed.world() > 1 else ""
     print(f"machine  {processes}{recipe.device}, {recipe.threads} threads, {recipe.precision}", flush=True)
     return plan

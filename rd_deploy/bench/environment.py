@@ -109,6 +109,8 @@ def doubts(machine: dict) -> list[str]:
     warnings = []
     if load is not None and cores and load[0] > BUSY * cores:
         warnings.append(f"load {load[0]:.2f} on {cores} CPUs at the start (over {BUSY:g} per CPU): quiet the machine")
+    if cores and (threads := machine.get("threads") or 1) > cores:
+        warnings.append(f"{threads} threads on {cores} CPUs wait for each other: choose --threads {cores}")
     if steal is not None and steal > STOLEN:
         warnings.append(f"{steal:.1%} of the CPU time was stolen by other virtual machines (over {STOLEN:.0%})")
     return warnings

@@ -54,6 +54,8 @@ def quantisation_lines(report: dict) -> list[str]:
         return [*lines, f"{kept} (no labels: no gate)"]
     was, now = gate["original_accuracy"], gate["accuracy"]
     drop = f"{gate['drop_points']:.2f} points lost, {gate['max_drop']:g} allowed"
+    if 0 < gate["max_drop"] < (one := 100 / gate["images"]):
+        drop += f"; one image is {one:.2g} points: more images would tell more"
     return [*lines, f"accuracy on {gate['images']} {gate['origin']}: {now:.2%}, {was:.2%} in fp32 ({drop})"]
 
 

@@ -82,6 +82,13 @@ def test_a_busy_machine_is_a_warning(load, steal, said):
     assert all(text in warning for text, warning in zip(said, warnings, strict=True))
 
 
+def test_more_threads_than_cpus_are_a_warning():
+    machine = {"load_average": None, "cpu": {"cores": 2}, "steal_share": None}
+    assert environment.doubts(machine | {"threads": 2}) == []
+    (warning,) = environment.doubts(machine | {"threads": 3})
+    assert warning.startswith("3 threads on 2 CPUs")
+
+
 def test_steal_share(tmp_path):
     before = environment.cpu_ticks(write(tmp_path, {"proc/stat": "cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 2\n"}))
     after = environment.cpu_ticks(write(tmp_path, {"proc/stat": "cpu  150 0 100 830 0 0 0 20 7 0\ncpu0 1 2\n"}))

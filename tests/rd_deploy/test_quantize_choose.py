@@ -9,6 +9,7 @@ from chains import basics, bottlenecks, images_for, reference
 
 from rd_deploy.chain import Chain
 from rd_deploy.common import UserError
+from rd_deploy.export import report
 from rd_deploy.parity import onnx_runner
 from rd_deploy.quantize import (
     CALIBRATORS,
@@ -230,6 +231,9 @@ def test_corrupt_images_are_left_out_of_the_gate_and_counted():
     gate = found.report["gate"]
     assert (gate["images"], gate["corrupt_images"], whole.report["gate"]["corrupt_images"]) == (57, 3, 0)
     assert (gate["original_accuracy"], gate["accuracy"]) == (1.0, pytest.approx(expected))
+    assert report.quantisation_lines(found.report | {"gate": gate | {"max_drop": 5.0}})[-1].endswith(" 5 allowed)")
+    few = report.quantisation_lines(found.report | {"gate": gate | {"max_drop": 0.5}})[-1]
+    assert few.endswith(" points lost, 0.5 allowed; one image is 1.8 points: more images would tell more)")
     none = dataclasses.replace(given, gate=with_corrupt(chain, given.gate, [*range(60)]))
     with pytest.raises(UserError, match="none of the 60 images of seed 3 can be read"):
         quantize_network(chain, "int8", none, "minmax", sensitivity=False)

@@ -464,7 +464,22 @@ def test_a_bare_flag_is_true():
 
 def test_options_without_effect_are_said(tmp_path, capsys):
     assert call("digits", *SMALL, "--epochs", "1", "--method", "ce", "--kd-weight", "0.9", "--out", str(tmp_path)) == 0
-    assert "without effect here: kd_weight" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "without effect here: kd_weight" in said
+    assert f"folder   {tmp_path}\n" in said
+
+
+def test_what_is_probably_a_mistake_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("rd_train.plan.available_threads", lambda: 1)
+    flags = ["--epochs", "1", "--method", "ce", "--sync-bn", "--batch-size", "500", "--train-limit", "1000"]
+    assert call("digits", *SMALL, *flags, "--threads", "2", "--dry") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]
+    assert [line.split()[1:4] for line in notes[:3]] == [
+        ["without", "effect", "here:"],
+        ["2", "steps", "an"],
+        ["2", "threads", "on"],
+    ]
+    assert "sync_bn (one process)" in notes[0]
 
 
 def test_a_teacher_file_must_be_the_one_that_was_named(finished, tmp_path, capsys):

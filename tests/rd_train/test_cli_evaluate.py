@@ -47,7 +47,9 @@ def test_accuracy_is_that_of_a_loop_over_the_images(tmp_path, capsys, split):
     assert result["loss"] == pytest.approx(float(loss), rel=1e-4)
     assert result["interval"][0] < result["accuracy"] < result["interval"][1]
     said = capsys.readouterr().out
-    assert f"digits: {len(labels):,} images ({split}), 10 classes" in said
+    every = sum(dataset.counts)
+    assert (result["all_images"], every) == (every, 1797)
+    assert f"digits: {len(labels):,} images ({split}, 1,797 in all), 10 classes" in said
     assert f"accuracy {right / len(labels):.2%} (" in said
 
 
@@ -84,7 +86,7 @@ def test_other_data_of_the_same_classes(tmp_path, capsys):
     with pytest.raises(UserError, match="more corrupt images than rd-train's --max-corrupt 0"):
         command(["evaluate", str(tmp_path / "model.pt"), *flags, "--max-corrupt", "0"])
     assert counts == {"one": (6, 0, dataset.classes), "other": (9, 1, dataset.classes)}
-    assert "folder: 9 images (test), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
+    assert "folder: 9 images (test, 50 in all), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spelled", ["{}", "{}/", "{}/../caltech", "elsewhere"])
@@ -102,7 +104,7 @@ def test_test_images_are_not_those_of_training_however_the_folder_is_written(tmp
         assert command(["evaluate", str(tmp_path / "model.pt"), *flags, "--out", str(tmp_path / "x.json")]) == 0
         result = json.loads((tmp_path / "x.json").read_text())
         assert result["split_seed"] == seed
-        assert f"(test of split seed {seed})" in capsys.readouterr().out
+        assert f"(test of split seed {seed}, " in capsys.readouterr().out
         labels[seed] = result["loss"]
     expected = load_dataset("caltech101", root, size=32, split_seed=3)
     network = Network(parse_arch("plain20", classes=2, in_channels=3, width=0.25))

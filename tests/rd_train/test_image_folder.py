@@ -124,8 +124,8 @@ def test_limit_keeps_the_proportions(flat):
 
 
 def test_what_is_left_out_of_class_folders_is_said_once(tmp_path):
-    write_images(tmp_path / "train" / "a", 20, "jpg")
-    write_images(tmp_path / "train" / "b", 20, "JPEG")
+    write_images(tmp_path / "train" / "a", 40, "jpg")
+    write_images(tmp_path / "train" / "b", 40, "JPEG")
     write_images(tmp_path / "val" / "a", 1)
     write_images(tmp_path / "val" / "b", 1)
     assert load_dataset("folder", tmp_path, size=16).notes == []
@@ -142,6 +142,13 @@ def test_what_is_left_out_of_class_folders_is_said_once(tmp_path):
     (tmp_path / "train" / "a" / "more").rmdir()
     (note,) = load_dataset("folder", tmp_path, size=16).notes
     assert r"as b/caf\udce9\x1b[2J.txt: images" in note  # nothing for a terminal to obey, or to fail on
+
+
+def test_a_split_that_lacks_a_class_says_so(tmp_path):
+    for part, classes in (("train", "abcde"), ("val", "abcde"), ("test", "a")):
+        for name in classes:
+            write_images(tmp_path / part / name, 2)
+    assert load_dataset("folder", tmp_path).notes == ["the test split has no images of b, c, d and 1 more"]
 
 
 def test_wrong_layouts_are_refused(tmp_path):
