@@ -241,7 +241,7 @@ def test_another_network_than_is_named_is_refused(arguments, says, tmp_path, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["finetune"], "name the network to start from: rd-train finetune MODEL.pt"),
+        (["finetune"], "right after the word: rd-train finetune MODEL.pt"),
         (["finetune", "--data", "folder"], "name the network to start from"),
         (["finetune", "nowhere.pt", "--data-dir", "."], "nowhere.pt does not exist"),
         (["finetune", "x.pt", "--arch", "plain20"], "leave --arch away"),
