@@ -40,6 +40,7 @@ SHORT_PAIRS = {
     "published": "the paper's loss, SGD",
 }
 UNLIKE_COSTS = 0.05  # of one row at two depths; those of one method differ by a hundredth
+USUAL_EPOCHS = 10
 FEWEST = 3  # as in accuracy/summary.py, whose imports would bring torch
 OTHERS = {
     "resnet": "the ResNet by SGD",
@@ -128,7 +129,7 @@ def choice() -> str:
     lines = [
         [
             run["arch"],
-            ", ".join(f"`{name}={value}`" for name, value in run["options"].items()) or "-",
+            ", ".join(f"`{name}={value}`" for name, value in (_epochs(run["name"]) | run["options"]).items()) or "-",
             "-" if run["teacher"] is None else re.sub(r"-n\d.*", "", run["teacher"]),
             str(run["seed"]),
             *(f"{100 * run[f'{key}_accuracy']:.2f}" for key in ("left_out", "val", "test")),
@@ -142,6 +143,13 @@ def choice() -> str:
     ]
     line = f"Accuracy on {images[0]} training images that these runs left out · [JSON](../{document['path']})"
     return _joined(markdown(header, lines, texts=4), line)
+
+
+def _epochs(name: str) -> dict[str, int]:
+    """How long a run trained, where its folder's name says that it was not the usual time."""
+    found = re.search(r"-e(\d+)-s\d+$", name)
+    epochs = int(found[1]) if found else USUAL_EPOCHS
+    return {} if epochs == USUAL_EPOCHS else {"epochs": epochs}
 
 
 def _newest(name: str) -> dict | None:

@@ -325,7 +325,10 @@ def test_the_table_of_the_choice_has_the_best_of_a_network_first(tmp_path, monke
     run = {"arch": "plain20", "seed": 0, "options": {}, "teacher": "resnet20-n20000-e10-s0", "left_out_accuracy": 0.93}
     run |= {"val_accuracy": 0.92, "test_accuracy": 0.91, "left_out_images": 35_000, "val_images": 5_000}
     better = run | {"teacher": "resnet20-muon02-n20000-e10-s0", "left_out_accuracy": 0.94}
+    run["name"] = "plain20-rd-n20000-e10-s0"
+    better |= {"name": "short"}
     other = run | {"arch": "resnet20", "teacher": None, "options": {"muon_lr": 0.02, "reparam": "none"}}
+    other |= {"name": "resnet20-muon02-twice-n20000-e20-s0"}
     (tmp_path / "a").mkdir()
     document = {"results": [other, run, better, run | {"seed": 1}]}
     (tmp_path / "a" / "2030-01-01-accuracy-choice.json").write_text(json.dumps(document))
@@ -335,7 +338,7 @@ def test_the_table_of_the_choice_has_the_best_of_a_network_first(tmp_path, monke
         "| plain20 | - | resnet20-muon02 | 0 | 94.00 | 92.00 | 91.00 |",
         "| plain20 | - | resnet20 | 0 | 93.00 | 92.00 | 91.00 |",
         "| plain20 | - | resnet20 | 1 | 93.00 | 92.00 | 91.00 |",
-        "| resnet20 | `muon_lr=0.02`, `reparam=none` | - | 0 | 93.00 | 92.00 | 91.00 |",
+        "| resnet20 | `epochs=20`, `muon_lr=0.02`, `reparam=none` | - | 0 | 93.00 | 92.00 | 91.00 |",
     ]
 
 
