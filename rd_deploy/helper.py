@@ -27,11 +27,16 @@ class Lost(Exception):
     """A call that has no answer: its process died, hung or had to be given up; the next call gets a new one."""
 
 
+class NotStarted(RuntimeError):
+    """There is no process to call, and would be none for another call."""
+
+
 class Helper(Generic[Item, Answer]):
     """``function`` in a spawned process, which begins with the first call and ends with the ``with`` block.
 
     ``function``, its items and its answers are pickled. ``patience``: seconds that a call may take, the process's start
-    aside. A `UserError` of ``function`` is one here; whatever else it raises is a `RuntimeError` with its text.
+    aside. A `UserError` of ``function`` is one here; whatever else it raises is a `RuntimeError` with its text. One
+    that cannot be started is `NotStarted`.
     """
 
     def __init__(self, function: Callable[[Item], Answer], patience: float):
@@ -78,7 +83,7 @@ class Helper(Generic[Item, Answer]):
         try:
             self._connection, theirs = context.Pipe()
         except OSError as error:
-            raise RuntimeError(f"no pipe to a helping process: {error}") from error
+            raise NotStarted(f"no pipe to a helping process: {error}") from error
         # What it needs to start is small: `start` would wait for ever for a process that ends before it has read all.
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         try:
@@ -90,7 +95,7 @@ class Helper(Generic[Item, Answer]):
             self._receive(START_SECONDS)
         except (Lost, EOFError, OSError) as error:
             self._end()
-            raise RuntimeError(
+            raise NotStarted(
                 "a helping process did not start (a script that does this needs `if __name__ == '__main__'`)"
             ) from error
         finally:

@@ -25,8 +25,8 @@ def command(arguments: list[str]) -> int:
     result = evaluate_checkpoint(options)
     print(f"network  {result['arch']}, of {result['model']}")
     print(
-        f"data     {result['data']}: {result['images']:,} images ({_of(result)}, {result['all_images']:,} in all), "
-        f"{len(result['classes'])} classes"
+        f"data     {result['data']}: {result['images']:,} images ({_of(result)}, of {result['images_of_splits']:,} "
+        f"in the three splits), {len(result['classes'])} classes"
         + (f"; {result['corrupt_images']} corrupt left out" if result["corrupt_images"] else "")
     )
     low, high = result["interval"]
@@ -143,7 +143,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> dict:
         "split": options.split,
         "split_seed": None if "split_seed" in recipe.without_effect() else recipe.split_seed,
         "images": len(seen.labels),
-        "all_images": sum(dataset.counts),
+        "images_of_splits": sum(dataset.counts),
         "corrupt_images": sum(map(len, splits)) - len(seen.labels),
         "accuracy": seen.accuracy,
         "interval": interval(seen.accuracy, len(seen.labels)),

@@ -248,9 +248,9 @@ def _end_epoch(phase: str, epoch: int, rates: dict, state: State, context: Conte
     context.dataset.skipped.agree()  # too many in all end the run: before anything of the epoch is kept
     if state.improves(row["val_accuracy"], row["val_loss"]):
         state.best = {"epoch": epoch, "val_accuracy": row["val_accuracy"], "val_loss": row["val_loss"]}
-        _save_student(phase, student, context, state.best)
-        if joint:
+        if joint:  # first: a run that goes on takes a model.pt of this epoch for a whole one (`_kept`)
             _save_student("teacher", task.teacher, context, state.best)
+        _save_student(phase, student, context, state.best)
     row |= {"corrupt_images": len(context.dataset.skipped), **speeds, "seconds": clock.total()}
     state.seconds = row["seconds"]
     keep(row, context)

@@ -132,6 +132,7 @@ def dry_run(recipe: Recipe, folder: Path) -> list[PhaseEstimate]:
     """Print the plan of a run, and what it will take by a few timed steps of each phase; nothing is written."""
     phases = []
     with planned(recipe) as plan, stop_on_signals() as stop:
+        print(f"folder   {printable(folder)}", flush=True)
         context, teacher = _context(recipe, plan, folder, stop), plan.teacher
         if needs_teacher(recipe) and teacher is None:
             teacher = _new_teacher(context, plan.arch)

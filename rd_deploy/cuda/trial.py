@@ -86,10 +86,11 @@ class Trial:
             operands = self.operands(choice, launch)
             wait()  # a fault of the reference, or of a copy, must not pass for the kernel's
             doing = "it"
-            for _ in range(2 if choice.pdl else 1):  # two in a row overlap
+            in_a_row = 2 if choice.pdl else 1  # which overlap
+            for _ in range(in_a_row):
                 launch.run(operands)
             off = self._error(operands["out"])  # waits for the kernel
-            unlike = self._unlike(launch, operands)
+            unlike = self._unlike(launch, operands, in_a_row)
         except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
             reason = first_line(error)
             if context_is_lost():
@@ -99,12 +100,13 @@ class Trial:
             return f"wrong by {off:.2g} of the largest value"
         return f"launch {unlike} gives other bits than the first" if unlike else None
 
-    def _unlike(self, launch: Launch, operands: dict[str, Any]) -> int | None:
+    def _unlike(self, launch: Launch, operands: dict[str, Any], in_a_row: int) -> int | None:
         """Which launch after the first makes something else of the same operands, if any does."""
         first = operands["out"].clone()
         for number in range(2, self.launches + 1):
             operands["out"].fill_(float("nan"))
-            launch.run(operands)
+            for _ in range(in_a_row):
+                launch.run(operands)
             if not bool((operands["out"] == first).all()):
                 return number
         return None

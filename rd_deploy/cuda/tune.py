@@ -17,10 +17,10 @@ from rd_deploy.chain import Chain
 from rd_deploy.common import UserError, first_line
 from rd_deploy.cuda.plan import Fusion, NothingToRun, Piece, Plan, build_plan, configs, places
 from rd_deploy.cuda.trial import Choice, Trial, context_is_lost
-from rd_deploy.helper import Helper, Lost
+from rd_deploy.helper import Helper, Lost, NotStarted
 from rd_deploy.triton_kernels.cards import Card
 from rd_deploy.triton_kernels.compile import Job, fill_cache
-from rd_deploy.triton_kernels.launch import Kernel, Launch, is_taken
+from rd_deploy.triton_kernels.launch import Launch, is_taken
 
 COPIES = (20, 200)  # of weights, least and most
 COLD = 1.5  # times the L2 cache: as many bytes of copies as surely drive each other out of it
@@ -29,9 +29,9 @@ RISE_MS, PAUSE_S = 200.0, 0.5  # after a pause an idle card's clock, which can b
 QUEUED = 5  # replays of those before that keep the GPU busy while the first that counts is enqueued
 PATIENCE = 60.0  # seconds for one kernel's trial, its reference included: one that takes longer hangs
 LAUNCHES = 10  # of a trial
-# Trials of a kernel, and of a kind of kernel, whose process is lost, each of which takes seconds, or a minute where it
-# hangs: the others are not tried.
-MOST_LOST, MOST_LOST_OF_A_KIND = 3, 6
+# Trials whose process is lost, each of which takes seconds, or a minute where it hangs: of a kernel, whose others are
+# not tried then; and of a configuration of a kind of kernel, which is not tried for other shapes then.
+MOST_LOST, MOST_LOST_OF_A_CONFIG = 3, 2
 
 # Times and verdicts are a card's and a kernel's, whatever network asks: sessions of one process share them.
 _times: dict[tuple, float] = {}
@@ -51,7 +51,7 @@ class Tuner:
         on_gpu = str(device).startswith("cuda")  # the interpreter has no chance in it, and is slow
         self._trial = Trial(chain, batch, precision, str(device), LAUNCHES if on_gpu else 1)
         self._helper = Helper(self._trial, PATIENCE)
-        self._lost: Counter[tuple[Kernel | type, bool]] = Counter()
+        self._lost: Counter[tuple] = Counter()
 
     def __enter__(self) -> "Tuner":
         self._helper.__enter__()
@@ -116,11 +116,8 @@ class Tuner:
     def _known(self, choice: Choice) -> str | None:
         """Why a choice must not be used, as far as that is known."""
         untried = None
-        for what, lost, most in (
-            ("this kernel", choice.kernel, MOST_LOST),
-            (f"a {type(choice.kernel).__name__}", type(choice.kernel), MOST_LOST_OF_A_KIND),
-        ):
-            if self._lost[lost, choice.pdl] >= most:
+        for lost, what, most in self._losses(choice):
+            if self._lost[lost] >= most:
                 untried = f"not tried, since {most} trials of {what} were lost"
         return _reasons.get(self._key(choice), untried)
 
@@ -132,11 +129,21 @@ class Tuner:
                 _reasons[key] = self._helper(choice)
             except Lost as reason:
                 _reasons[key] = str(reason)
-                for lost in (choice.kernel, type(choice.kernel)):
-                    self._lost[lost, choice.pdl] += 1
-            except RuntimeError as error:  # of the helper, or of Triton: this choice alone is not to be used for it
+                self._lost.update(lost for lost, *_ in self._losses(choice))
+            except NotStarted:
+                raise
+            except RuntimeError as error:  # of Triton, say: this choice alone is not to be used for it
                 _reasons[key] = first_line(error)
         return self._known(choice)
+
+    @staticmethod
+    def _losses(choice: Choice) -> list[tuple]:
+        """What a loss of this choice counts for: (key, in words, how often it may be lost)."""
+        kind = type(choice.kernel)
+        return [
+            ((choice.kernel, choice.pdl), "this kernel", MOST_LOST),
+            ((kind, choice.config, choice.pdl), f"this configuration of a {kind.__name__}", MOST_LOST_OF_A_CONFIG),
+        ]
 
     def _time(self, choice: Choice) -> float:
         launch = choice.kernel.launch(choice.config)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def check_target(path: Path, suffix: str, sidecar: Path) -> None:
         raise UserError(f"output {path} must end in {suffix}")
     for target in (path, sidecar):
         check_replaceable(target)
-    check_place(path.absolute().parent, path, "choose another output path")
+    for target in {os.path.realpath(path), os.path.realpath(sidecar)}:  # where links lead
+        check_place(Path(target).parent, path, "choose another output path")
     _check_sidecar(sidecar)
     if path.exists() and not sidecar.exists():
         raise UserError(f"{path} exists and is not of rd-export (no {sidecar.name}); move it, or choose another --out")

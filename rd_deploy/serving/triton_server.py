@@ -147,11 +147,12 @@ def _workplace(folder: Path) -> Path:
     """Where a model is put together: beside the repository, where a server does not see it.
 
     Inside, a server takes every folder for a model, hidden ones too: it logs an error while it polls, and does not
-    start if it finds what a killed export left. Where beside is not writable there is no other way, nor (as
-    `atomic_folder` finds out) where it is another mount.
+    start if it finds what a killed export left. Where beside is not writable, or another file system, there is no other
+    way; nor where it is another mount of the same one, which `atomic_folder` finds out.
     """
     parent = folder.resolve().parent
-    return parent if os.access(parent, os.W_OK) else folder
+    beside = os.access(parent, os.W_OK) and parent.stat().st_dev == folder.stat().st_dev
+    return parent if beside else folder
 
 
 def _sha256(content: bytes) -> str:

@@ -364,9 +364,12 @@ void test_rounding() {
     const Planned one(loaded, options(2, 1)), three(loaded, options(2, 3));
     const std::vector<float> expected = Guarded(one).run(images);
     CHECK(std::fesetround(FE_UPWARD) == 0);
-    Guarded alone(one), together(three);
+    const Planned late(loaded, options(2, 3));  // which transforms weights
+    Guarded alone(one), together(three), planned(late);
+    CHECK(std::fegetround() == FE_UPWARD);
     for (int i = 0; i < 20; i++) {
         CHECK(same_bits(alone.run(images), expected) && same_bits(together.run(images), expected));
+        CHECK(same_bits(planned.run(images), expected));
         CHECK(std::fegetround() == FE_UPWARD);
     }
     std::fesetround(FE_TONEAREST);

@@ -15,7 +15,7 @@ from rd_deploy.common import UserError
 from rd_deploy.cuda import plan, trial, tune
 from rd_deploy.cuda.trial import Choice, Trial
 from rd_deploy.cuda.tune import Tuner
-from rd_deploy.helper import Fatal, Helper, Lost
+from rd_deploy.helper import Fatal, Helper, Lost, NotStarted
 from rd_deploy.triton_kernels.bottleneck import BottleneckKernel
 from rd_deploy.triton_kernels.cards import get_card
 from rd_deploy.triton_kernels.conv import ConvKernel
@@ -151,22 +151,31 @@ def test_a_kernel_that_is_lost_too_often_is_left(tuner, monkeypatch):
     assert any(line.startswith("not tried, since 3 trials") for line in tuner.rejected)
 
 
-def test_a_kind_of_kernel_that_is_lost_too_often_is_left(tuner, monkeypatch):
-    """A fault of all kernels of a kind must not cost a process for each of them."""
+def test_a_configuration_that_is_lost_for_some_shapes_is_not_tried_for_others(tuner):
+    """A fault of all shapes must not cost a process for each, nor take the configurations along that are right."""
     right, lost = tuner._helper.function, Counter()
-    monkeypatch.setattr(tune, "MOST_LOST_OF_A_KIND", 2)
 
     def lose(choice):
-        if isinstance(choice.kernel, BottleneckKernel):
-            lost[type(choice.kernel)] += 1
+        if choice.config == choice.kernel.configs(get_card("h100"))[0]:
+            lost[type(choice.kernel), choice.config] += 1
             raise Lost("no answer within 60 s")
         return right(choice)
 
     tuner._helper.function = lose
     chosen = tuner.plan()
-    assert "Bottleneck" not in {step.kernel for step in chosen.steps}
-    assert lost[BottleneckKernel] == 2
-    assert all(line.startswith(("no answer", "not tried, since 2 trials of ")) for line in tuner.rejected)
+    assert len(chosen.steps) > 0
+    assert all(step.config != step.piece.kernel.configs(get_card("h100"))[0] for step in chosen.steps)
+    assert max(lost.values()) <= tune.MOST_LOST_OF_A_CONFIG
+    assert any(line.startswith("no answer within 60 s") for line in tuner.rejected)
+
+
+def test_a_helper_that_cannot_be_started_ends_the_search(tuner):
+    def fail(choice):
+        raise NotStarted("a helping process did not start")
+
+    tuner._helper.function = fail
+    with pytest.raises(NotStarted):
+        tuner.plan()
 
 
 def test_a_trial_that_fails_otherwise_costs_its_choice_alone(tuner):

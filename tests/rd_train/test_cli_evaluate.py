@@ -48,8 +48,8 @@ def test_accuracy_is_that_of_a_loop_over_the_images(tmp_path, capsys, split):
     assert result["interval"][0] < result["accuracy"] < result["interval"][1]
     said = capsys.readouterr().out
     every = sum(dataset.counts)
-    assert (result["all_images"], every) == (every, 1797)
-    assert f"digits: {len(labels):,} images ({split}, 1,797 in all), 10 classes" in said
+    assert (result["images_of_splits"], every) == (every, 1797)
+    assert f"digits: {len(labels):,} images ({split}, of 1,797 in the three splits), 10 classes" in said
     assert f"accuracy {right / len(labels):.2%} (" in said
 
 
@@ -86,7 +86,9 @@ def test_other_data_of_the_same_classes(tmp_path, capsys):
     with pytest.raises(UserError, match="more corrupt images than rd-train's --max-corrupt 0"):
         command(["evaluate", str(tmp_path / "model.pt"), *flags, "--max-corrupt", "0"])
     assert counts == {"one": (6, 0, dataset.classes), "other": (9, 1, dataset.classes)}
-    assert "folder: 9 images (test, 50 in all), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
+    assert (
+        "folder: 9 images (test, of 50 in the three splits), 2 classes; 1 corrupt left out\n" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("spelled", ["{}", "{}/", "{}/../caltech", "elsewhere"])

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rd_deploy.common import Stopped, UserError
 from rd_train.build import build_student, build_task, meta_task, student_arch, teacher_arch
-from rd_train.checkpoint import load_checkpoint
+from rd_train.checkpoint import load_checkpoint, save_checkpoint
 from rd_train.context import Context
 from rd_train.data import batches, fixed_sample, load_dataset
 from rd_train.distill import CrossEntropy
@@ -141,6 +141,24 @@ def test_a_run_that_ended_between_a_network_and_its_state_tells_of_the_network_t
     result = run(recipe, tmp_path, resume=True)
     assert load_checkpoint(tmp_path / "model.pt").provenance == there
     assert (result["best_epoch"], result["val_accuracy"]) == (there["epoch"], there["val_accuracy"])
+
+
+@pytest.mark.parametrize("lost", ["model.pt", "teacher.pt"])
+def test_a_run_that_ended_between_a_student_and_its_learning_teacher_goes_on(tmp_path, monkeypatch, lost):
+    recipe = replace(RECIPE, epochs=1, teacher_mode="joint", teacher_epochs=None)
+
+    def fails(path: Path, checkpoint) -> None:
+        if path.name == lost:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_checkpoint(path, checkpoint)
+
+    monkeypatch.setattr("rd_train.loop.save_checkpoint", fails)
+    with pytest.raises(OSError, match="No space left"):
+        run(recipe, tmp_path)
+    monkeypatch.undo()
+    run(recipe, tmp_path, resume=True)
+    epochs = [load_checkpoint(tmp_path / name).provenance["epoch"] for name in ("model.pt", "teacher.pt")]
+    assert epochs == [1, 1]
 
 
 def test_weights_that_are_no_numbers_are_not_saved_within_an_epoch(tmp_path, monkeypatch):

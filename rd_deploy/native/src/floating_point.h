@@ -21,6 +21,9 @@ class DefaultMode {
         asm volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
     }
     ~DefaultMode() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+#else
+    DefaultMode() {}  // not defaulted: one that does nothing would be an unused variable
+    ~DefaultMode() {}
 #endif
     DefaultMode(const DefaultMode &) = delete;
     DefaultMode &operator=(const DefaultMode &) = delete;

@@ -12,6 +12,7 @@
 
 #include "error.h"
 #include "fields.h"
+#include "floating_point.h"
 
 namespace rd {
 
@@ -798,7 +799,11 @@ class Builder {
         int thread = 1;
         try {
             others.reserve(index(threads));
-            for (; thread < threads; thread++) others.emplace_back(work, thread, threads);
+            for (; thread < threads; thread++)
+                others.emplace_back([work, thread, threads] {
+                    const DefaultMode mode;
+                    work(thread, threads);
+                });
         } catch (const std::exception &) {  // no more threads, or no memory for them
         }
         for (; thread < threads; thread++) work(thread, threads);
@@ -990,6 +995,7 @@ std::size_t stem_row_elements(const Operation &o) {
 }
 
 std::shared_ptr<const Plan> make_plan(std::shared_ptr<const Network> network, const Options &options) {
+    const DefaultMode mode;  // weights are transformed
     Options checked = options;
     check(*network, checked);
     return Builder(std::move(network), checked).build();
