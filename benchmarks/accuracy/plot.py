@@ -30,7 +30,10 @@ NAMES = {"resnet": "ResNet", "resnet-tuned": "ResNet by Muon", "plain": "plain, 
 NAMES |= {"published": "plain, the published loss"}
 NAMES |= {"start": "plain, cross-entropy, from our start by Muon", "ours": "plain, ours"}
 NAMES |= {"former": "plain, ours from the former start, rate 0.004"}
-OTHER_COLOURS = ("#E69F00", "#000000", "#8C564B", "#9467BD", "#BCBD22")
+OTHER_COLOURS = (  # as many as rows of main may need: two of one colour would be taken for one
+    *("#E69F00", "#000000", "#8C564B", "#9467BD", "#BCBD22", "#17BECF", "#F0027F", "#66A61E"),
+    *("#7FC97F", "#FDC086", "#BF5B17", "#1B9E77"),
+)
 
 
 def read(path: Path | None, name: str) -> dict | None:
@@ -98,7 +101,7 @@ def costs(document: dict) -> list[dict]:
 
 
 def _draw_costs(axes: object, document: dict) -> None:
-    rows, others = costs(document), iter(OTHER_COLOURS * 3)
+    rows, others = costs(document), iter(OTHER_COLOURS)
     for row in rows:
         colour = COLOURS.get(row["key"]) or next(others)
         mean, spread = 100 * row["mean"], 100 * (row["std"] or 0)

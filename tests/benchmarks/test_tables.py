@@ -372,3 +372,10 @@ def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch, capsys):
     assert {row["depth"] for row in plot.costs(document)} == {56}
     document["rows"] = [row for row in document["rows"] if (row["key"], row["depth"]) != ("ours", 56)]
     assert {row["depth"] for row in plot.costs(document)} == {20}
+
+
+def test_every_row_of_main_has_a_colour_of_its_own():
+    others = [row for row in MAIN.rows if row.key not in plot.COLOURS]
+    assert len(others) <= len(plot.OTHER_COLOURS)
+    colours = [*plot.COLOURS.values(), *plot.OTHER_COLOURS]
+    assert len({*colours}) == len(colours)
