@@ -165,8 +165,7 @@ def command(arguments: list[str]) -> int:
         require("torch", "train")
     from rd_deploy.export.files import write_artefacts
     from rd_deploy.export.report import written
-    from rd_deploy.export.run import from_network, from_onnx, serve
-    from rd_deploy.serving.triton_server import check_replaced
+    from rd_deploy.export.run import check_served, from_network, from_onnx, serve
 
     try:
         result = from_onnx(options) if _is_onnx(options) else from_network(options, say=_say)
@@ -174,7 +173,7 @@ def command(arguments: list[str]) -> int:
         print(f"rd-export: {printable(error)}; nothing was written", file=sys.stderr)
         return 1
     if options.triton_server is not None:
-        check_replaced(options.triton_server, result.served.path.stem, result.served.sidecar)
+        check_served(options, result.served)
     write_artefacts(result.new)
     for line in (*result.report, *map(written, result.new)):
         print(line)

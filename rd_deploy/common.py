@@ -23,8 +23,8 @@ WRONG_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
 }
-# torch's allocator of the CPU, that of the GPU, ONNX Runtime's arena, and C++ as both pass it on.
-NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "Failed to allocate memory", "std::bad_alloc")
+# torch's allocator of the CPU, those of GPUs, ONNX Runtime's arena, and C++ as all pass it on.
+NO_MEMORY = ("can't allocate memory", "out of memory", "Failed to allocate memory", "std::bad_alloc")
 
 
 class UserError(Exception):
@@ -209,10 +209,9 @@ def expanded(what: str, path: str, kind: str = "path") -> Path:
     try:
         if b"\0" in os.fsencode(path):
             raise ValueError
+        return Path(path).expanduser()
     except ValueError as error:  # UnicodeEncodeError, too
         raise UserError(f"{what} {path!r} is no path that a file can have; name a {kind}") from error
-    try:
-        return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"no such user: the ~ of {path} has no folder") from error
 

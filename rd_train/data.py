@@ -27,7 +27,7 @@ from rd_train.recipe import BY_DATA
 from rd_train.shards import shard_layout
 from rd_train.skipped import MAX_CORRUPT, Skipped
 from rd_train.sources import DOWNLOADS, Pixels, read_cifar, read_digits, read_fashion, read_given_idx, read_npz_set
-from rd_train.splits import check_labels, limited, stratified_order
+from rd_train.splits import check_labels, lacking, limited, stratified_order
 from rd_train.workers import Workers
 
 STATISTICS_BLOCK = 1 << 24  # values that are counted at a time
@@ -250,9 +250,8 @@ def _lacking(listings: list[Listing], classes: list[str]) -> list[str]:
     """Classes of which a split has no images, so that it says nothing of them."""
     notes = []
     for listing, part in zip(listings[1:], ("validation", "test"), strict=True):
-        empty = np.setdiff1d(np.arange(len(classes)), listing.labels)
-        names = ", ".join(printable(classes[label]) for label in empty[:3])
-        if len(empty):
+        if empty := lacking(listing.labels, classes):
+            names = ", ".join(map(printable, empty[:3]))
             notes.append(f"the {part} split has no images of {names}{f' and {len(empty) - 3} more' * (len(empty) > 3)}")
     return notes
 

@@ -84,13 +84,12 @@ def _check_arranged(folder: Path) -> None:
 
 def _check_depth(folder: Path, classes: list[str]) -> None:
     """Images one level too deep: a folder above, or splits that are called otherwise than ours (``Train``)."""
+    entries = (entry for name in classes for entry in os.scandir(folder / name) if not entry.name.startswith("."))
     folders = False
-    for name in classes:
-        for entry in os.scandir(folder / name):
-            if not entry.name.startswith("."):
-                if not entry.is_dir():
-                    return  # as nearly always, at once: there may be a million of them
-                folders = True
+    for entry in entries:
+        if not entry.is_dir():
+            return  # as nearly always, at once: there may be a million of them
+        folders = True
     if folders:
         raise UserError(
             f"the folders of {folder} ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}) hold folders, no "

@@ -46,9 +46,13 @@ def check_labels(labels: np.ndarray, classes: list[str], where: str, *, every: b
     if labels.min() < 0 or labels.max() >= len(classes):
         last = len(classes) - 1
         raise UserError(f"{where} has labels from {labels.min()} to {labels.max()}, not 0 to {last}; fix them")
-    empty = np.setdiff1d(np.arange(len(classes)), labels)
-    if every and len(empty):
+    if every and (empty := lacking(labels, classes)):
         raise UserError(
-            f"{where} has no images of class '{classes[empty[0]]}'; every class needs some, and several "
+            f"{where} has no images of class '{empty[0]}'; every class needs some, and several "
             "where validation or test images are taken from the same folder"
         )
+
+
+def lacking(labels: np.ndarray, classes: list[str]) -> list[str]:
+    """The classes that do not occur."""
+    return [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]

@@ -56,7 +56,7 @@ def _step(step, seconds: float, limits: dict, l2_bytes: int) -> dict:
     parts = {"dram": step.weight_bytes / limits["dram_gb_s"] * 1e-9}
     parts[maps] = parts.get(maps, 0) + step.map_bytes / limits[f"{maps}_gb_s"] * 1e-9
     arithmetic, memory = step.flops / limits["tflops"] * 1e-12, sum(parts.values())
-    limit, least = max((arithmetic, "arithmetic"), (memory, max(parts, key=parts.get)))[::-1]
+    least, limit = max(arithmetic, memory), "arithmetic" if arithmetic > memory else max(parts, key=parts.get)
     return {
         "name": step.name,
         "kernel": step.kernel,

@@ -86,29 +86,26 @@ class Trial:
             operands = self.operands(choice, launch)
             wait()  # a fault of the reference, or of a copy, must not pass for the kernel's
             doing = "it"
-            in_a_row = 2 if choice.pdl else 1  # which overlap
-            for _ in range(in_a_row):
-                launch.run(operands)
-            off = self._error(operands["out"])  # waits for the kernel
-            unlike = self._unlike(launch, operands, in_a_row)
+            return self._wrong(launch, operands, 2 if choice.pdl else 1)  # launches in a row overlap
         except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # the last: memory, the driver
             reason = first_line(error)
             if context_is_lost():
                 raise Fatal(f"{doing} broke the GPU's context: {reason}") from error
             return reason if doing == "it" else f"{doing} failed: {reason}"
-        if not off <= UNITS * ROUNDING[self.precision]:  # NaN, too
-            return f"wrong by {off:.2g} of the largest value"
-        return f"launch {unlike} gives other bits than the first" if unlike else None
 
-    def _unlike(self, launch: Launch, operands: dict[str, Any], in_a_row: int) -> int | None:
-        """Which launch after the first makes something else of the same operands, if any does."""
-        first = operands["out"].clone()
-        for number in range(2, self.launches + 1):
-            operands["out"].fill_(float("nan"))
+    def _wrong(self, launch: Launch, operands: dict[str, Any], in_a_row: int) -> str | None:
+        """What is wrong with what a kernel makes, if anything is, by values and then by bits."""
+        out, first = operands["out"], None
+        for number in range(1, self.launches + 1):
+            out.fill_(float("nan"))
             for _ in range(in_a_row):
                 launch.run(operands)
-            if not bool((operands["out"] == first).all()):
-                return number
+            if first is None:
+                off, first = self._error(out), out.clone()  # which wait for the kernel
+                if not off <= UNITS * ROUNDING[self.precision]:  # NaN, too
+                    return f"wrong by {off:.2g} of the largest value"
+            elif not bool((out == first).all()):
+                return f"launch {number} gives other bits than the first"
         return None
 
     def operands(self, choice: Choice, launch: Launch) -> dict[str, Any]:

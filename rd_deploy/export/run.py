@@ -16,7 +16,7 @@ from rd_deploy.export.tensorrt import Settings, choose_settings, read_onnx
 from rd_deploy.parity import TOLERANCES, check_parity, check_quantized, native_ways, onnx_ways
 from rd_deploy.preprocessing import Preprocessing
 from rd_deploy.quantize import CALIBRATION_IMAGES, MAX_DROP, quantization_data, quantize_network, stored_bytes
-from rd_deploy.serving.triton_server import check_engine, check_onnx, check_repository, write_model
+from rd_deploy.serving.triton_server import check_engine, check_onnx, check_replaced, check_repository, write_model
 from rd_deploy.trt.build import Profile
 
 # How many images parity is judged on at least, if there are as many: real ones, or (for random weights) random ones.
@@ -73,6 +73,11 @@ def from_onnx(options: argparse.Namespace) -> Result:
     if settings is not None:
         _add_engine(options, settings, result, path, images)
     return result
+
+
+def check_served(options: argparse.Namespace, artefact: Artefact) -> None:
+    """That what is to be written may take its place in the server's repository."""
+    check_replaced(Path(options.triton_server), artefact.path.stem, artefact.sidecar)
 
 
 def serve(options: argparse.Namespace, artefact: Artefact) -> str:

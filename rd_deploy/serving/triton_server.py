@@ -49,15 +49,15 @@ def check_repository(folder: str | Path, name: str) -> None:
         _check_ours(folder / name)
 
 
-def check_replaced(folder: str | Path, name: str, sidecar: dict) -> None:
+def check_replaced(folder: Path, name: str, sidecar: dict) -> None:
     """Raise `UserError` if the repository has another network under this name: of other images or classes.
 
     Every run's file is called model.pt, and its clients would get logits of something else.
     """
-    old = sidecar_values(Path(folder) / name / SIDECAR)
+    old = sidecar_values(folder / name / SIDECAR)
     if old is not None and any(old.get(key) != sidecar[key] for key in ("input", "classes")):
         raise UserError(
-            f"{Path(folder) / name} is a network for other images or classes; export under another name "
+            f"{folder / name} is a network for other images or classes; export under another name "
             "(--out OTHER.onnx), or remove it"
         )
 

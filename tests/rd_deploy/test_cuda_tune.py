@@ -59,6 +59,24 @@ def tuner(monkeypatch) -> Tuner:
     return made
 
 
+def is_bottleneck(choice: Choice) -> bool:
+    return isinstance(choice.kernel, BottleneckKernel)
+
+
+def fail(tuner: Tuner, error: Exception, where=is_bottleneck) -> list[Choice]:
+    """Have the trials of some choices raise an error; those that did so far."""
+    right, failed = tuner._helper.function, []
+
+    def trial(choice):
+        if where(choice):
+            failed.append(choice)
+            raise error
+        return right(choice)
+
+    tuner._helper.function = trial
+    return failed
+
+
 def test_right_kernels_pass_and_the_fewest_launches_win(tuner):
     chosen = tuner.plan()
     assert tuner.rejected == []
@@ -119,14 +137,7 @@ def test_what_does_not_compile_is_not_run(tuner, monkeypatch):
 
 
 def test_a_kernel_whose_trial_is_lost_is_not_used(tuner, monkeypatch):
-    right = tuner._helper.function
-
-    def lose(choice):
-        if isinstance(choice.kernel, BottleneckKernel):
-            raise Lost("its process ended with -6")
-        return right(choice)
-
-    tuner._helper.function = lose
+    fail(tuner, Lost("its process ended with -6"))
     chosen = tuner.plan()
     assert "Bottleneck" not in {step.kernel for step in chosen.steps}
     assert tuner.rejected
@@ -137,56 +148,35 @@ def test_a_kernel_whose_trial_is_lost_is_not_used(tuner, monkeypatch):
 def test_a_kernel_that_is_lost_too_often_is_left(tuner, monkeypatch):
     for module in (tune, plan):
         monkeypatch.setattr(module, "configs", lambda kernel, card: kernel.configs(card)[:5])
-    right, lost = tuner._helper.function, Counter()
-
-    def lose(choice):
-        if isinstance(choice.kernel, BottleneckKernel):
-            lost[choice.kernel] += 1
-            raise Lost("no answer within 60 s")
-        return right(choice)
-
-    tuner._helper.function = lose
+    failed = fail(tuner, Lost("no answer within 60 s"))
     tuner.plan()
-    assert set(lost.values()) == {tune.MOST_LOST}
+    assert set(Counter(choice.kernel for choice in failed).values()) == {tune.MOST_LOST}
     assert any(line.startswith("not tried, since 3 trials") for line in tuner.rejected)
 
 
 def test_a_configuration_that_is_lost_for_some_shapes_is_not_tried_for_others(tuner):
     """A fault of all shapes must not cost a process for each, nor take the configurations along that are right."""
-    right, lost = tuner._helper.function, Counter()
 
-    def lose(choice):
-        if choice.config == choice.kernel.configs(get_card("h100"))[0]:
-            lost[type(choice.kernel), choice.config] += 1
-            raise Lost("no answer within 60 s")
-        return right(choice)
+    def is_first(choice: Choice) -> bool:
+        return choice.config == choice.kernel.configs(get_card("h100"))[0]
 
-    tuner._helper.function = lose
+    failed = fail(tuner, Lost("no answer within 60 s"), is_first)
     chosen = tuner.plan()
     assert len(chosen.steps) > 0
     assert all(step.config != step.piece.kernel.configs(get_card("h100"))[0] for step in chosen.steps)
+    lost = Counter((type(choice.kernel), choice.config) for choice in failed)
     assert max(lost.values()) <= tune.MOST_LOST_OF_A_CONFIG
     assert any(line.startswith("no answer within 60 s") for line in tuner.rejected)
 
 
 def test_a_helper_that_cannot_be_started_ends_the_search(tuner):
-    def fail(choice):
-        raise NotStarted("a helping process did not start")
-
-    tuner._helper.function = fail
+    fail(tuner, NotStarted("a helping process did not start"), lambda choice: True)
     with pytest.raises(NotStarted):
         tuner.plan()
 
 
 def test_a_trial_that_fails_otherwise_costs_its_choice_alone(tuner):
-    right = tuner._helper.function
-
-    def fail(choice):
-        if isinstance(choice.kernel, BottleneckKernel):
-            raise RuntimeError("AssertionError: of Triton\nat once")
-        return right(choice)
-
-    tuner._helper.function = fail
+    fail(tuner, RuntimeError("AssertionError: of Triton\nat once"))
     chosen = tuner.plan()
     assert "Bottleneck" not in {step.kernel for step in chosen.steps}
     assert all(line.startswith("AssertionError: of Triton: Bottleneck") for line in tuner.rejected)
